@@ -1,0 +1,186 @@
+"""Speed and faithfulness, measured beside what they replace, in one run.
+
+    python benchmark.py env fidelity     # 2 minutes on 2 cores
+
+env       steps/s on one core, whole episodes with their resets and observations: the official env with
+          `preprocess`, the fast env, the same with `telemetry`, and physics alone. Interleaved rounds,
+          median of each, ratio to the official env of the same round.
+fidelity  mean absolute difference, in grey levels of 255, between `preprocess(official frame)` and the
+          fast env's frame of the same state, by situation; writes visuals/fidelity.png.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import cv2
+import gymnasium
+import numpy as np
+import pygame
+
+from car_env import FPS, PLAYFIELD, TELEMETRY, make_env, observe, place_car, telemetry
+
+FEATURE = {name: i for i, name in enumerate(TELEMETRY)}
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("what", nargs="+", choices=list(BENCHMARKS), help="what to measure")
+    p.add_argument("--root", type=Path, default=Path("."), help="visuals/ is written in here")
+    p.add_argument("--rounds", type=int, default=5, help="env: a median needs an odd number")
+    p.add_argument("--steps", type=int, default=1000, help="env: steps of an episode")
+    p.add_argument("--tracks", type=int, default=20, help="fidelity: tracks compared")
+    return p.parse_args()
+
+
+def machine():
+    """One line: hardware and versions."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s]
+        cpu = names[0].split(":")[1].strip() if names else cpu
+    return (
+        f"{cpu}, {os.cpu_count()} cores; python {platform.python_version()}, numpy {np.__version__}, "
+        f"opencv {cv2.__version__}, gymnasium {gymnasium.__version__}, pygame {pygame.__version__}"
+    )
+
+
+def follow(state, speed=45.0):
+    """A plain driver: telemetry (K,) -> action (3,) that keeps to the centre line at `speed`."""
+    get = {name: float(state[i]) for name, i in FEATURE.items()}
+    turn = get["heading_error"] + 0.06 * get["lateral_offset"] + 6.0 * get["curvature_10"]
+    slow = get["speed"] - speed
+    return np.array((np.clip(-turn, -1, 1), np.clip(-slow, 0, 0.3), 0.1 * (slow > 10)), np.float32)
+
+
+# ---- env -----------------------------------------------------------------------------------------
+
+
+def rollout(env, actions, seed, look):
+    """Steps/s over one episode and its reset; `look(env, obs)` is called at every step."""
+    start = time.perf_counter()
+    look(env, env.reset(seed=seed)[0])
+    for action in actions:
+        look(env, env.step(action)[0])
+    return len(actions) / (time.perf_counter() - start)
+
+
+def drive(seed, steps):
+    """The actions of `follow` over one episode: the same for every env of a round."""
+    env, actions = make_env("physics"), []
+    env.reset(seed=seed)
+    for _ in range(steps):
+        actions.append(follow(telemetry(env)))
+        _, _, terminated, truncated, _ = env.step(actions[-1])
+        if terminated or truncated:
+            break
+    return actions
+
+
+def bench_env(args):
+    contenders = {
+        "official env + preprocess": (make_env("official"), observe),
+        "fast env": (make_env("fast"), observe),
+        "fast env + telemetry": (make_env("fast"), lambda env, obs: telemetry(env)),
+        "physics alone": (make_env("physics"), lambda env, obs: None),
+    }
+    for env, look in contenders.values():
+        rollout(env, drive(99, 60), 99, look)  # first calls fill caches
+    rates = {name: [] for name in contenders}
+    for seed in range(args.rounds):
+        actions = drive(seed, args.steps)
+        for name, (env, look) in contenders.items():
+            rates[name].append(rollout(env, actions, seed, look))
+    stock = rates["official env + preprocess"]
+    print(f"{'env':28s}{'steps/s':>10s}{'us/step':>10s}{'x official':>12s}")
+    for name, rate in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(rate, stock))
+        median = statistics.median(rate)
+        print(f"{name:28s}{median:10.0f}{1e6 / median:10.1f}{ratio:12.1f}")
+
+
+# ---- fidelity ------------------------------------------------------------------------------------
+
+
+def poses(track, rng):
+    """Situations -> (pose and motion to start from or None, steps, driver); track: list of tiles."""
+    turns = np.abs(np.diff([tile[1] for tile in track]))
+    _, b, x, y = track[int(rng.integers(len(track)))]
+    _, kb, kx, ky = track[int(turns.argmax())]  # the tightest turn has kerbs
+    _, sb, sx, sy = track[int(np.convolve(turns, np.ones(12), "valid").argmin())]
+    right = np.cos(b), np.sin(b)
+    noisy = lambda state: rng.uniform((-1, 0, 0), (1, 0.6, 0.2)).astype(np.float32)
+    full = lambda state: np.array((0, 1, 0), np.float32)
+    spin = lambda state: np.array((1, 1, 0), np.float32)
+    side = float(rng.choice((-1, 1)))
+    return {
+        "zoom": (None, FPS, follow),
+        "road": ((x, y, b, 40, 0), 50, follow),
+        "kerb": ((kx, ky, kb, 20, 0), 25, follow),
+        "grass": ((x + 14 * right[0], y + 14 * right[1], b + 0.6, 25, 0), 40, noisy),
+        "spin": ((x, y, b, 50, 6 * side), 40, spin),
+        "edge": ((side * (PLAYFIELD - 12), 200 * rng.uniform(-1, 1), -side * 1.3, 20, 0), 25, noisy),
+        "speed": ((sx, sy, sb, 95, 0), 20, full),
+    }
+
+
+def compare(tracks):
+    """-> {situation: [(error, official, fast)]}, a frame each, both (64, 64, 3) uint8"""
+    envs = make_env("official"), make_env("fast")
+    frames = {}
+    for seed in range(tracks):
+        obs = [env.reset(seed=seed)[0] for env in envs]
+        rng = np.random.default_rng(seed)
+        for name, (pose, steps, driver) in poses(envs[0].unwrapped.track, rng).items():
+            if pose:
+                obs = [place_car(env, *pose) for env in envs]
+            for _ in range(steps):
+                official, fast = (observe(env, o) for env, o in zip(envs, obs))
+                error = cv2.absdiff(official, fast).mean()
+                frames.setdefault(name, []).append((error, official, fast))
+                action = driver(telemetry(envs[0]))
+                obs = [env.unwrapped.step(action)[0] for env in envs]
+    return frames
+
+
+def contact_sheet(frames, path, scale=3):
+    """Per situation its worst frame: official, fast, and eight times their difference."""
+    columns, side = [], 64 * scale
+    for name, rows in frames.items():
+        error, official, fast = max(rows, key=lambda row: row[0])
+        tiles = np.vstack((official, fast, cv2.convertScaleAbs(cv2.absdiff(official, fast), alpha=8)))
+        tiles = cv2.resize(tiles, (side, 3 * side), interpolation=cv2.INTER_NEAREST)
+        head = np.full((28, side, 3), 255, np.uint8)
+        text = f"{name} {error:.2f}"
+        cv2.putText(head, text, (4, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
+        columns.append(np.pad(np.vstack((head, tiles)), ((0, 4), (0, 4), (0, 0)), constant_values=255))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.hstack(columns)[..., ::-1])
+
+
+def bench_fidelity(args):
+    frames = compare(args.tracks)
+    print(f"{'situation':12s}{'frames':>8s}{'mean':>8s}{'worst':>8s}   grey levels of 255")
+    everything = {"all": [row for rows in frames.values() for row in rows]}
+    for name, rows in (frames | everything).items():
+        errors = [row[0] for row in rows]
+        print(f"{name:12s}{len(errors):8d}{np.mean(errors):8.3f}{np.max(errors):8.3f}")
+    contact_sheet(frames, args.root / "visuals" / "fidelity.png")
+
+
+BENCHMARKS = {"env": bench_env, "fidelity": bench_fidelity}
+
+
+def main():
+    args = parse_args()
+    print(machine())
+    for name in args.what:
+        print(f"\n{name}")
+        BENCHMARKS[name](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,479 @@
+"""The only door to data on disk: chunks are written, checked, indexed, split, mixed and cached here.
+
+A chunk is one whole episode of T steps in one .npz. How frames, actions and latents line up
+(`repeat` = R environment steps between two latents, `history` = 3 frames in each):
+
+    obs     o0   o1   o2   o3   o4   o5   o6  ...  oT        T + 1 frames, T actions
+    act        a0   a1   a2   a3   a4   a5   ...             a[t] moves o[t] to o[t+1]
+    z       z0        z1        z2        z3                 z[k] sees o[kR], o[kR-R], o[kR-2R]
+    act/z      mean(a0,a1) mean(a2,a3) ...                   act[k] moves z[k] to z[k+1]
+
+Frames before the first are the first, repeated; nothing ever crosses an episode.
+
+    python buffer.py data data_race data_recovery      what is there, what is damaged
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import queue
+import threading
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from runtime import fail, replace_atomically, run, versions, writable
+
+SCHEMA = 1  # of chunks; a newer one is skipped and named
+ZLIB_LEVEL = 2  # 20,000 frames/s a core in, 51,000 out, 1,470 bytes a frame; level 6: 7,100 in
+MAX_STEPS = 20_000  # no episode is longer: a header that says so is damaged or a zip bomb
+HELD_OUT_MOD = 10  # tracks whose seed is divisible by this are held out of training
+MAX_DAMAGED = 0.01  # share of unreadable chunks above which training refuses to start
+GROUP = 24  # episodes of one source that are open at a time: 3 sources make 72 in a batch's reach
+FRAME = (64, 64, 3)
+FIELDS = {"obs": (np.uint8, 1, FRAME), "act": (np.float32, 0, (3,)), "reward": (np.float32, 0, ()),
+          "terminated": (np.bool_, 0, ()), "truncated": (np.bool_, 0, ()),
+          "telemetry": (np.float32, 1, None)}  # name: dtype, rows beyond T, shape of a row
+META = ("schema", "source", "track_seed", "uid", "policy", "preprocess")
+
+
+# ------------------------------------------------------------------ one chunk
+
+def write_chunk(folder, meta, **arrays):
+    """Writes one episode as `folder/<uid>.npz`, whole or not at all, and returns the path.
+
+    arrays: obs (T+1,64,64,3) uint8, act (T,3) float32, reward, terminated, truncated (T,),
+    telemetry (T+1,K) float32. meta: dict with at least source, track_seed, uid, policy,
+    preprocess. Raises ValueError when they do not fit each other; refuses to overwrite.
+    """
+    meta = {"schema": SCHEMA, **meta}
+    T = len(arrays["act"])
+    _check(meta, {k: (v.shape, v.dtype) for k, v in arrays.items()})
+    if not all(np.isfinite(arrays[k]).all() for k in ("act", "reward", "telemetry")):
+        raise ValueError(f"episode {meta['uid']}: act, reward or telemetry is not finite")
+    meta.update(frames=T, return_=round(float(arrays["reward"].sum()), 3))
+    path = Path(folder) / f"{meta['uid']}.npz"
+    if path.exists():
+        raise ValueError(f"{path}: exists already; an episode is written once")
+
+    def write(f):
+        with zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED, compresslevel=ZLIB_LEVEL) as z:
+            for name, array in {"meta": np.array(json.dumps(meta)), **arrays}.items():
+                out = io.BytesIO()
+                np.lib.format.write_array(out, np.ascontiguousarray(array), allow_pickle=False)
+                z.writestr(f"{name}.npy", out.getbuffer())
+    replace_atomically(path, write)
+    return path
+
+
+def _check(meta, fields):
+    """ValueError unless meta and {name: (shape, dtype)} describe one whole episode."""
+    missing = [k for k in META if k not in meta] + [k for k in FIELDS if k not in fields]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}")
+    if meta["schema"] != SCHEMA:
+        raise ValueError(f"chunk schema {meta['schema']}, this code reads {SCHEMA}")
+    T = fields["act"][0][0]
+    if not 0 < T <= MAX_STEPS:
+        raise ValueError(f"{T} steps, expected 1 to {MAX_STEPS}")
+    for name, (dtype, extra, row) in FIELDS.items():
+        shape, found = fields[name]
+        row = shape[1:] if row is None else row
+        if shape != (T + extra, *row) or found != dtype:
+            raise ValueError(f"{name} is {found} {shape}, expected {np.dtype(dtype)} "
+                             f"{(T + extra, *row)}")
+
+
+def _header(z, name):
+    """(shape, dtype) of a member without inflating it."""
+    with z.open(f"{name}.npy") as f:
+        version = np.lib.format.read_magic(f)
+        reader = (np.lib.format.read_array_header_1_0 if version == (1, 0)
+                  else np.lib.format.read_array_header_2_0)
+        shape, _, dtype = reader(f)
+    if z.getinfo(f"{name}.npy").file_size > 256 + np.prod(shape, dtype=np.int64) * dtype.itemsize:
+        raise ValueError(f"{name} holds more bytes than its header says")
+    return shape, dtype
+
+
+def _member(z, name):
+    """One array of an open chunk; the zip's CRC is checked on the way."""
+    return np.lib.format.read_array(io.BytesIO(z.read(f"{name}.npy")), allow_pickle=False)
+
+
+BROKEN = (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error,
+          NotImplementedError)  # what zipfile and numpy raise on damaged or hostile files
+
+
+def read_meta(path):
+    """The meta of a chunk, its headers checked, nothing inflated but the meta. ValueError if bad."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            if z.getinfo("meta.npy").file_size > 1 << 20:
+                raise ValueError("meta over 1 MiB")
+            meta = json.loads(str(_member(z, "meta")))
+            _check(meta, {k: _header(z, k) for k in FIELDS})
+        return meta
+    except BROKEN as e:
+        raise ValueError(f"{path}: {e}" if str(e) else f"{path}: {type(e).__name__}") from None
+
+
+def read_chunk(path, *names):
+    """{name: array} of the named fields (all if none is named), CRC checked. ValueError if bad."""
+    read_meta(path)
+    try:
+        with zipfile.ZipFile(path) as z:
+            out = {k: _member(z, k) for k in names or FIELDS}
+        if "act" in out and not np.isfinite(out["act"]).all():
+            raise ValueError("act is not finite")
+        return out
+    except BROKEN as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+# ------------------------------------------------------------------ folders
+
+@dataclass(frozen=True)
+class Chunk:
+    """What the index knows of an episode: enough to plan batches without opening it again."""
+    path: Path
+    meta: dict = field(hash=False, compare=False)
+
+    @property
+    def frames(self):
+        """T: transitions, so T + 1 observations."""
+        return self.meta["frames"]
+
+    @property
+    def held_out(self):
+        """Whether its track is kept out of training: decided by the track's seed alone."""
+        return held_out(self.meta["track_seed"])
+
+
+def held_out(track_seed):
+    """The split: a tenth of the tracks, the same ones in every folder and on every machine."""
+    return track_seed % HELD_OUT_MOD == 0
+
+
+def index(folder):
+    """(chunks, damaged, duplicates) of a folder: lists of Chunk, str, str, in order of names."""
+    chunks, damaged, duplicates, seen = [], [], [], {}
+    for path in sorted(Path(folder).glob("*.npz")):
+        if path.name.startswith("."):
+            continue  # a file being written
+        try:
+            meta = read_meta(path)
+        except ValueError as e:
+            damaged.append(str(e))
+            continue
+        if meta["uid"] in seen:
+            duplicates.append(f"{path}: the same episode as {seen[meta['uid']].name}")
+            continue
+        seen[meta["uid"]] = path
+        chunks.append(Chunk(path, meta))
+    return chunks, damaged, duplicates
+
+
+MADE_BY = {"data": "python collect_data.py", "data_race": "python collect_race_data.py",
+           "data_recovery": "python collect_recovery_data.py"}
+
+
+def load_sources(args):
+    """{folder name: (train chunks, held-out chunks)} for --data; refuses what cannot be trained on."""
+    out = {}
+    for name in args.data:
+        made_by = MADE_BY.get(name, "a collector")
+        made_by += "" if args.root == Path(".") else f" --root {args.root}"
+        chunks, damaged, _ = index(args.root / name)
+        if len(damaged) > MAX_DAMAGED * (len(chunks) + len(damaged)):
+            fail(f"{args.root / name}: {len(damaged)} of {len(chunks) + len(damaged)} chunks are "
+                 f"unreadable, first {damaged[0]}; delete them (`python buffer.py "
+                 f"{args.root / name}` names each) and collect more with `{made_by}`")
+        for line in damaged:
+            print(f"skipped {line}")
+        if len({c.meta["preprocess"] for c in chunks}) > 1:
+            fail(f"{args.root / name}: chunks of several preprocessing versions; collect anew with "
+                 f"`{made_by}`")
+        split = [c for c in chunks if not c.held_out], [c for c in chunks if c.held_out]
+        for part, want in zip(split, ("training", "held-out")):
+            if not part:
+                fail(f"{args.root / name}/*.npz: no episode on a {want} track among "
+                     f"{len(chunks)}; `{made_by}` makes them (20,000 frames are enough to start)")
+        out[name] = split
+    return out
+
+
+def fingerprint(chunks):
+    """16 hex digits that name a set of episodes, whatever their order and folder."""
+    return hashlib.sha256("\n".join(sorted(c.meta["uid"] for c in chunks)).encode()
+                          ).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------ batches
+
+def shares_of(sources, batch_size, shares=None):
+    """Windows of each source in a batch: exact, adding up to batch_size (largest remainders)."""
+    shares = np.ones(len(sources)) if shares is None else np.array(shares, float)
+    if len(shares) != len(sources) or (shares < 0).any() or shares.sum() == 0:
+        fail(f"--shares {list(shares)}: expected {len(sources)} numbers >= 0, one for each folder")
+    exact = batch_size * shares / shares.sum()
+    count = np.floor(exact).astype(int)
+    count[np.argsort(count - exact, kind="stable")[:batch_size - count.sum()]] += 1
+    return count
+
+
+class Loader:
+    """Mixed, shuffled batches with an exact share of each source; a pure function of seed and step.
+
+    sources: a list of lists of Chunk. Each batch holds windows of `latents` latents, `repeat`
+    steps apart, with the `history` frames that the first one needs. Each source is its own stream:
+    episodes are shuffled, opened GROUP at a time and inflated once, the windows of a group are
+    shuffled, and every window is served once per pass. `latents=2, history=1, repeat=1` serves
+    triplets (state, action, next state). Threads inflate ahead.
+    """
+
+    def __init__(self, sources, batch_size, latents=2, history=1, repeat=1, shares=None, seed=0):
+        self.sources, self.seed = sources, seed
+        self.latents, self.history, self.repeat = latents, history, repeat
+        self.counts = shares_of(sources, batch_size, shares)
+        windows = [sum(self._windows(c) for c in chunks) for chunks in sources]
+        for chunks, n in zip(sources, windows):
+            if n == 0:
+                fail(f"{chunks[0].path.parent}: no episode is as long as {self._span()} steps")
+        frames = sum(windows)
+        self.steps_per_epoch = max(1, frames // (batch_size * latents))  # each frame about once
+
+    def _span(self):
+        return (self.latents - 1) * self.repeat  # steps from the first latent to the last
+
+    def _windows(self, chunk):
+        return max(0, chunk.frames + 1 - self._span())
+
+    def _groups(self, s):
+        """Endless (chunks, chunk number, start) of source s, one shuffled group after another."""
+        chunks, n_pass = self.sources[s], 0
+        while True:
+            rng = np.random.default_rng([self.seed, s, n_pass])
+            order = rng.permutation(len(chunks))
+            for i in range(0, len(order), GROUP):
+                group = [chunks[k] for k in order[i:i + GROUP]]
+                which = np.repeat(np.arange(len(group)), [self._windows(c) for c in group])
+                start = np.concatenate([np.arange(self._windows(c)) for c in group])
+                mix = rng.permutation(len(which))
+                yield group, which[mix], start[mix]
+            n_pass += 1
+
+    def _stream(self, s, skip, pool):
+        """Endless (arrays, start) windows of source s after the first `skip`; opens files ahead."""
+        def ready():  # groups with their inflation under way; skipped ones are never opened
+            left = skip
+            for group, which, start in self._groups(s):
+                if left >= len(which):
+                    left -= len(which)
+                    continue
+                files = [pool.submit(read_chunk, c.path, "obs", "act") for c in group]
+                yield files, which[left:], start[left:]
+                left = 0
+        groups = ready()
+        following = next(groups)
+        while True:
+            (files, which, start), following = following, next(groups)
+            data = [f.result() for f in files]
+            for w, t in zip(which, start):
+                yield data[w], t
+
+    def _window(self, data, t, obs, act):
+        """Fills obs (L, 64, 64, 3) and act (latents - 1, 3) with the window whose z0 is at t."""
+        R, K = self.repeat, self.latents
+        frames = t + R * np.arange(1 - self.history, K)
+        np.take(data["obs"], np.maximum(frames, 0), axis=0, out=obs)
+        if K > 1:
+            act[:] = data["act"][t:t + (K - 1) * R].reshape(K - 1, R, 3).mean(axis=1)
+
+    def batches(self, start=0):
+        """Endless (obs (B, L, 3, 64, 64) uint8, act (B, latents - 1, 3)) from step `start` on.
+
+        L = latents + history - 1. Closing the generator ends its threads.
+        """
+        L, K = self.latents + self.history - 1, self.latents
+        B = int(self.counts.sum())
+        ahead, done = queue.Queue(maxsize=4), threading.Event()
+
+        def put(item):
+            while not done.is_set():
+                try:
+                    return ahead.put(item, timeout=0.2)
+                except queue.Full:
+                    continue
+
+        def produce():
+            with ThreadPoolExecutor(2) as pool:
+                try:
+                    streams = [self._stream(s, start * n, pool) if n else None
+                               for s, n in enumerate(self.counts)]
+                    while not done.is_set():
+                        obs = np.empty((B, L, *FRAME), np.uint8)
+                        act = np.empty((B, K - 1, 3), np.float32)
+                        i = 0
+                        for stream, n in zip(streams, self.counts):
+                            for _ in range(n):
+                                self._window(*next(stream), obs[i], act[i])
+                                i += 1
+                        put((torch.from_numpy(obs).permute(0, 1, 4, 2, 3), torch.from_numpy(act)))
+                except Exception as e:  # reaches the consumer, who raises it
+                    put(e)
+                pool.shutdown(cancel_futures=True)
+
+        thread = threading.Thread(target=produce, daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = ahead.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            done.set()
+            thread.join()
+
+
+def triplets(batch):
+    """(state, action, next state) of a batch with two latents and one frame of history."""
+    obs, act = batch
+    return obs[:, 0], act[:, 0], obs[:, 1]
+
+
+def sample_frames(chunks, history, repeat, count, seed=0, fields=("telemetry",), skip=0):
+    """A fixed sample for probes and pictures: (obs (count, history, 3, 64, 64), {field: rows}).
+
+    The frames are spread evenly over the chunks; those before `skip` (the zoom) are left out.
+    """
+    rng = np.random.default_rng([seed, 7])
+    chunks = [c for c in chunks if c.frames > skip + 1]
+    per = np.diff(np.linspace(0, count, len(chunks) + 1).astype(int))
+    obs, rows = [], {k: [] for k in fields}
+    for chunk, n in zip(chunks, per):
+        if n == 0:
+            continue
+        data = read_chunk(chunk.path, "obs", *fields)
+        t = np.sort(rng.integers(skip, chunk.frames, size=n))
+        back = repeat * np.arange(1 - history, 1)
+        obs.append(data["obs"][np.maximum(t[:, None] + back, 0)])
+        for k in fields:
+            rows[k].append(data[k][t])
+    return (torch.from_numpy(np.concatenate(obs)).permute(0, 1, 4, 2, 3),
+            {k: np.concatenate(v) for k, v in rows.items()})
+
+
+# ------------------------------------------------------------------ latents
+
+class Latents:
+    """Latents of every frame of every chunk, cached on disk in half precision and memory-mapped.
+
+    One file a pair of encoder and preprocessing, `ROOT/models/latents_<key>.f16`, rows appended
+    chunk by chunk, and an index beside it that is written last: only new chunks are encoded, and
+    another encoder has another file. `encode(obs (B, history, 3, 64, 64)) -> z (B, D)`.
+    """
+
+    def __init__(self, root, key, dim, history, repeat, encode, chunks, progress=iter):
+        stem = writable(root / "models") / f"latents_{key}"
+        self.path, self.index_path = stem.with_suffix(".f16"), stem.with_suffix(".json")
+        self.dim, self.repeat = dim, repeat
+        self.rows = {}
+        if self.index_path.exists() and self.path.exists():
+            self.rows = json.loads(self.index_path.read_text())["rows"]  # uid: [first row, frames]
+        for old in self.path.parent.glob("latents_*"):
+            if old.stem != stem.name:
+                old.unlink()  # another encoder's
+        missing = [c for c in chunks if c.meta["uid"] not in self.rows]
+        end = max((a + n + 1 for a, n in self.rows.values()), default=0)
+        if missing:
+            with open(self.path, "r+b" if self.rows else "wb") as f:
+                f.truncate(end * dim * 2)
+                f.seek(0, 2)
+                for chunk in progress(missing):
+                    obs = read_chunk(chunk.path, "obs")["obs"]
+                    z = self._encode(obs, history, repeat, encode)
+                    f.write(z.tobytes())
+                    self.rows[chunk.meta["uid"]] = [end, chunk.frames]
+                    end += len(obs)
+                f.flush()
+            body = json.dumps({"dim": dim, "versions": versions(), "rows": self.rows}).encode()
+            replace_atomically(self.index_path, lambda f: f.write(body))
+        self.z = np.memmap(self.path, np.float16, "r", shape=(end, dim))
+        self.act = np.zeros((end, 3), np.float32)  # mean action of the `repeat` steps from a row on
+        for chunk in chunks:
+            a, T = self.rows[chunk.meta["uid"]]
+            act = read_chunk(chunk.path, "act")["act"]
+            if T >= repeat:
+                cum = np.cumsum(np.concatenate([np.zeros((1, 3)), act]), axis=0)
+                self.act[a:a + T + 1 - repeat] = (cum[repeat:] - cum[:-repeat]) / repeat
+
+    @staticmethod
+    def _encode(obs, history, repeat, encode, batch=256):
+        out = []
+        for i in range(0, len(obs), batch):
+            t = np.arange(i, min(i + batch, len(obs)))
+            rows = np.maximum(t[:, None] + repeat * np.arange(1 - history, 1), 0)
+            out.append(encode(torch.from_numpy(obs[rows]).permute(0, 1, 4, 2, 3)))
+        return torch.cat(out).cpu().half().numpy()
+
+    def starts(self, chunks, latents, skip=0):
+        """Rows at which a window of `latents` latents can begin without leaving its episode."""
+        span = (latents - 1) * self.repeat
+        parts = [np.arange(a + skip, a + T + 1 - span)
+                 for a, T in (self.rows[c.meta["uid"]] for c in chunks) if T + 1 - span > skip]
+        return np.concatenate(parts) if parts else np.zeros(0, int)
+
+    def windows(self, starts, latents):
+        """(z (B, latents, D) float32, act (B, latents - 1, 3)) of the windows at these rows."""
+        rows = np.asarray(starts)[:, None] + self.repeat * np.arange(latents)
+        return (torch.from_numpy(self.z[rows].astype(np.float32)),
+                torch.from_numpy(self.act[rows[:, :-1]]))
+
+
+# ------------------------------------------------------------------ inspection
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("folders", nargs="+", type=Path, help="folders of chunks")
+    p.add_argument("--verify", action="store_true",
+                   help="inflate everything and check each CRC, not only the headers")
+    args = p.parse_args()
+    print(f"{'folder':24} {'chunks':>7} {'held out':>8} {'frames':>10} {'MB':>8} {'B/frame':>7} "
+          f"{'return':>15} {'laps':>5} {'twice':>5} {'damaged':>7}")
+    bad = 0
+    for folder in args.folders:
+        if not folder.is_dir():
+            fail(f"{folder}: expected a folder of chunks, found none; "
+                 f"`{MADE_BY.get(folder.name, 'a collector')}` makes it")
+        chunks, damaged, duplicates = index(folder)
+        if args.verify:
+            for c in list(chunks):
+                try:
+                    read_chunk(c.path)
+                except ValueError as e:
+                    damaged.append(str(e))
+                    chunks.remove(c)
+        size = sum(c.path.stat().st_size for c in chunks)
+        frames = sum(c.frames for c in chunks)
+        r = np.array([c.meta["return_"] for c in chunks] or [np.nan])
+        laps = sum(bool(c.meta.get("lap_finished")) for c in chunks)
+        print(f"{str(folder):24} {len(chunks):7} {sum(c.held_out for c in chunks):8} {frames:10,} "
+              f"{size / 1e6:8.1f} {size / max(1, frames):7.0f} {r.mean():8.1f} ± {r.std():4.0f} "
+              f"{laps:5} {len(duplicates):5} {len(damaged):7}")
+        for line in duplicates + damaged:
+            print(f"  {line}")
+        bad += len(damaged)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,643 @@
+"""The only door to CarRacing: the official env, a fast twin of it, and the one way to look at it.
+
+    env = make_env("fast")               # obs (64, 64, 3) uint8, physics and rewards of the official env
+    obs, info = env.reset(seed=0)
+    obs, reward, terminated, truncated, info = env.step(action)   # steer -1..1 (+ right), gas, brake
+    telemetry(env)                       # (K,) float32, named and explained in TELEMETRY
+
+The fast env computes what `preprocess(official frame)` would show without drawing the 1000x800 window:
+the world is rasterised once per track into a texture; a frame is one warp of it onto the 96x84 grid of
+the official frame, the car laid over as cached sprites, and the HUD, whose bars are axis-aligned,
+computed as areas. `python benchmark.py env fidelity` measures both what it gains and what it loses.
+"""
+
+import math
+from functools import lru_cache
+
+import cv2
+import gymnasium as gym
+import numpy as np
+import pygame
+from gymnasium.envs.box2d import car_dynamics as cd
+from gymnasium.envs.box2d import car_racing as cr
+from gymnasium.error import InvalidAction
+from gymnasium.wrappers import OrderEnforcing, TimeLimit
+
+ENV_ID = "CarRacing-v3"
+OBS_SIZE = 64  # px
+PREPROCESS_VERSION = 1  # goes up whenever the same world would look different
+MAX_STEPS = 1000  # per episode, as registered for ENV_ID
+FPS = 50  # steps a second
+PLAYFIELD = cr.PLAYFIELD  # units from the centre to the edge: crossing it ends the episode
+
+HUD_TOP = 84  # first HUD row of the 96-pixel frame
+SCENE_H = 56  # rows of the 64-pixel frame above the HUD
+DIGIT_COLS = 8  # the score covers 12 of 96 columns: 8 of 64
+SX, SY = cr.WINDOW_W / cr.STATE_W, cr.WINDOW_H / cr.STATE_H  # window px a frame px
+CAR_X, CAR_Y = cr.WINDOW_W / 2, cr.WINDOW_H / 4  # where the car sits in the window, y up
+GROWTH = 0.52  # window px by which gfxdraw's outline enlarges each side of a polygon
+AA_GROWTH = 0.657  # texels by which cv2's LINE_AA does
+MARGIN = 2.0  # units of black kept around the playfield
+HALF = cr.PLAYFIELD + MARGIN  # units from the texture's centre to its sides
+# (texels a unit, smallest zoom in px a unit drawn from it, zoom whose polygon growth it shows)
+LEVELS = ((4.0, 8.0, 16.2), (2.0, 4.0, 6.0), (1.0, 2.0, 3.0), (0.5, 0.0, 1.3))
+FRAC = 8  # fractional bits of polygon vertices
+INVERSE = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+
+
+def make_env(kind="fast", **kw):
+    """CarRacing with 1000 steps an episode; `kw` goes to the env (render_mode, domain_randomize...).
+
+    kind: "official" (obs (96, 96, 3)), "fast" (obs (64, 64, 3), same physics, rewards, seeds) or
+    "physics" (nothing drawn, obs zeros (64, 64, 3)). ValueError for another kind.
+    """
+    if kind == "official":
+        return gym.make(ENV_ID, disable_env_checker=True, **kw)
+    kinds = {"fast": FastCarRacing, "physics": PhysicsCarRacing}
+    if kind not in kinds:
+        raise ValueError(f"kind of env: expected official, fast or physics, found {kind!r}")
+    return TimeLimit(OrderEnforcing(kinds[kind](**kw)), MAX_STEPS)
+
+
+def preprocess(frame):
+    """Official frame (96, 96, 3) uint8 -> (64, 64, 3) uint8: area average, score digits blacked out.
+
+    ValueError for another shape or type. Area keeps the level of thin HUD bars; nearest loses them.
+    """
+    shape, dtype = getattr(frame, "shape", None), getattr(frame, "dtype", type(frame).__name__)
+    if shape != (cr.STATE_H, cr.STATE_W, 3) or dtype != np.uint8:
+        raise ValueError(f"preprocess: expected (96, 96, 3) uint8, found {shape} {dtype}")
+    obs = cv2.resize(frame, (OBS_SIZE, OBS_SIZE), interpolation=cv2.INTER_AREA)
+    obs[SCENE_H:, :DIGIT_COLS] = 0  # the score is a leak of the return
+    return obs
+
+
+def observe(env, obs):
+    """What a driver of `env` sees: (64, 64, 3) uint8 whichever kind of env the obs came from."""
+    return obs if obs.shape == (OBS_SIZE, OBS_SIZE, 3) else preprocess(obs)
+
+
+# ---- physics: the official step in plain floats, bit for bit -------------------------------------
+
+ENGINE = cd.ENGINE_POWER
+INERTIA = cd.WHEEL_MOMENT_OF_INERTIA
+GRIP = 205000 * cd.SIZE * cd.SIZE  # force per unit/s of slip, before the friction limit
+RIGHT = cr.Box2D.b2Vec2(1, 0)
+
+
+def sign(x):
+    return (x > 0) - (x < 0)
+
+
+def step_car(car, dt):
+    """`Car.step` on Python floats: the same operations in the same order, half the time."""
+    for w in car.wheels:
+        turn = w.steer - w.joint.angle
+        w.joint.motorSpeed = sign(turn) * min(50.0 * abs(turn), 3.0)
+        grass = not w.tiles
+        limit = cd.FRICTION_LIMIT * 0.6 if grass else cd.FRICTION_LIMIT
+        side = w.GetWorldVector(RIGHT)
+        sx, sy = side.x, side.y  # the wheel's forward vector is (-sy, sx), exactly
+        v = w.linearVelocity
+        vx, vy = v.x, v.y
+        vf = -sy * vx + sx * vy
+        vs = sx * vx + sy * vy
+        omega = w.omega
+        omega += dt * ENGINE * w.gas / INERTIA / (abs(omega) + 5.0)
+        car.fuel_spent += dt * ENGINE * w.gas
+        if w.brake >= 0.9:
+            omega = 0.0
+        elif w.brake > 0:
+            omega -= sign(omega) * min(15 * w.brake, abs(omega))
+        w.phase += omega * dt
+        f_force = (-vf + omega * w.wheel_rad) * GRIP
+        p_force = -vs * GRIP
+        force = math.sqrt(f_force * f_force + p_force * p_force)
+        leave_skid(car, w, force > 2.0 * limit, grass)
+        if force > limit:
+            f_force = f_force / force * limit
+            p_force = p_force / force * limit
+        w.omega = omega - dt * f_force * w.wheel_rad / INERTIA
+        fx, fy = p_force * sx + f_force * -sy, p_force * sy + f_force * sx
+        w.ApplyForceToCenter((fx, fy), True)
+
+
+def leave_skid(car, w, skids, grass):
+    """The skid marks of `Car.step`, which only `render()` shows."""
+    if not skids:
+        w.skid_start = w.skid_particle = None
+    elif w.skid_particle and w.skid_particle.grass == grass and len(w.skid_particle.poly) < 30:
+        w.skid_particle.poly.append((w.position[0], w.position[1]))
+    elif w.skid_start is None:
+        w.skid_start = w.position
+    else:
+        w.skid_particle = car._create_particle(w.skid_start, w.position, grass)
+        w.skid_start = None
+
+
+class PhysicsCarRacing(cr.CarRacing):
+    """CarRacing that draws no observation (zeros): for tuning drivers that read `telemetry`."""
+
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        self.observation_space = gym.spaces.Box(0, 255, (OBS_SIZE, OBS_SIZE, 3), np.uint8)
+
+    def step(self, action):
+        """`CarRacing.step` bit for bit, in plain floats: see there."""
+        if action is not None:
+            self._act(action)
+        step_car(self.car, 1.0 / FPS)
+        self.world.Step(1.0 / FPS, 6 * 30, 2 * 30)
+        self.t += 1.0 / FPS
+        self.state = self._render("state_pixels")
+        reward, terminated, info = 0, False, {}
+        if action is not None:  # reset() steps once without
+            reward, terminated, info = self._judge()
+        if self.render_mode == "human":
+            self.render()
+        return self.state, reward, terminated, False, info
+
+    def _act(self, action):
+        if not self.continuous:
+            if not self.action_space.contains(action):
+                raise InvalidAction(f"expected a member of {self.action_space}, found {action!r}")
+            steer, gas, brake = ((0, 0, 0), (-0.6, 0, 0), (0.6, 0, 0), (0, 0.2, 0), (0, 0, 0.8))[
+                action
+            ]
+        else:
+            steer, gas, brake = action.astype(np.float64).tolist()
+            steer, gas = -steer, min(max(gas, 0.0), 1.0)
+        wheels = self.car.wheels
+        wheels[0].steer = wheels[1].steer = steer
+        for w in wheels[2:]:
+            w.gas += min(gas - w.gas, 0.1)
+        for w in wheels:
+            w.brake = brake
+
+    def _judge(self):
+        """-> (reward of this step, terminated, info)"""
+        self.reward -= 0.1
+        self.car.fuel_spent = 0.0
+        reward = self.reward - self.prev_reward
+        self.prev_reward = self.reward
+        terminated, info = False, {}
+        if self.tile_visited_count == len(self.track) or self.new_lap:
+            terminated, info["lap_finished"] = True, True
+        x, y = self.car.hull.position
+        if abs(x) > cr.PLAYFIELD or abs(y) > cr.PLAYFIELD:
+            terminated, info["lap_finished"], reward = True, False, -100
+        return reward, terminated, info
+
+    def _render(self, mode):
+        if mode != "state_pixels":
+            return super()._render(mode)
+        return np.zeros((OBS_SIZE, OBS_SIZE, 3), np.uint8)
+
+
+# ---- telemetry and teleports ---------------------------------------------------------------------
+
+TELEMETRY = {  # name -> unit; right and left as the driver sees them
+    "speed": "units/s",
+    "forward_speed": "units/s along the car",
+    "side_speed": "units/s across the car, + to its right",
+    "yaw_rate": "rad/s, + to the left",
+    "lateral_offset": "units from the centre line, + on its right; the road ends at 6.67",
+    "heading_error": "rad, -pi..pi, direction of the track minus the car's, + if it is to turn left",
+    "curvature_10": "1/units, of the track 10 units ahead, + to the left",
+    "curvature_20": "1/units, 20 units ahead",
+    "curvature_35": "1/units, 35 units ahead",
+    "wheels_off_road": "wheels that touch no tile, 0..4",
+    "tile_index": "index of the nearest tile of the track",
+    "tiles_visited": "fraction of the track's tiles, 0..1",
+    "steer_angle": "rad, of the front left wheel, + to the left",
+    "wheel_spin_fl": "rad/s, + forward",
+    "wheel_spin_fr": "rad/s",
+    "wheel_spin_rl": "rad/s",
+    "wheel_spin_rr": "rad/s",
+    "x": "units",
+    "y": "units",
+    "hull_angle": "rad, 0 faces +y, not wrapped",
+}
+LOST = 12.0  # units off the centre line beyond which another part of the track may be nearer
+LOOK_AHEAD = (3, 6, 10)  # tiles of 3.5 units: about 10, 20 and 35 units
+
+
+class CentreLine:
+    """The track as flat lists, and the tile that was last the nearest."""
+
+    def __init__(self, track):
+        self.track = track
+        _, beta, x, y = np.array(track).T
+        turn = np.roll(beta, -1) - np.roll(beta, 1)
+        turn = (turn + np.pi) % (2 * np.pi) - np.pi
+        self.xy = np.stack((x, y), 1)
+        self.x, self.y, self.beta = x.tolist(), y.tolist(), beta.tolist()
+        self.curvature = (turn / (2 * cr.TRACK_DETAIL_STEP)).tolist()
+        self.nearest = None
+
+    def find(self, x, y):
+        """Index of the tile nearest to (x, y): downhill from the last one, from all if far off."""
+        if self.nearest is not None:
+            d, i = self._descend(x, y, self.nearest)
+            if d < LOST**2:
+                self.nearest = i
+                return i
+        self.nearest = int(np.square(self.xy - (x, y)).sum(1).argmin())
+        return self.nearest
+
+    def _descend(self, x, y, i):
+        best = self._distance(x, y, i)
+        for way in (1, -1):
+            while (d := self._distance(x, y, i + way)) < best:
+                best, i = d, (i + way) % len(self.x)
+        return best, i
+
+    def _distance(self, x, y, i):
+        i %= len(self.x)
+        return (self.x[i] - x) ** 2 + (self.y[i] - y) ** 2
+
+
+def centre_line(env):
+    """The CentreLine of the track that the (unwrapped) env is on."""
+    line = env.__dict__.get("centre_line")
+    if line is None or line.track is not env.track:
+        line = env.centre_line = CentreLine(env.track)
+    return line
+
+
+def telemetry(env):
+    """State of the car after the last step, (K,) float32: names and units in TELEMETRY, any kind."""
+    env = env.unwrapped
+    hull, wheels, line = env.car.hull, env.car.wheels, centre_line(env)
+    (x, y), v, angle = hull.position, hull.linearVelocity, hull.angle
+    vx, vy = v.x, v.y
+    c, s = math.cos(angle), math.sin(angle)
+    i, n = line.find(x, y), len(line.x)
+    beta = line.beta[i]
+    offset = (x - line.x[i]) * math.cos(beta) + (y - line.y[i]) * math.sin(beta)
+    return np.array(
+        (
+            math.hypot(vx, vy),
+            c * vy - s * vx,
+            c * vx + s * vy,
+            hull.angularVelocity,
+            offset,
+            (beta - angle + math.pi) % (2 * math.pi) - math.pi,
+            *(line.curvature[(i + k) % n] for k in LOOK_AHEAD),
+            sum(not w.tiles for w in wheels),
+            i,
+            env.tile_visited_count / n,
+            wheels[0].joint.angle,
+            *(w.omega for w in wheels),
+            x,
+            y,
+            angle,
+        ),
+        np.float32,
+    )
+
+
+def place_car(env, x, y, angle, speed=0.0, yaw_rate=0.0):
+    """Replace the car by one at (x, y) units, facing `angle` rad (0: +y), in any kind of env.
+
+    speed: units/s along the car, its wheels rolling; yaw_rate: rad/s, + to the left. Pedals and
+    steering start at rest; visited tiles, return and step count stay. Returns the new observation.
+    """
+    env = env.unwrapped
+    env.car.destroy()  # or its bodies stay in the world
+    env.car = car = cd.Car(env.world, angle, x, y)
+    vx, vy = -math.sin(angle) * speed, math.cos(angle) * speed
+    centre = car.hull.worldCenter
+    for body in (car.hull, *car.wheels):
+        body.angularVelocity = yaw_rate
+    car.hull.linearVelocity = (vx, vy)
+    for w, (wx, wy) in zip(car.wheels, cd.WHEELPOS):
+        w.position = car.hull.GetWorldPoint((wx * cd.SIZE, wy * cd.SIZE))  # Car leaves them unturned
+        rx, ry = w.position - centre
+        w.linearVelocity = (vx - yaw_rate * ry, vy + yaw_rate * rx)
+        w.omega = speed / w.wheel_rad
+    centre_line(env).nearest = None
+    return env._render("state_pixels")
+
+
+# ---- the picture ---------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def level_table():
+    """(256,) uint8: what pygame's smoothscale makes of a flat grey; 1 or 2 less, by build and CPU."""
+    window = pygame.Surface((cr.WINDOW_W, cr.WINDOW_H))
+    for v in range(256):  # 16 x 16 flat blocks, read in their middles
+        window.fill((v, v, v), (v % 16 * 62.5, v // 16 * 50, 63, 50))
+    frame = pygame.transform.smoothscale(window, (cr.STATE_W, cr.STATE_H))
+    return pygame.surfarray.array3d(frame)[3::6, 3::6, 0].T.ravel()
+
+
+def shown(color):
+    """RGB 0..255 (truncated to int as the env does) -> RGBA as the shrunk frame shows it."""
+    return tuple(int(level_table()[int(c)]) for c in color) + (0,)
+
+
+def area_weights(n_out, n_in):
+    """(n_out, n_in) float32: row i averages the i-th of n_out equal parts of n_in pixels."""
+    edges = np.linspace(0, n_in, n_out + 1)
+    k = np.arange(n_in)
+    cover = np.minimum(edges[1:, None], k + 1) - np.maximum(edges[:-1, None], k)
+    return (np.clip(cover, 0, None) * n_out / n_in).astype(np.float32)
+
+
+def texels(points, scale):
+    """World units (..., 2) -> fixed-point texture coordinates for `cv2.fillConvexPoly`."""
+    return np.rint(((points + HALF) * scale - 0.5) * (1 << FRAC)).astype(np.int32)
+
+
+def widen(quads, grow, ahead):
+    """Quads (n, 4, 2), each (left, right, right behind, left behind), `grow` units wider on each side
+    and `ahead` units longer: the next quad, drawn over it, finds no grass under its soft seam."""
+    l1, r1, r2, l2 = quads.transpose(1, 0, 2)
+    front, back, along = unit(r1 - l1) * grow, unit(r2 - l2) * grow, unit(l1 + r1 - l2 - r2) * ahead
+    return np.stack((l1 - front + along, r1 + front + along, r2 + back, l2 - back), 1)
+
+
+def unit(v):
+    return v / np.linalg.norm(v, axis=-1, keepdims=True)
+
+
+def square(x, y, side):
+    return np.array(((x, y), (x + side, y), (x + side, y + side), (x, y + side)))
+
+
+class World:
+    """One track as antialiased textures, one for each range of zoom, indexed by world position.
+
+    Reused from track to track: 1334 texels a side in the finest, 10 MB, and as much for the lawn.
+    """
+
+    def __init__(self):
+        sides = [math.ceil(2 * HALF * scale) for scale, _, _ in LEVELS]
+        self.textures = [np.zeros((n, n, 4), np.uint8) for n in sides]
+        self.lawns = [np.zeros((n, n, 4), np.uint8) for n in sides]  # the world without its road
+        self.lawn_colors = None
+
+    def draw(self, env):
+        """Rasterise the track that `env` has just created."""
+        lawn_colors = shown(env.bg_color), shown(env.grass_color)
+        if lawn_colors != self.lawn_colors:
+            self.lawn_colors = lawn_colors
+            self._draw_lawns(*lawn_colors)
+        quads = np.array([quad for quad, _ in env.road_poly])
+        colors = [shown(color) for _, color in env.road_poly]
+        tiles = quads[[isinstance(color, np.ndarray) for _, color in env.road_poly]]  # no kerbs
+        self.flat = [texels(widen(tiles, -1 / scale, 0), scale) for scale, _, _ in LEVELS]
+        for texture, lawn, (scale, _, zoom) in zip(self.textures, self.lawns, LEVELS):
+            np.copyto(texture, lawn)
+            polys = texels(widen(quads, GROWTH / zoom - AA_GROWTH / scale, 1 / scale), scale)
+            for poly, color in zip(polys, colors):
+                cv2.fillConvexPoly(texture, poly, color, cv2.LINE_AA, FRAC)
+
+    def _draw_lawns(self, bg, grass):
+        d, field = cr.GRASS_DIM, 2 * cr.PLAYFIELD
+        patches = [square(d * i, d * j, d) for i in range(-20, 20, 2) for j in range(-20, 20, 2)]
+        squares = np.array([square(-cr.PLAYFIELD, -cr.PLAYFIELD, field)] + patches)
+        for lawn, (scale, _, zoom) in zip(self.lawns, LEVELS):
+            lawn[:] = 0
+            grow = GROWTH / zoom - AA_GROWTH / scale
+            outward = np.array(((-1, -1), (1, -1), (1, 1), (-1, 1))) * grow
+            for i, poly in enumerate(texels(squares + outward, scale)):
+                cv2.fillConvexPoly(lawn, poly, grass if i else bg, cv2.LINE_AA, FRAC)
+
+    def repaint(self, tile, color):
+        """Give a tile another colour, but for its soft edges: the change is 5 levels at most."""
+        for texture, flat in zip(self.textures, self.flat):
+            cv2.fillConvexPoly(texture, flat[tile], color, cv2.LINE_8, FRAC)
+
+
+# ---- the car -------------------------------------------------------------------------------------
+
+CAR_ROWS, CAR_COLS = slice(66, 78), slice(45, 51)  # of the 96-pixel frame: all that the car covers
+CROP_X, CROP_Y, CROP_W, CROP_H = 460, 140, 80, 120  # the same in window px, y up, with a margin
+ANGLE_STEP = 0.025  # rad of steering per cached sprite
+PHASE_STEPS = 128  # cached sprites per turn of a wheel
+ROWS_96 = area_weights(96, 800)[CAR_ROWS, 800 - CROP_Y - CROP_H : 800 - CROP_Y]
+COLS_96 = area_weights(96, 1000)[CAR_COLS, CROP_X : CROP_X + CROP_W]
+RGBA_MASKS = (0xFF, 0xFF00, 0xFF0000, 0xFF000000)  # bytes in the order R, G, B, A
+HULL = (cd.HULL_POLY1, cd.HULL_POLY2, cd.HULL_POLY3, cd.HULL_POLY4)
+
+
+def paint(surface, points, zoom, color, angle=0.0, at=(0, 0)):
+    """Polygon in car pixels (SIZE units each), turned and moved, as the env draws it."""
+    k, c, s = cd.SIZE * zoom, math.cos(angle), math.sin(angle)
+    pts = [((at[0] + c * x - s * y) * k + CAR_X - CROP_X,
+            (at[1] + s * x + c * y) * k + CAR_Y - CROP_Y) for x, y in points]
+    pygame.draw.polygon(surface, color, pts)
+
+
+def blank():
+    """The window around the car, transparent."""
+    return pygame.Surface((CROP_W, CROP_H), pygame.SRCALPHA, 32, RGBA_MASKS)
+
+
+def sprite(surface):
+    """(12, 6, 4) float32: premultiplied RGB 0..255 and coverage -1..0 on the 96-pixel grid."""
+    rgba = np.frombuffer(surface.get_buffer(), np.uint8).reshape(CROP_H, CROP_W * 4)[::-1]  # y down
+    rows = (ROWS_96 @ rgba.astype(np.float32)).reshape(-1, CROP_W, 4)
+    out = np.ascontiguousarray((COLS_96 @ rows), np.float32)  # (12, 6, 4)
+    out[..., 3] /= -255
+    return out
+
+
+@lru_cache(maxsize=64)
+def hull_sprite(zoom):
+    surface = blank()
+    for poly in HULL:
+        paint(surface, poly, zoom, shown((204, 0, 0))[:3] + (255,))
+    hull = sprite(surface)
+    hull[..., 3] += 1  # of the sum of hull and wheels: what is left of the ground
+    hull[..., :3] += 0.5  # rounds
+    return hull
+
+
+@lru_cache(maxsize=16384)
+def wheel_sprite(wheel, angle_step, phase_step, zoom):
+    surface = blank()
+    angle, at = angle_step * ANGLE_STEP, cd.WHEELPOS[wheel]
+    w, r = cd.WHEEL_W, cd.WHEEL_R
+    paint(surface, [(-w, r), (w, r), (w, -r), (-w, -r)], zoom, (0, 0, 0, 255), angle, at)
+    a1 = (phase_step + 0.5) * 2 * math.pi / PHASE_STEPS
+    s1, s2, c1, c2 = math.sin(a1), math.sin(a1 + 1.2), math.cos(a1), math.cos(a1 + 1.2)
+    if s1 <= 0 or s2 <= 0:  # the white stripe, or what of it is on top of the wheel
+        c1, c2 = r * (sign(c1) if s1 > 0 else c1), r * (sign(c2) if s2 > 0 else c2)
+        white = shown(cd.WHEEL_WHITE)[:3] + (255,)
+        paint(surface, [(-w, c1), (w, c1), (w, c2), (-w, c2)], zoom, white, angle, at)
+    for poly in HULL:  # the hull is drawn over the wheels
+        paint(surface, poly, zoom, (0, 0, 0, 0))
+    return sprite(surface)
+
+
+# ---- the HUD -------------------------------------------------------------------------------------
+
+BAR_UNIT_X, BAR_UNIT_Y = 25, 20  # window px of the HUD's grid
+MIN_BAR = 1e-4  # smaller values are not drawn
+BARS = ((5, (255, 255, 255)), (7, (0, 0, 255)), (8, (0, 0, 255)), (9, (51, 0, 255)),
+        (10, (51, 0, 255)))  # place on the grid and colour: speed, then spin of each wheel
+
+
+def reduce_96_to_64():
+    """(64, 96) float32, the area average of `preprocess`"""
+    return area_weights(64, 96)
+
+
+def hud_tables():
+    """Areas of the HUD's bars in the last 8 rows of the frame.
+
+    -> by top row 700..819 of a vertical bar (121, 8); its columns and colour (5, 192); the rows of a
+    horizontal bar (8,); running sum over window columns (1001, 64).
+    """
+    rows = (reduce_96_to_64() @ area_weights(96, 800))[SCENE_H:, 700:]  # (8, 100)
+    cols = reduce_96_to_64() @ area_weights(96, 1000)  # (64, 1000)
+    tall = np.zeros((121, 8), np.float32)
+    for top in range(120):
+        a, b = sorted((top, 80))
+        tall[top] = rows[:, a : b + 1].sum(1)  # row 120 stays empty: nothing to draw
+    bars = []
+    for place, color in BARS:
+        x0 = place * BAR_UNIT_X
+        last = x0 + BAR_UNIT_X + (place in (5, 10))  # inclusive, unless the next bar covers it
+        bars.append(np.outer(cols[:, x0:last].sum(1), shown(color)[:3]).ravel())
+    across = np.concatenate((np.zeros((1, 64)), np.cumsum(cols.T, 0))).astype(np.float32)
+    return tall, np.array(bars, np.float32), rows[:, 20:61].sum(1), across
+
+
+class Hud:
+    """The last 8 rows of the frame: speed, spin of 4 wheels, steering, gyro."""
+
+    def __init__(self):
+        self.tall, bars, flat, self.across = hud_tables()
+        self.cols = np.zeros((8, OBS_SIZE, 3), np.float32)
+        self.cols[:5] = bars.reshape(5, OBS_SIZE, 3)
+        self.cols[7] = 0.5  # rounds
+        self.rows = np.ones((8, 8), np.float32)
+        self.rows[5:7] = flat
+        self.green, self.red = shown((0, 255, 0))[1], shown((255, 0, 0))[0]
+
+    def draw(self, car, out):
+        v = car.hull.linearVelocity
+        speed = math.sqrt(v.x * v.x + v.y * v.y)
+        tops = [bar_top(0.02 * speed, speed)]
+        tops += [bar_top(0.01 * w.omega, w.omega) for w in car.wheels]
+        self.rows[:5] = self.tall[tops]
+        steer, gyro = car.wheels[0].joint.angle, car.hull.angularVelocity
+        self.cols[5, :, 1] = self._bar(20, -10.0 * steer, steer, self.green)
+        self.cols[6, :, 0] = self._bar(30, -0.8 * gyro, gyro, self.red)
+        hud = self.rows.T @ self.cols.reshape(8, -1)
+        out[:] = hud.reshape(8, OBS_SIZE, 3)
+
+    def _bar(self, place, length, value, level):
+        if abs(value) <= MIN_BAR:
+            return 0.0
+        end = int(min(max((place + length) * BAR_UNIT_X, 0), cr.WINDOW_W - 1))
+        a, b = sorted((place * BAR_UNIT_X, end))
+        return (self.across[b + 1] - self.across[a]) * level
+
+
+def bar_top(height, value):
+    """Window row, from the HUD's first, where a vertical bar ends; 120: no bar."""
+    if abs(value) <= MIN_BAR:
+        return 120
+    return min(max(int(cr.WINDOW_H - (BAR_UNIT_Y + BAR_UNIT_Y * height)) - 700, 0), 99)
+
+
+# ---- the fast env --------------------------------------------------------------------------------
+
+
+class PaintDetector(cr.FrictionDetector):
+    """Also notes the tiles whose colour a touch changed: their texture is to be repainted."""
+
+    def _contact(self, contact, begin):
+        super()._contact(contact, begin)
+        for body in (contact.fixtureA.body.userData, contact.fixtureB.body.userData):
+            if body and "road_friction" in body.__dict__ and not body.painted:
+                body.painted = True
+                self.env.touched.append(body.idx)
+
+
+class FastCarRacing(PhysicsCarRacing):
+    """CarRacing whose obs is (64, 64, 3) uint8, `preprocess(official obs)` to 0.3 levels on average."""
+
+    def __init__(self, *args, **kw):
+        super().__init__(*args, **kw)
+        self.view = None
+
+    def _create_track(self):
+        self.touched = []
+        if not super()._create_track():
+            return False
+        listener = PaintDetector(self, self.lap_complete_percent)
+        self.world.contactListener = self.world.contactListener_bug_workaround = listener
+        for tile in self.road:
+            tile.painted = tile.idx % 3 == 0  # these have the flat colour from the start
+        self.view = self.view or View()
+        self.view.world.draw(self)
+        return True
+
+    def _render(self, mode):
+        return self.view.draw(self) if mode == "state_pixels" else super()._render(mode)
+
+
+class View:
+    """Draws the frames of one env; holds its textures and buffers."""
+
+    def __init__(self):
+        self.world, self.hud = World(), Hud()
+        self.scene = np.zeros((HUD_TOP, cr.STATE_W, 4), np.uint8)
+        self.wide = np.zeros((2 * HUD_TOP, 2 * cr.STATE_W, 4), np.uint8)
+        self.small = np.zeros((SCENE_H, OBS_SIZE, 4), np.uint8)
+        self.matrix = np.zeros((2, 3))
+        # bilinear at a third of a pixel is the area average of 96 to 64, at a quarter of its cost
+        i = np.arange(OBS_SIZE)
+        thirds = (3 * (i // 2) + np.where(i % 2, 5 / 3, 1 / 3)).astype(np.float32)
+        self.at = np.meshgrid(thirds, thirds[:SCENE_H])
+
+    def draw(self, env):
+        """-> (64, 64, 3) uint8, new"""
+        for tile in env.touched:
+            self.world.repaint(tile, shown(env.road_color))
+        env.touched.clear()
+        t = env.t
+        zoom = 0.1 * cr.SCALE * max(1 - t, 0) + cr.ZOOM * cr.SCALE * min(t, 1)
+        self._draw_ground(env.car.hull, zoom, t < 1)
+        self._draw_car(env.car, zoom)
+        cv2.remap(self.scene, *self.at, cv2.INTER_LINEAR, self.small)
+        obs = np.empty((OBS_SIZE, OBS_SIZE, 3), np.uint8)
+        cv2.cvtColor(self.small, cv2.COLOR_RGBA2RGB, obs[:SCENE_H])
+        self.hud.draw(env.car, obs[SCENE_H:])
+        return obs
+
+    def _draw_ground(self, hull, zoom, zooming):
+        if zooming:
+            self._warp(hull, zoom, self.wide)
+            cv2.resize(self.wide, (cr.STATE_W, HUD_TOP), self.scene, interpolation=cv2.INTER_AREA)
+        else:
+            self._warp(hull, zoom, self.scene)
+
+    def _warp(self, hull, zoom, out):
+        h, w, _ = out.shape
+        level = next(i for i, (_, least, _) in enumerate(LEVELS) if zoom >= least)
+        scale = LEVELS[level][0]
+        kx, ky = cr.WINDOW_W / w / zoom, 700 / h / zoom  # units a pixel
+        bx, by = 0.5 * kx - CAR_X / zoom, (cr.WINDOW_H - CAR_Y) / zoom - 0.5 * ky
+        x, y = hull.position
+        c, s = math.cos(hull.angle) * scale, math.sin(hull.angle) * scale
+        self.matrix[:] = (
+            (c * kx, s * ky, (x + HALF) * scale - 0.5 + c * bx - s * by),
+            (s * kx, -c * ky, (y + HALF) * scale - 0.5 + s * bx + c * by),
+        )
+        cv2.warpAffine(self.world.textures[level], self.matrix, (w, h), out, INVERSE)
+
+    def _draw_car(self, car, zoom):
+        car_sprite = hull_sprite(zoom).copy()
+        for i, w in enumerate(car.wheels):
+            phase = int(w.phase * (PHASE_STEPS / (2 * math.pi)) // 1) % PHASE_STEPS
+            car_sprite += wheel_sprite(i, round(w.joint.angle / ANGLE_STEP), phase, zoom)
+        crop = self.scene[CAR_ROWS, CAR_COLS]
+        crop[:] = crop * car_sprite[..., 3:] + car_sprite

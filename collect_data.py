@@ -1,0 +1,263 @@
+"""Day 1a: random exploration ("chaos"), and `collect`, the supervised workers of all collectors.
+
+Temporally correlated steering, gas and brake from random places on the track: grass, spins and
+odd headings. Writes ROOT/data/*.npz, one episode a file; started again it goes on to the target.
+
+    python collect_data.py                      1.5 million frames
+    python collect_data.py --frames 20000       minutes on a laptop: see the README
+"""
+
+import multiprocessing as mp
+import os
+import shutil
+import signal
+import socket
+import time
+import zlib
+from multiprocessing.connection import wait
+
+import numpy as np
+from tqdm import tqdm
+
+from buffer import HELD_OUT_MOD, index, write_chunk
+from car_env import PREPROCESS_VERSION, TELEMETRY, make_env, place_car, telemetry
+from runtime import Stop, fail, git_commit, parser, positive, run, versions, writable
+
+FIRST_SEED = 10_000_000  # tracks below are for choosing and for evaluation, never collected
+EPISODES_PER_WORKER = 300  # then it is replaced: Box2D leaks on create and destroy
+PARENT_CHECK = 64  # steps between two looks at whether the parent still lives
+MIN_FREE = 512 * 2**20  # bytes of disk below which nothing is started
+RETRIES = 20  # deaths of workers without one finished episode between them, then it gives up
+OFF_ROAD = list(TELEMETRY).index("wheels_off_road")
+
+
+class RandomDriver:
+    """Holds random targets for 0.2 to 1.2 s each and approaches them through AR(1) noise."""
+
+    max_steps = 500  # lost in the grass there is little left to learn
+
+    def start(self, env, rng):
+        """Half of the episodes start anywhere on the track, askew, up to 60 units/s."""
+        if rng.random() < 0.5:
+            _, beta, x, y = env.unwrapped.track[rng.integers(len(env.unwrapped.track))]
+            off = rng.uniform(-8, 8)  # units beside the centre line; the road's half width is 6.67
+            place_car(env, x + off * np.cos(beta), y + off * np.sin(beta),
+                      beta + rng.normal(0, 0.6), speed=rng.uniform(0, 60))
+
+    def reset(self, env, rng):
+        self.rng, self.left = rng, 0
+        self.target, self.action = np.zeros(3), np.zeros(3)
+
+    def act(self, env):
+        r = self.rng
+        if self.left <= 0:
+            self.left = r.integers(10, 60)
+            steer = r.uniform(-1, 1) if r.random() < 0.3 else r.normal(0, 0.2)
+            gas = r.uniform(0, 1) * (r.random() < 0.7)
+            brake = r.uniform(0, 1) ** 2 * (r.random() < 0.2)
+            self.target = np.array([steer, gas, brake])
+        self.left -= 1
+        self.action = 0.85 * self.action + 0.15 * self.target + r.normal(0, 0.03, 3)
+        return np.clip(self.action, (-1, 0, 0), 1).astype(np.float32)
+
+
+def run_episode(env, policy, track_seed, rng):
+    """One whole episode -> (arrays of a chunk, {"lap_finished"}); the policy may start elsewhere."""
+    obs, _ = env.reset(seed=track_seed)
+    if hasattr(policy, "start"):
+        policy.start(env, rng)
+        obs, *_ = env.step(np.zeros(3, np.float32))  # the frame of the new place
+    policy.reset(env, rng)
+    frames, acts, rewards, states = [obs], [], [], [telemetry(env)]
+    limit, parent = getattr(policy, "max_steps", 10**9), os.getppid()
+    terminated = truncated = False
+    while not (terminated or truncated):
+        action = policy.act(env)
+        obs, reward, terminated, truncated, info = env.step(action)
+        truncated = truncated or len(acts) + 1 >= limit
+        frames.append(obs)
+        acts.append(action)
+        rewards.append(reward)
+        states.append(telemetry(env))
+        if len(acts) % PARENT_CHECK == 0 and os.getppid() != parent:
+            os._exit(1)  # an orphan has nobody to collect for
+    ends = np.zeros((2, len(acts)), bool)
+    ends[:, -1] = terminated, truncated
+    return dict(obs=np.stack(frames), act=np.stack(acts), reward=np.array(rewards, np.float32),
+                terminated=ends[0], truncated=ends[1], telemetry=np.stack(states)
+                ), {"lap_finished": bool(info.get("lap_finished", False))}
+
+
+# ------------------------------------------------------------------ workers
+
+def seeds_of(job, episode):
+    """(track seed, rng) of an episode: no two alike over machines, runs, sources and episodes.
+
+    Every HELD_OUT_MOD-th episode drives a held-out track: see `buffer.held_out`.
+    """
+    entropy = [job["seed"], job["machine_id"], zlib.crc32(job["source"].encode()), job["run"],
+               episode]
+    track, noise = np.random.SeedSequence(entropy).spawn(2)
+    seed = int(track.generate_state(1, np.uint64)[0] >> 1)  # 63 bits
+    seed += (episode - seed) % HELD_OUT_MOD
+    if seed < FIRST_SEED:
+        seed += FIRST_SEED
+    return seed, np.random.default_rng(noise)
+
+
+def work(conn, job):
+    """A worker: episode numbers come in, finished episodes' summaries go out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    env = make_env("fast")
+    for _ in range(EPISODES_PER_WORKER):
+        try:
+            episode = conn.recv()
+        except EOFError:
+            break
+        conn.send(record(env, job, episode))
+    conn.close()
+
+
+def record(env, job, episode):
+    """Drives one episode, writes its chunk and returns its summary, or {"error": line}."""
+    track_seed, rng = seeds_of(job, episode)
+    policy, options = job["make_policy"](job, episode)
+    arrays, end = run_episode(env, policy, track_seed, rng)
+    meta = {**job["meta"], **end, "track_seed": track_seed, "policy": options,
+            "uid": f"{job['stem']}-e{episode:06d}", "worker": os.getpid(),
+            "mistakes": getattr(policy, "mistakes", {})}
+    try:
+        write_chunk(job["folder"], meta, **arrays)
+    except OSError as e:
+        return {"error": f"{job['folder']}: {e.strerror}; free some space and run the same "
+                         "command again"}
+    grass = int((arrays["telemetry"][1:, OFF_ROAD] > 0).sum())
+    return {"frames": len(arrays["act"]), "return": float(arrays["reward"].sum()), **end,
+            "grass": grass, "mistakes": meta["mistakes"]}
+
+
+def collect(args, source, make_policy):
+    """Fills ROOT/<source> up to args.frames with episodes of make_policy(job, episode).
+
+    Worker processes get episode numbers through pipes of their own, so one that is killed takes
+    nothing with it but its episode; it is replaced. Returns the summaries of this run's episodes.
+    """
+    folder = writable(args.root / source)
+    if shutil.disk_usage(folder).free < MIN_FREE:
+        fail(f"{folder}: less than {MIN_FREE >> 20} MiB free; make room or choose another --root")
+    chunks, damaged, _ = index(folder)
+    for line in damaged:
+        print(f"not counted: {line}")
+    have = sum(c.frames for c in chunks)
+    print(f"{folder}: {have:,} frames in {len(chunks)} episodes, target {args.frames:,}")
+    run_no = 1 + max((c.meta.get("run", 0) for c in chunks), default=-1)
+    host = socket.gethostname()
+    job = dict(source=source, folder=folder, make_policy=make_policy, seed=args.seed, run=run_no,
+               machine_id=args.machine_id, paces=getattr(args, "pace", None),
+               stem=f"{source}-{host}-s{args.seed}m{args.machine_id}r{run_no:03d}",
+               meta=dict(source=source, run=run_no, host=host, env="CarRacing-v3 fast",
+                         preprocess=PREPROCESS_VERSION, telemetry=list(TELEMETRY),
+                         versions=versions(), commit=git_commit()))
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["collect_data"])
+    stop, done, deaths, error = Stop(), [], 0, None
+    workers, pids, episode = {}, set(), 0  # workers: connection -> process
+    start = time.time()
+
+    def hire():
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs, job), daemon=True)
+        process.start()
+        theirs.close()
+        pids.add(process.pid)
+        workers[ours] = process
+        hand_out(ours)
+
+    def hand_out(conn):
+        nonlocal episode
+        try:
+            conn.send(episode)
+            episode += 1
+        except OSError:
+            pass  # died meanwhile; `wait` will say so
+
+    bar = tqdm(total=args.frames, initial=min(have, args.frames), unit="frame", unit_scale=True,
+               desc=source, mininterval=1)
+    try:
+        while have < args.frames and not stop and not error:
+            while len(workers) < args.workers:
+                hire()
+            for conn in wait(list(workers), timeout=0.5):
+                try:
+                    summary = conn.recv()
+                except (EOFError, OSError):  # recycled, or killed
+                    process = workers.pop(conn)
+                    process.join(1)
+                    deaths += process.exitcode != 0
+                    if deaths > RETRIES:
+                        error = f"{folder}: workers die at once (exit code {process.exitcode})"
+                    continue
+                if "error" in summary:
+                    error = summary["error"]
+                    break
+                deaths = 0
+                done.append(summary)
+                have += summary["frames"]
+                bar.update(summary["frames"])
+                if have < args.frames:
+                    hand_out(conn)
+    finally:
+        bar.close()
+        for process in workers.values():
+            process.kill()  # chunks are whole or not there: nothing is lost but the episode in hand
+        for process in workers.values():
+            process.join(5)
+        for pid in pids:
+            for tmp in folder.glob(f".*.{pid}.tmp"):
+                tmp.unlink(missing_ok=True)
+    report(done, time.time() - start)
+    if error:
+        fail(error)
+    return 130 if stop else 0
+
+
+def report(done, seconds):
+    """Prints what a run collected."""
+    if not done:
+        print("nothing to do: the target is reached")
+        return
+    frames = sum(d["frames"] for d in done)
+    returns = np.array([d["return"] for d in done])
+    print(f"{len(done)} episodes, {frames:,} frames, {frames / seconds:,.0f} frames/s, return "
+          f"{returns.mean():.1f} ± {returns.std():.1f}, laps {sum(d['lap_finished'] for d in done)}"
+          f", frames on grass {sum(d['grass'] for d in done) / frames:.1%}")
+    kinds = {}
+    for d in done:
+        for kind, (count, recovered) in d["mistakes"].items():
+            a, b = kinds.get(kind, (0, 0))
+            kinds[kind] = a + count, b + recovered
+    if kinds:
+        n, r = np.sum(list(kinds.values()), axis=0)
+        print(f"mistakes {n}, recovered {r} ({r / max(1, n):.0%}): " + ", ".join(
+            f"{k} {b}/{a}" for k, (a, b) in sorted(kinds.items())))
+
+
+def collector_parser(doc, frames):
+    """The flags that all collectors share."""
+    p = parser(doc, device=False)
+    p.add_argument("--frames", type=positive, default=frames,
+                   help=f"frames in the folder at the end, those already there included "
+                        f"(default {frames:,})")
+    p.add_argument("--workers", type=positive, default=os.cpu_count(),
+                   help="processes (default: all cores)")
+    p.add_argument("--machine_id", type=int, default=0,
+                   help="another number on each machine that collects, so that no track is twice")
+    return p
+
+
+def make_random(job, episode):
+    return RandomDriver(), {"name": "random"}
+
+
+if __name__ == "__main__":
+    run(lambda: collect(collector_parser(__doc__, 1_500_000).parse_args(), "data", make_random))

@@ -1,0 +1,124 @@
+"""The expert with injected mistakes: what leaving the line looks like, and the way back.
+
+At random times (Poisson) a named mistake of 0.1 to 1.2 s bends the expert's action, then the expert
+takes over and recovers; half of the episodes also start off the line, askew or on the grass. Every
+mistake is judged: it counts as recovered when, within 4 s of its end, the car has for 0.2 s had three
+wheels on the road, a heading within 0.5 rad of the line's, and more than 15 units/s.
+"""
+
+import math
+
+import numpy as np
+
+from car_env import place_car
+from collect_race_data import Expert
+
+KINDS = ("understeer", "oversteer", "late_braking", "wrong_throttle", "swerve")
+FPS = 50                   # steps a second
+GAP = (0.5, 3.0)           # s, mean pause before a mistake, drawn once per episode
+LENGTH = (0.1, 1.2)        # s, a mistake
+PATIENCE = 4.0             # s after a mistake to recover in
+HELD = 0.2                 # s that recovery must last
+NOISE = 0.05               # standard deviation of steer and gas noise, always on
+NOISE_MEMORY = 0.9         # AR(1) coefficient per step
+BEND = 0.05                # radians of steering that show a bend
+START_SHARE = 0.5          # of the episodes begin perturbed
+
+
+def spoil(kind, strength, sign, action):
+    """The action (steer, gas, brake) bent as the mistake `kind` bends it; strength in 0..1."""
+    steer, gas, brake = action
+    if kind == "understeer":  # the nose runs wide, and nobody lifts
+        steer, gas, brake = 0.4 * (1 - strength) * steer, max(gas, 0.3), 0.0
+    elif kind == "oversteer":  # too much lock on too much gas
+        steer, gas, brake = (2 + 3 * strength) * steer, max(gas, strength), 0.0
+    elif kind == "late_braking":
+        gas, brake = 0.4 + 0.6 * strength, 0.0
+    elif kind == "wrong_throttle" and sign > 0:
+        gas, brake = 0.6 + 0.4 * strength, 0.0
+    elif kind == "wrong_throttle":
+        gas, brake = 0.0, strength
+    elif kind == "swerve":
+        steer, gas, brake = sign * (0.1 + 0.3 * strength), max(gas, 0.5 * strength), 0.0
+    return steer, gas, brake
+
+
+class FaultyExpert:
+    """Drives as `Expert(pace)`, errs, recovers; `mistakes` counts kind -> [made, recovered].
+
+    `rng` given to `reset` decides everything random. Call `start` after `reset`, or not at all.
+    """
+
+    def __init__(self, pace=1.0, **changes):
+        self.expert = Expert(pace, **changes)
+
+    def reset(self, env, rng):
+        """Plans the line; draws this episode's rate of mistakes and the first pause."""
+        self.expert.reset(env, rng)
+        self.rng = rng
+        self.mean_gap = rng.uniform(*GAP) * FPS
+        self.noise = np.zeros(2)
+        self.mistakes = {kind: [0, 0] for kind in (*KINDS, "start")}
+        self._drive_on()
+
+    def start(self, env, rng):
+        """Places the car off line, askew and moving, in START_SHARE of the episodes; True if so."""
+        if rng.random() >= START_SHARE:
+            return False
+        track = env.unwrapped.track
+        _, beta, x, y = track[rng.integers(len(track))]
+        offset, askew = rng.uniform(-12, 12), rng.normal(0, 0.6)
+        askew, speed = max(-1.5, min(1.5, askew)), rng.uniform(0, 60)
+        place_car(env, x + offset * math.cos(beta), y + offset * math.sin(beta), beta + askew,
+                  speed, rng.normal(0, 1.0))
+        self._judge("start")
+        return True
+
+    def act(self, env):
+        """The action (3,) float32 for now, noise and mistakes included."""
+        action = self.expert.act(env)
+        self._advance(env, action)
+        if self.state == "erring":
+            action = spoil(self.kind, self.strength, self.sign, action)
+        self.noise = NOISE_MEMORY * self.noise
+        self.noise += NOISE * math.sqrt(1 - NOISE_MEMORY**2) * self.rng.standard_normal(2)
+        steer, gas, brake = action
+        gas = gas + self.noise[1] if gas > 0 else 0.0
+        action = np.array([steer + self.noise[0], gas, brake], dtype=np.float32)
+        return action.clip((-1, 0, 0), (1, 1, 1)).astype(np.float32)
+
+    def _advance(self, env, action):
+        """driving -> armed -> erring -> judged -> driving; one of them a step."""
+        self.clock -= 1
+        if self.state == "driving" and self.clock <= 0:
+            self.state, self.kind = "armed", KINDS[self.rng.integers(len(KINDS))]
+            self.strength, self.sign = self.rng.random(), self.rng.choice((-1, 1))
+        if self.state == "armed" and self._matters(action):
+            self.state, self.clock = "erring", self.rng.uniform(*LENGTH) * FPS
+        elif self.state == "erring" and self.clock <= 0:
+            self._judge(self.kind)
+        elif self.state == "judged":
+            self.held = self.held + 1 if self._driving_well(env) else 0
+            if self.held >= HELD * FPS or self.clock <= 0:
+                self.mistakes[self.kind][0] += 1
+                self.mistakes[self.kind][1] += int(self.clock > 0)
+                self._drive_on()
+
+    def _matters(self, action):
+        """Whether the mistake would change anything now: steering ones wait for a bend, and so on."""
+        if self.kind in ("understeer", "oversteer"):
+            return abs(action[0]) > BEND
+        return self.kind != "late_braking" or action[2] > 0
+
+    def _drive_on(self):
+        self.state, self.clock = "driving", self.rng.exponential(self.mean_gap)
+
+    def _judge(self, kind):
+        self.state, self.kind, self.clock, self.held = "judged", kind, PATIENCE * FPS, 0
+
+    def _driving_well(self, env):
+        """On the road (three wheels), along the line (0.5 rad), and moving (15 units/s)."""
+        car = env.unwrapped.car
+        error = self.expert.heading_error(env)
+        speed = car.hull.linearVelocity.length
+        return sum(1 for w in car.wheels if w.tiles) >= 3 and abs(error) < 0.5 and speed > 15

@@ -1,0 +1,290 @@
+"""The nets (encoder, projector, decoder, predictor, cost model) and the one checkpoint format.
+
+`obs` (B, T, C, 64, 64) uint8, `act` (B, T, 3), `z` (B, T, D), `energy` (B,): the vocabulary of the
+README. `python networks.py FILE` prints what a checkpoint holds.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from runtime import fail, git_commit, replace_atomically, run, versions
+
+SCHEMA = 1  # of checkpoints; a newer one is refused
+ACT = 3  # steer, gas, brake
+
+
+class TinyEncoder(nn.Module):
+    """ResNet-18 (He et al. 2015) without max-pooling: `history` frames -> a latent of `dim`.
+
+    The 4x4 map is projected whole, not averaged: averaging forgets where the road is. `repeat` is
+    the number of environment steps between two frames of the history, and between two latents.
+    `forward` gives standardised latents, the one space in which everything downstream works;
+    `features` gives the raw ones that the losses of the encoder see.
+    """
+
+    def __init__(self, width=1.0, history=3, repeat=2, dim=512):
+        super().__init__()
+        self.args = dict(width=width, history=history, repeat=repeat, dim=dim)
+        self.history, self.repeat, self.dim = history, repeat, dim
+        w = max(8, int(64 * width))
+        net = ResNet(BasicBlock, [2, 2, 2, 2])
+        net.inplanes = w
+        self.body = nn.Sequential(
+            nn.Conv2d(3 * history, w, 7, stride=2, padding=3, bias=False),  # (w, 32, 32)
+            nn.BatchNorm2d(w), nn.ReLU(inplace=True),
+            net._make_layer(BasicBlock, w, 2),  # (w, 32, 32)
+            net._make_layer(BasicBlock, 2 * w, 2, stride=2),  # (2w, 16, 16)
+            net._make_layer(BasicBlock, 4 * w, 2, stride=2),  # (4w, 8, 8)
+            net._make_layer(BasicBlock, 8 * w, 2, stride=2))  # (8w, 4, 4)
+        self.head = nn.Linear(8 * w * 16, dim)
+        for m in self.body.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def features(self, x):
+        """(N, 3 * history, 64, 64) uint8 or float in 0..255 -> raw latents (N, D)."""
+        assert x.shape[1:] == (3 * self.history, 64, 64), tuple(x.shape)
+        x = (x.float() / 127.5 - 1.0).contiguous(memory_format=torch.channels_last)
+        return self.head(self.body(x).flatten(1)).float()
+
+    def forward(self, x):
+        """(N, 3 * history, 64, 64) -> standardised latents (N, D), float32."""
+        return (self.features(x) - self.mean) / self.std
+
+    @torch.no_grad()
+    def calibrate(self, z):
+        """Sets the standardisation from raw latents of training data, (N, D)."""
+        self.mean.copy_(z.mean(dim=0))
+        self.std.copy_(z.std(dim=0).clamp_min(1e-4))
+
+
+def stack(obs, history):
+    """Windows of frames -> encoder inputs, oldest first.
+
+    obs (B, T + history - 1, 3, 64, 64) -> (B * T, 3 * history, 64, 64), T latents a window.
+    """
+    B, L, C, H, W = obs.shape
+    T = L - history + 1
+    x = torch.cat([obs[:, i:i + T] for i in range(history)], dim=2)  # (B, T, 3 * history, 64, 64)
+    return x.reshape(B * T, C * history, H, W)
+
+
+def mlp(*dims, norm=nn.LayerNorm):
+    """Linear layers with normalisation and GELU between them."""
+    layers = []
+    for a, b in zip(dims[:-2], dims[1:-1]):
+        layers += [nn.Linear(a, b), norm(b), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(dims[-2], dims[-1]))
+
+
+class Projector(nn.Module):
+    """VICReg's expander: the embeddings in which views are compared."""
+
+    def __init__(self, dim=512, hidden=1024):
+        super().__init__()
+        self.args = dict(dim=dim, hidden=hidden)
+        self.net = mlp(dim, hidden, hidden, hidden, norm=nn.BatchNorm1d)
+
+    def forward(self, z):
+        """(N, D) -> (N, hidden)"""
+        return self.net(z)
+
+
+class InverseModel(nn.Module):
+    """Which action led from one latent to the next: keeps in the latent what actions move."""
+
+    def __init__(self, dim=512, hidden=256):
+        super().__init__()
+        self.args = dict(dim=dim, hidden=hidden)
+        self.net = mlp(2 * dim, hidden, ACT)
+
+    def forward(self, z, z_next):
+        """(N, D), (N, D) -> (N, 3)"""
+        return self.net(torch.cat([z, z_next], dim=-1))
+
+
+class TinyDecoder(nn.Module):
+    """Latent -> the newest frame: a 4x4 map, then four transposed convolutions. For eyes only."""
+
+    def __init__(self, dim=512, width=64):
+        super().__init__()
+        self.args = dict(dim=dim, width=width)
+        w = width
+        self.stem = nn.Linear(dim, 4 * w * 16)
+        up = lambda i, o: nn.Sequential(nn.ConvTranspose2d(i, o, 4, stride=2, padding=1),
+                                        nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+        self.body = nn.Sequential(up(4 * w, 2 * w), up(2 * w, w), up(w, w // 2),  # 8, 16, 32
+                                  nn.ConvTranspose2d(w // 2, 3, 4, stride=2, padding=1))  # 64
+        self.w = w
+
+    def forward(self, z):
+        """(N, D) -> frames (N, 3, 64, 64), 0..1 in float32; clamp to show them."""
+        x = self.stem(z).view(-1, 4 * self.w, 4, 4)
+        return torch.sigmoid(self.body(x.contiguous(memory_format=torch.channels_last)).float())
+
+
+class Predictor(nn.Module):
+    """Autoregressive residual MLP, z_hat[t+1] = z[t] + f(z[t], act[t]).
+
+    The action enters every block; what goes in is standardised, so what comes out is.
+    """
+
+    def __init__(self, dim=512, hidden=512, depth=2, dropout=0.0):
+        super().__init__()
+        self.args = dict(dim=dim, hidden=hidden, depth=depth, dropout=dropout)
+        self.dim = dim
+        self.stem = nn.Linear(dim + ACT, hidden)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(depth))
+        self.acts = nn.ModuleList(nn.Linear(ACT, hidden) for _ in range(depth))
+        self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
+        self.head = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, dim))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, z, act):
+        """z (N, D), act (N, 3) -> z_hat of the next step (N, D)."""
+        h = self.stem(torch.cat([z, act], dim=-1))
+        for norm, inject, block in zip(self.norms, self.acts, self.blocks):
+            h = h + block(self.drop(F.gelu(norm(h) + inject(act))))
+        return z + self.head(h)
+
+    def rollout(self, z, act):
+        """z (N, D), act (N, H, 3) -> z_hat (N, H, D): each step eats the one before."""
+        N, H, A = act.shape
+        assert z.shape == (N, self.dim) and A == ACT, (tuple(z.shape), tuple(act.shape))
+        out = []
+        for t in range(H):
+            z = self(z, act[:, t])
+            out.append(z)
+        return torch.stack(out, dim=1)
+
+
+class CostModel(nn.Module):
+    """The judge. Two energies of a latent, learned without reward and without labels:
+
+    `classifier`: the logit of random against expert (the sigmoid is the score, 0 expert 1 random);
+    `density`: half the squared Mahalanobis distance to the expert's latents, over D; it rises
+    in every direction that leaves the expert, where a classifier only knows the seen ones.
+    """
+
+    def __init__(self, dim=512, hidden=256):
+        super().__init__()
+        self.args = dict(dim=dim, hidden=hidden)
+        self.net = mlp(dim, hidden, hidden, 1)
+        self.register_buffer("mu", torch.zeros(dim))
+        self.register_buffer("whiten", torch.eye(dim))
+
+    @torch.no_grad()
+    def fit_density(self, z, shrinkage=0.05):
+        """Mean and shrunk covariance of expert latents (N, D); Ledoit-Wolf form, fixed weight."""
+        z = z.double()
+        cov = torch.cov(z.T)
+        cov = (1 - shrinkage) * cov + shrinkage * cov.diagonal().mean() * torch.eye(len(cov)).to(cov)
+        self.mu.copy_(z.mean(dim=0))
+        precision = torch.linalg.inv(cov)
+        self.whiten.copy_(torch.linalg.cholesky(precision))  # (z - mu) @ whiten is white
+
+    def energy(self, z, kind="density"):
+        """(..., D) -> (...): low where an expert would be."""
+        if kind == "classifier":
+            return self.net(z).squeeze(-1).float()
+        return ((z - self.mu) @ self.whiten).float().pow(2).mean(dim=-1) / 2
+
+    forward = energy
+
+
+# ------------------------------------------------------------------ checkpoints
+
+NETS = {c.__name__: c for c in (TinyEncoder, Projector, InverseModel, TinyDecoder, Predictor,
+                                CostModel)}
+
+
+def save(path, nets, **state):
+    """Writes {name: net} and any tensors, numbers, strings, lists and dicts, whole or not at all.
+
+    Each net is stored with its class and the arguments that rebuild it, beside versions and commit.
+    """
+    payload = {"schema": SCHEMA, "versions": versions(), "commit": git_commit(), **state,
+               "nets": {name: {"class": type(net).__name__, "args": net.args,
+                               "weights": net.state_dict()} for name, net in nets.items()}}
+    replace_atomically(path, lambda f: torch.save(payload, f))
+
+
+def read(path, made_by="the stage that writes it"):
+    """The payload of a checkpoint, refused in one line if it is not one of ours."""
+    path = Path(path)
+    if not path.exists():
+        fail(f"{path}: not found; `{made_by}` makes it")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+        schema = payload["schema"]
+    except Exception as e:  # torch raises half a dozen types for damaged or hostile files
+        fail(f"{path}: expected a checkpoint of this project, found a damaged or foreign file "
+             f"({type(e).__name__}); `{made_by}` makes it anew")
+    if schema != SCHEMA:
+        fail(f"{path}: expected checkpoint schema {SCHEMA}, found {schema}; update the code or "
+             f"remake the file with `{made_by}`")
+    return payload
+
+
+def build(payload, name, path="checkpoint"):
+    """The named net of a payload with its weights, refused in one line if they do not fit."""
+    if name not in payload["nets"]:
+        fail(f"{path}: expected a net named {name}, found {', '.join(payload['nets'])}")
+    entry = payload["nets"][name]
+    net = NETS[entry["class"]](**entry["args"])
+    try:
+        net.load_state_dict(entry["weights"])
+    except RuntimeError as e:
+        fail(f"{path}: the weights of {name} do not fit its arguments {entry['args']} "
+             f"({str(e).splitlines()[-1].strip()})")
+    return net
+
+
+def load_frozen(path, name, device, made_by):
+    """(net, payload): a net from a checkpoint, on the device, in eval mode, without gradients."""
+    payload = read(path, made_by)
+    return build(payload, name, path).to(device).eval().requires_grad_(False), payload
+
+
+def epoch_of(path):
+    """The number in ..._ep{N}.pth, -1 if there is none."""
+    m = re.search(r"_ep(\d+)\.pth$", path.name)
+    return int(m.group(1)) if m else -1
+
+
+def latest(folder, prefix):
+    """Path of the highest `prefix_ep{N}.pth`; where there is none, the name of the first."""
+    found = sorted(Path(folder).glob(f"{prefix}_ep*.pth"), key=epoch_of)
+    return found[-1] if found else Path(folder) / f"{prefix}_ep1.pth"
+
+
+def fingerprint(net):
+    """16 hex digits that change with any weight or buffer of the net."""
+    import hashlib
+    h = hashlib.sha256()
+    for name, t in sorted(net.state_dict().items()):
+        h.update(name.encode())
+        h.update(t.detach().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+def describe(path):
+    """Lines about a checkpoint: its nets with arguments and sizes, then what else it holds."""
+    payload = read(path)
+    for name, entry in payload.pop("nets").items():
+        size = sum(t.numel() for t in entry["weights"].values())
+        print(f"{name:12} {entry['class']} {size / 1e6:.2f}M {entry['args']}")
+    for key, value in payload.items():
+        print(f"{key:12} {str(value)[:200]}")
+
+
+if __name__ == "__main__":
+    run(lambda: [describe(Path(p)) for p in sys.argv[1:]] and 0)

@@ -1,0 +1,281 @@
+"""What every stage's run needs: common arguments, device and precision, a log with curves,
+one-line failures and a clean stop. No learning happens here.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+
+LOG_EVERY_S = 5  # seconds between two lines of the log
+
+
+# ------------------------------------------------------------------ arguments and failures
+
+class Refusal(ValueError):
+    """Bad input, said in one line: the file, what was expected, what was found, what mends it."""
+
+
+def fail(message):
+    """Raises Refusal; `run` turns it into one line on stderr and exit code 2."""
+    raise Refusal(message)
+
+
+def run(main):
+    """Calls a script's main; exit codes: 0 done, 2 refused in one line, 130 stopped and saved."""
+    try:
+        sys.exit(main())
+    except Refusal as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parser(doc, seed=True, device=True, data=False):
+    """An ArgumentParser with the flags that stages share; `doc` is the script's docstring."""
+    p = argparse.ArgumentParser(description=doc,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    g = p.add_argument_group("runtime")
+    g.add_argument("--root", type=Path, default=Path("."),
+                   help="folder that holds data*/, models/ and visuals/: one experiment each "
+                        "(default: here)")
+    if seed:
+        g.add_argument("--seed", type=int, default=0,
+                       help="same seed, same machine: same run (default 0)")
+    if device:
+        g.add_argument("--device", default="auto",
+                       help="auto, cpu, cuda or cuda:1 (ROCm cards are cuda too); auto takes the "
+                            "first GPU there is")
+        g.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
+                       help="auto: bf16 where the hardware has it, fp16 on other GPUs, fp32 on "
+                            "other CPUs; losses are fp32 always")
+        g.add_argument("--threads", type=int, default=0,
+                       help="CPU threads (0: all cores); lower it beside another heavy job")
+    if data:
+        g.add_argument("--data", nargs="+", default=["data_race", "data_recovery", "data"],
+                       help="folders under --root to learn from; each one's frames are an equal "
+                            "share of a batch unless --shares says otherwise")
+        g.add_argument("--shares", type=float, nargs="+",
+                       help="share of each folder of --data in a batch, in the same order "
+                            "(default: equal)")
+        g.add_argument("--fresh", action="store_true",
+                       help="start again although a half-finished run could be resumed")
+    return p
+
+
+def positive(text):
+    """argparse type: an integer > 0."""
+    if int(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
+def writable(folder):
+    """Makes the folder and returns it; refuses in one line if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        fail(f"{folder}: cannot write there ({e.strerror}); choose another --root or mend its "
+             "permissions")
+    return folder
+
+
+# ------------------------------------------------------------------ device and precision
+
+def pick_device(args):
+    """torch.device for --device, refused in one line when it is not there. Sets --threads."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    name = args.device
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        fail(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        fail(f"--device {name}: no such GPU, torch {torch.__version__} sees "
+             f"{torch.cuda.device_count()}; use --device cpu or auto")
+    return device
+
+
+def pick_precision(name, device):
+    """torch dtype for autocast. RDNA2 (gfx10*) reports bf16 but has none in hardware."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+    if device.type == "cuda":
+        arch = getattr(torch.cuda.get_device_properties(device), "gcnArchName", "")
+        has_bf16 = torch.cuda.is_bf16_supported() and not arch.startswith("gfx10")
+        return torch.bfloat16 if has_bf16 else torch.float16
+    flags = Path("/proc/cpuinfo")
+    flags = flags.read_text() if flags.exists() else ""
+    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+
+
+def autocast(device, dtype):
+    """The autocast context of this device and dtype; none in fp32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+# ------------------------------------------------------------------ provenance
+
+def git_commit():
+    """Commit of the code that runs, '+' behind it when files differ; 'unknown' outside git."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *a: subprocess.run(["git", "-C", here, *a], capture_output=True, text=True)
+        head = run("rev-parse", "--short=12", "HEAD").stdout.strip()
+        return head + ("+" if run("status", "--porcelain", "-uno").stdout.strip() else "") \
+            or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def versions():
+    """Versions that decide what a run computes: a dict of str."""
+    from importlib.metadata import PackageNotFoundError, version
+    out = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "gymnasium", "box2d", "pygame-ce", "numpy",
+                 "opencv-python"):
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            out[name] = "absent"
+    return out
+
+
+# ------------------------------------------------------------------ log and curves
+
+class RunLog:
+    """`ROOT/models/<stage>.jsonl`, one JSON object a line, and `ROOT/visuals/<stage>_curves.png`.
+
+    The first line of a run holds command, arguments, versions and commit. Lines are appended, so
+    a resumed run continues its curves; a fresh run starts the file anew.
+    """
+
+    def __init__(self, args, stage, resumed=False):
+        self.stage, self.start, self.last = stage, time.time(), 0.0
+        self.path = writable(args.root / "models") / f"{stage}.jsonl"
+        self.png = writable(args.root / "visuals") / f"{stage}_curves.png"
+        if not resumed:
+            self.path.unlink(missing_ok=True)
+        self._write({"command": " ".join(sys.argv), "time": time.strftime("%F %T"),
+                     "args": {k: str(v) for k, v in vars(args).items()},
+                     "versions": versions(), "commit": git_commit()})
+
+    def _write(self, row):
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def due(self):
+        """True when LOG_EVERY_S have passed since the last line."""
+        return time.time() - self.last > LOG_EVERY_S
+
+    def log(self, step, **values):
+        """One line; tensors and numpy numbers become floats (this is where the device waits)."""
+        self.last = time.time()
+        values = {k: round(float(v), 6) for k, v in values.items()}
+        self._write({"step": int(step), "seconds": round(self.last - self.start, 1), **values})
+        return values
+
+    def curves(self):
+        """Redraws the picture: one panel a quantity, `val_x` over `x`."""
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        rows = [r for r in rows if "step" in r]
+        names = [k for k in dict.fromkeys(k for r in rows for k in r)
+                 if k not in ("step", "seconds")]
+        panels = dict.fromkeys(n.removeprefix("val_") for n in names)
+        if not panels:
+            return
+        plt = pyplot()
+        cols = min(4, len(panels))
+        fig, axes = plt.subplots(-(-len(panels) // cols), cols, squeeze=False, figsize=(
+            3.4 * cols, 2.5 * -(-len(panels) // cols)), layout="constrained")
+        for ax in axes.flat[len(panels):]:
+            ax.axis("off")
+        for ax, name in zip(axes.flat, panels):
+            for key, style in ((name, dict(lw=1, color="tab:blue", label="train")),
+                               ("val_" + name, dict(lw=1.5, marker="o", ms=3, color="tab:orange",
+                                                    label="held out"))):
+                pts = np.array([(r["step"], r[key]) for r in rows if key in r])
+                if len(pts):
+                    ax.plot(*pts.T, **style)
+            pts = np.array([r[k] for r in rows for k in (name, "val_" + name) if k in r])
+            if (pts > 0).all() and pts.max() > 50 * pts.min():
+                ax.set_yscale("log")
+            ax.set_title(name, fontsize=9)
+            ax.tick_params(labelsize=7)
+            ax.grid(alpha=0.3)
+        axes.flat[0].legend(fontsize=7)
+        fig.supxlabel("step", fontsize=8)
+        save_figure(fig, self.png)
+
+
+def pyplot():
+    """matplotlib.pyplot on a backend that needs no display."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def replace_atomically(path, write):
+    """The file appears whole or not at all: `write(f)` fills a temporary dot-name in the same
+    folder, which is flushed, fsync'd and renamed to `path`; then the folder is fsync'd."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_figure(fig, path):
+    """A matplotlib figure as PNG, whole or not at all."""
+    replace_atomically(path, lambda f: fig.savefig(f, format="png", dpi=110))
+    pyplot().close(fig)
+
+
+# ------------------------------------------------------------------ clean stop
+
+class Stop:
+    """True once Ctrl-C or SIGTERM came; a second Ctrl-C ends at once.
+
+    Loops look at it between two steps, save, and leave with exit code 130.
+    """
+
+    def __init__(self):
+        self.requested = False
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sig, self._handle)
+
+    def _handle(self, sig, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping: saving after this step (again to quit at once)", file=sys.stderr)
+
+    def __bool__(self):
+        return self.requested

@@ -1,0 +1,67 @@
+"""VICReg (Bardes, Ponce, LeCun 2021, arXiv:2105.04906): the loss and its three terms.
+
+Statistics are float32 whatever autocast says: in half precision the covariance overflows or
+rounds. Under `torchrun` they are taken over the global batch, with gradients through the gather.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+STD_EPS = 1e-4  # the paper's epsilon, inside the square root
+
+
+def gather(z):
+    """Rows of all ranks, (N, D) -> (world * N, D), differentiable; the identity on one process."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return z
+    from torch.distributed.nn import all_gather
+    return torch.cat(all_gather(z.contiguous()))
+
+
+def invariance(za, zb):
+    """Mean squared distance between two views, (N, D) x 2 -> scalar. Eq. 5, averaged over D too."""
+    return F.mse_loss(za.float(), zb.float())
+
+
+def variance(z):
+    """Hinge that asks a standard deviation of 1 in each dimension, (N, D) -> scalar. Eq. 1, 2."""
+    z = gather(z.float())
+    return F.relu(1.0 - torch.sqrt(z.var(dim=0) + STD_EPS)).mean()
+
+
+def covariance(z):
+    """Squared off-diagonal covariances, summed and divided by D, (N, D) -> scalar. Eq. 3, 4."""
+    z = gather(z.float())
+    N, D = z.shape
+    z = z - z.mean(dim=0)
+    cov = z.T @ z / (N - 1)  # (D, D)
+    return (cov.pow(2).sum() - cov.diagonal().pow(2).sum()) / D
+
+
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
+def vicreg_loss(za, zb, sim=25.0, std=25.0, cov=1.0):
+    """VICReg of two batches of embeddings, both (N, D) -> (loss, logs).
+
+    The convention is that of the paper and its official code: the variance terms of both views
+    are averaged, their covariance terms are added. Raises ValueError on unlike or non-2-D shapes.
+    """
+    if za.shape != zb.shape or za.dim() != 2:
+        raise ValueError(f"vicreg_loss wants two equal (N, D), found {tuple(za.shape)} "
+                         f"and {tuple(zb.shape)}")
+    s = invariance(za, zb)
+    v = (variance(za) + variance(zb)) / 2
+    c = covariance(za) + covariance(zb)
+    return sim * s + std * v + cov * c, {"sim": s.detach(), "std": v.detach(), "cov": c.detach()}
+
+
+@torch.no_grad()
+def effective_rank(z):
+    """exp(entropy of the normalised singular values) of centred z, (N, D) -> float in [1, D].
+
+    Roy and Vetterli 2007; the usual measure of dimensional collapse.
+    """
+    s = torch.linalg.svdvals(z.float() - z.float().mean(dim=0))
+    p = s / s.sum().clamp_min(1e-12)
+    return float(torch.exp(-(p * (p + 1e-12).log()).sum()))
