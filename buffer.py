@@ -66,7 +66,7 @@ def write_chunk(folder, meta, **arrays):
         with zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED, compresslevel=ZLIB_LEVEL) as z:
             for name, array in {"meta": np.array(json.dumps(meta)), **arrays}.items():
                 out = io.BytesIO()
-                np.lib.format.write_array(out, np.ascontiguousarray(array), allow_pickle=False)
+                np.lib.format.write_array(out, np.asarray(array, order="C"), allow_pickle=False)
                 z.writestr(f"{name}.npy", out.getbuffer())
     replace_atomically(path, write)
     return path

@@ -9,6 +9,7 @@ odd headings. Writes ROOT/data/*.npz, one episode a file; started again it goes 
 
 import multiprocessing as mp
 import os
+import re
 import shutil
 import signal
 import socket
@@ -34,15 +35,17 @@ OFF_ROAD = list(TELEMETRY).index("wheels_off_road")
 class RandomDriver:
     """Holds random targets for 0.2 to 1.2 s each and approaches them through AR(1) noise."""
 
-    max_steps = 500  # lost in the grass there is little left to learn
+    max_steps = 300  # lost in the grass there is little left to learn
 
     def start(self, env, rng):
-        """Half of the episodes start anywhere on the track, askew, up to 60 units/s."""
+        """Half of the episodes start anywhere on the track, askew, up to 60 units/s: True."""
         if rng.random() < 0.5:
-            _, beta, x, y = env.unwrapped.track[rng.integers(len(env.unwrapped.track))]
-            off = rng.uniform(-8, 8)  # units beside the centre line; the road's half width is 6.67
-            place_car(env, x + off * np.cos(beta), y + off * np.sin(beta),
-                      beta + rng.normal(0, 0.6), speed=rng.uniform(0, 60))
+            return False
+        _, beta, x, y = env.unwrapped.track[rng.integers(len(env.unwrapped.track))]
+        off = rng.uniform(-8, 8)  # units beside the centre line; the road's half width is 6.67
+        place_car(env, x + off * np.cos(beta), y + off * np.sin(beta),
+                  beta + rng.normal(0, 0.6), speed=rng.uniform(0, 60))
+        return True
 
     def reset(self, env, rng):
         self.rng, self.left = rng, 0
@@ -64,10 +67,9 @@ class RandomDriver:
 def run_episode(env, policy, track_seed, rng):
     """One whole episode -> (arrays of a chunk, {"lap_finished"}); the policy may start elsewhere."""
     obs, _ = env.reset(seed=track_seed)
-    if hasattr(policy, "start"):
-        policy.start(env, rng)
-        obs, *_ = env.step(np.zeros(3, np.float32))  # the frame of the new place
     policy.reset(env, rng)
+    if hasattr(policy, "start") and policy.start(env, rng):
+        obs, *_ = env.step(np.zeros(3, np.float32))  # the frame of the new place
     frames, acts, rewards, states = [obs], [], [], [telemetry(env)]
     limit, parent = getattr(policy, "max_steps", 10**9), os.getppid()
     terminated = truncated = False
@@ -150,7 +152,8 @@ def collect(args, source, make_policy):
         print(f"not counted: {line}")
     have = sum(c.frames for c in chunks)
     print(f"{folder}: {have:,} frames in {len(chunks)} episodes, target {args.frames:,}")
-    run_no = 1 + max((c.meta.get("run", 0) for c in chunks), default=-1)
+    run_no = 1 + max((int(r) for p in folder.glob("*.npz")
+                      for r in re.findall(r"r(\d+)-e\d+$", p.stem)), default=-1)
     host = socket.gethostname()
     job = dict(source=source, folder=folder, make_policy=make_policy, seed=args.seed, run=run_no,
                machine_id=args.machine_id, paces=getattr(args, "pace", None),

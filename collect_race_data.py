@@ -13,6 +13,10 @@ import math
 
 import numpy as np
 
+from buffer import HELD_OUT_MOD
+from collect_data import collect, collector_parser
+from runtime import run
+
 SPACING = 1.0       # units between the points of the resampled racing line
 WHEELBASE = 3.24    # units, front axle to rear axle
 STEER_STOP = 0.4    # radians: the joint stops here, a larger action adds nothing
@@ -179,3 +183,26 @@ class Expert:
         else:
             brake = min(self.brake * (v - target), self.brake_cap * grip * max(room, 0.1))
         return np.array([-steer, gas, brake], dtype=np.float32)
+
+
+def pace_of(job, episode):
+    """The paces of --pace take turns; held-out tracks (every tenth episode) get all of them too."""
+    return job["paces"][(episode + episode // HELD_OUT_MOD) % len(job["paces"])]
+
+
+def make_expert(job, episode):
+    pace = pace_of(job, episode)
+    return Expert(pace), {"name": "expert", "pace": pace}
+
+
+def pace_parser(doc, frames):
+    """The collectors' flags and --pace."""
+    p = collector_parser(doc, frames)
+    p.add_argument("--pace", type=float, nargs="+", default=[0.0],
+                   help="0 calm (about 59 units/s) to 1 full; several take turns. A model of full "
+                        "pace alone drives worse: its data rarely shows leaving the limit")
+    return p
+
+
+if __name__ == "__main__":
+    run(lambda: collect(pace_parser(__doc__, 1_900_000).parse_args(), "data_race", make_expert))

@@ -11,11 +11,13 @@ import math
 import numpy as np
 
 from car_env import place_car
-from collect_race_data import Expert
+from collect_data import collect
+from collect_race_data import Expert, pace_of, pace_parser
+from runtime import run
 
 KINDS = ("understeer", "oversteer", "late_braking", "wrong_throttle", "swerve")
 FPS = 50                   # steps a second
-GAP = (0.5, 3.0)           # s, mean pause before a mistake, drawn once per episode
+GAP = (1.0, 4.0)           # s, mean pause before a mistake, drawn once per episode
 LENGTH = (0.1, 1.2)        # s, a mistake
 PATIENCE = 4.0             # s after a mistake to recover in
 HELD = 0.2                 # s that recovery must last
@@ -31,7 +33,7 @@ def spoil(kind, strength, sign, action):
     if kind == "understeer":  # the nose runs wide, and nobody lifts
         steer, gas, brake = 0.4 * (1 - strength) * steer, max(gas, 0.3), 0.0
     elif kind == "oversteer":  # too much lock on too much gas
-        steer, gas, brake = (2 + 3 * strength) * steer, max(gas, strength), 0.0
+        steer, gas, brake = sign * (0.1 + 0.3 * strength), max(gas, 0.7 * strength), 0.0
     elif kind == "late_braking":
         gas, brake = 0.4 + 0.6 * strength, 0.0
     elif kind == "wrong_throttle" and sign > 0:
@@ -39,7 +41,7 @@ def spoil(kind, strength, sign, action):
     elif kind == "wrong_throttle":
         gas, brake = 0.0, strength
     elif kind == "swerve":
-        steer, gas, brake = sign * (0.1 + 0.3 * strength), max(gas, 0.5 * strength), 0.0
+        steer, gas, brake = sign * (0.05 + 0.35 * strength), gas, 0.0
     return steer, gas, brake
 
 
@@ -95,6 +97,7 @@ class FaultyExpert:
             self.strength, self.sign = self.rng.random(), self.rng.choice((-1, 1))
         if self.state == "armed" and self._matters(action):
             self.state, self.clock = "erring", self.rng.uniform(*LENGTH) * FPS
+            self.sign = math.copysign(1, action[0]) if self.kind == "oversteer" else self.sign
         elif self.state == "erring" and self.clock <= 0:
             self._judge(self.kind)
         elif self.state == "judged":
@@ -105,10 +108,10 @@ class FaultyExpert:
                 self._drive_on()
 
     def _matters(self, action):
-        """Whether the mistake would change anything now: steering ones wait for a bend, and so on."""
-        if self.kind in ("understeer", "oversteer"):
-            return abs(action[0]) > BEND
-        return self.kind != "late_braking" or action[2] > 0
+        """Whether the mistake would change anything now: most wait for a bend."""
+        if self.kind == "late_braking":
+            return action[2] > 0
+        return self.kind == "swerve" or abs(action[0]) > BEND
 
     def _drive_on(self):
         self.state, self.clock = "driving", self.rng.exponential(self.mean_gap)
@@ -122,3 +125,12 @@ class FaultyExpert:
         error = self.expert.heading_error(env)
         speed = car.hull.linearVelocity.length
         return sum(1 for w in car.wheels if w.tiles) >= 3 and abs(error) < 0.5 and speed > 15
+
+
+def make_faulty(job, episode):
+    pace = pace_of(job, episode)
+    return FaultyExpert(pace), {"name": "faulty expert", "pace": pace}
+
+
+if __name__ == "__main__":
+    run(lambda: collect(pace_parser(__doc__, 2_400_000).parse_args(), "data_recovery", make_faulty))
