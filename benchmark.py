@@ -48,7 +48,7 @@ def machine():
     )
 
 
-def follow(state, speed=45.0):
+def follow(state, speed=50.0):
     """A plain driver: telemetry (K,) -> action (3,) that keeps to the centre line at `speed`."""
     get = {name: float(state[i]) for name, i in FEATURE.items()}
     turn = get["heading_error"] + 0.06 * get["lateral_offset"] + 6.0 * get["curvature_10"]
@@ -88,7 +88,7 @@ def bench_env(args):
         "physics alone": (make_env("physics"), lambda env, obs: None),
     }
     for env, look in contenders.values():
-        rollout(env, drive(99, 60), 99, look)  # first calls fill caches
+        rollout(env, drive(99, args.steps), 99, look)  # first calls fill caches
     rates = {name: [] for name in contenders}
     for seed in range(args.rounds):
         actions = drive(seed, args.steps)
@@ -113,7 +113,7 @@ def poses(track, rng):
     _, sb, sx, sy = track[int(np.convolve(turns, np.ones(12), "valid").argmin())]
     right = np.cos(b), np.sin(b)
     noisy = lambda state: rng.uniform((-1, 0, 0), (1, 0.6, 0.2)).astype(np.float32)
-    full = lambda state: np.array((0, 1, 0), np.float32)
+    straight = lambda state: np.array((0, 0.5, 0), np.float32)
     spin = lambda state: np.array((1, 1, 0), np.float32)
     side = float(rng.choice((-1, 1)))
     return {
@@ -123,7 +123,7 @@ def poses(track, rng):
         "grass": ((x + 14 * right[0], y + 14 * right[1], b + 0.6, 25, 0), 40, noisy),
         "spin": ((x, y, b, 50, 6 * side), 40, spin),
         "edge": ((side * (PLAYFIELD - 12), 200 * rng.uniform(-1, 1), -side * 1.3, 20, 0), 25, noisy),
-        "speed": ((sx, sy, sb, 95, 0), 20, full),
+        "speed": ((sx, sy, sb, 95, 0), 20, straight),
     }
 
 

@@ -39,8 +39,8 @@ GROWTH = 0.52  # window px by which gfxdraw's outline enlarges each side of a po
 AA_GROWTH = 0.657  # texels by which cv2's LINE_AA does
 MARGIN = 2.0  # units of black kept around the playfield
 HALF = cr.PLAYFIELD + MARGIN  # units from the texture's centre to its sides
-# (texels a unit, smallest zoom in px a unit drawn from it, zoom whose polygon growth it shows)
-LEVELS = ((4.0, 8.0, 16.2), (2.0, 4.0, 6.0), (1.0, 2.0, 3.0), (0.5, 0.0, 1.3))
+# (texels a unit, least zoom in px a unit drawn from it, zoom whose polygon growth it shows)
+LEVELS = ((3.5, 8.0, 16.2), (2.0, 4.0, 6.0), (1.0, 2.0, 3.0), (0.5, 0.0, 1.3))
 FRAC = 8  # fractional bits of polygon vertices
 INVERSE = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 
@@ -83,6 +83,8 @@ ENGINE = cd.ENGINE_POWER
 INERTIA = cd.WHEEL_MOMENT_OF_INERTIA
 GRIP = 205000 * cd.SIZE * cd.SIZE  # force per unit/s of slip, before the friction limit
 RIGHT = cr.Box2D.b2Vec2(1, 0)
+# (steer to the left, gas, brake) of the env's discrete actions: none, right, left, gas, brake
+DISCRETE = ((0, 0, 0), (-0.6, 0, 0), (0.6, 0, 0), (0, 0.2, 0), (0, 0, 0.8))
 
 
 def sign(x):
@@ -161,9 +163,7 @@ class PhysicsCarRacing(cr.CarRacing):
         if not self.continuous:
             if not self.action_space.contains(action):
                 raise InvalidAction(f"expected a member of {self.action_space}, found {action!r}")
-            steer, gas, brake = ((0, 0, 0), (-0.6, 0, 0), (0.6, 0, 0), (0, 0.2, 0), (0, 0, 0.8))[
-                action
-            ]
+            steer, gas, brake = DISCRETE[action]
         else:
             steer, gas, brake = action.astype(np.float64).tolist()
             steer, gas = -steer, min(max(gas, 0.0), 1.0)
@@ -370,7 +370,7 @@ def square(x, y, side):
 class World:
     """One track as antialiased textures, one for each range of zoom, indexed by world position.
 
-    Reused from track to track: 1334 texels a side in the finest, 10 MB, and as much for the lawn.
+    Reused from track to track: 32 MB of textures, and as much for the same without the road.
     """
 
     def __init__(self):
@@ -431,16 +431,16 @@ def boxed(points):
 
 W, R = cd.WHEEL_W * cd.SIZE, cd.WHEEL_R * cd.SIZE  # units, half of a wheel's sides
 HULL = [boxed(p) for p in (cd.HULL_POLY1, cd.HULL_POLY2, cd.HULL_POLY3, cd.HULL_POLY4)]
-WHEEL = boxed(((-cd.WHEEL_W, cd.WHEEL_R), (cd.WHEEL_W, cd.WHEEL_R), (cd.WHEEL_W, -cd.WHEEL_R),
-               (-cd.WHEEL_W, -cd.WHEEL_R)))
+WHEEL = boxed([(x * cd.WHEEL_W, y * cd.WHEEL_R) for x, y in ((-1, 1), (1, 1), (1, -1), (-1, -1))])
+STRIPE = 1.2  # rad of a wheel's turn that its white stripe covers
 
 
 def paint(surface, points, zoom, color, angle=0.0, at=(0, 0)):
     """Polygon in the car's frame, turned and then moved by `at` (units), as the env draws it."""
     c, s = math.cos(angle), math.sin(angle)
-    pts = [((at[0] + c * x - s * y) * zoom + CAR_X - CROP_X,
-            (at[1] + s * x + c * y) * zoom + CAR_Y - CROP_Y) for x, y in points]
-    pygame.draw.polygon(surface, color, pts)
+    moved = [(at[0] + c * x - s * y, at[1] + s * x + c * y) for x, y in points]
+    x0, y0 = CAR_X - CROP_X, CAR_Y - CROP_Y
+    pygame.draw.polygon(surface, color, [(x * zoom + x0, y * zoom + y0) for x, y in moved])
 
 
 def blank():
@@ -451,30 +451,30 @@ def blank():
 def sprite(surface):
     """(12, 6, 4) float32: premultiplied RGB 0..255 and coverage -1..0 on the 96-pixel grid."""
     rgba = np.frombuffer(surface.get_buffer(), np.uint8).reshape(CROP_H, CROP_W * 4)[::-1]  # y down
-    rows = (ROWS_96 @ rgba.astype(np.float32)).reshape(-1, CROP_W, 4)
-    out = np.ascontiguousarray((COLS_96 @ rows), np.float32)  # (12, 6, 4)
-    out[..., 3] /= -255
-    return out
+    rows = (ROWS_96 @ rgba.astype(np.float32)).reshape(-1, CROP_W, 4)  # (12, 80, 4)
+    return COLS_96 @ rows * np.float32((1, 1, 1, -1 / 255))  # (12, 6, 4)
 
 
 @lru_cache(maxsize=64)
 def hull_sprite(zoom):
+    """Sprite of the hull to which those of the wheels are added: in the sum, channel 3 is what is left
+    of the ground. One array for all callers: copy it first."""
     surface = blank()
     for poly in HULL:
         paint(surface, poly, zoom, shown((204, 0, 0))[:3] + (255,))
     hull = sprite(surface)
-    hull[..., 3] += 1  # of the sum of hull and wheels: what is left of the ground
-    hull[..., :3] += 0.5  # rounds
-    return hull
+    return hull + np.float32((0.5, 0.5, 0.5, 1))  # half a level: the cast to uint8 then rounds
 
 
 @lru_cache(maxsize=8192)
 def wheel_sprite(wheel, angle_step, phase_step, zoom):
+    """Sprite of what the hull leaves to see of a wheel (0..3), at a steering angle and a turn."""
     surface = blank()
     angle, at = angle_step * ANGLE_STEP, [p * cd.SIZE for p in cd.WHEELPOS[wheel]]
     paint(surface, WHEEL, zoom, (0, 0, 0, 255), angle, at)
     a1 = (phase_step + 0.5) * 2 * math.pi / PHASE_STEPS
-    s1, s2, c1, c2 = math.sin(a1), math.sin(a1 + 1.2), math.cos(a1), math.cos(a1 + 1.2)
+    a2 = a1 + STRIPE
+    s1, s2, c1, c2 = math.sin(a1), math.sin(a2), math.cos(a1), math.cos(a2)
     if s1 <= 0 or s2 <= 0:  # the white stripe, or what of it is on top of the wheel
         c1, c2 = R * (sign(c1) if s1 > 0 else c1), R * (sign(c2) if s2 > 0 else c2)
         white = shown(cd.WHEEL_WHITE)[:3] + (255,)
@@ -486,75 +486,58 @@ def wheel_sprite(wheel, angle_step, phase_step, zoom):
 
 # ---- the HUD -------------------------------------------------------------------------------------
 
-BAR_UNIT_X, BAR_UNIT_Y = 25, 20  # window px of the HUD's grid
-MIN_BAR = 1e-4  # smaller values are not drawn
-BARS = ((5, (255, 255, 255)), (7, (0, 0, 255)), (8, (0, 0, 255)), (9, (51, 0, 255)),
-        (10, (51, 0, 255)))  # place on the grid and colour: speed, then spin of each wheel
-
-
-def reduce_96_to_64():
-    """(64, 96) float32, the area average of `preprocess`"""
-    return area_weights(64, 96)
-
-
-def hud_tables():
-    """Areas of the HUD's bars in the last 8 rows of the frame.
-
-    -> by top row 700..819 of a vertical bar (121, 8); its columns and colour (5, 192); the rows of a
-    horizontal bar (8,); running sum over window columns (1001, 64).
-    """
-    rows = (reduce_96_to_64() @ area_weights(96, 800))[SCENE_H:, 700:]  # (8, 100)
-    cols = reduce_96_to_64() @ area_weights(96, 1000)  # (64, 1000)
-    tall = np.zeros((121, 8), np.float32)
-    for top in range(120):
-        a, b = sorted((top, 80))
-        tall[top] = rows[:, a : b + 1].sum(1)  # row 120 stays empty: nothing to draw
-    bars = []
-    for place, color in BARS:
-        x0 = place * BAR_UNIT_X
-        last = x0 + BAR_UNIT_X + (place in (5, 10))  # inclusive, unless the next bar covers it
-        bars.append(np.outer(cols[:, x0:last].sum(1), shown(color)[:3]).ravel())
-    across = np.concatenate((np.zeros((1, 64)), np.cumsum(cols.T, 0))).astype(np.float32)
-    return tall, np.array(bars, np.float32), rows[:, 20:61].sum(1), across
+BAR_X, BAR_Y = 25, 20  # window px of the HUD's grid
+MIN_VALUE = 1e-4  # smaller ones have no bar
+HUD_Y, BASE_Y = 700, 80  # window row of the HUD's top, and below it the last row of a vertical bar
+NO_BAR = 100  # entry of `tall`, after its 100 rows
+# place on the grid, columns and colour of the vertical bars: speed, spin of the 4 wheels. Both edges
+# of a bar are drawn, unless its neighbour covers one.
+BARS = ((5, 26, (255, 255, 255)), (7, 25, (0, 0, 255)), (8, 25, (0, 0, 255)), (9, 25, (51, 0, 255)),
+        (10, 26, (51, 0, 255)))
 
 
 class Hud:
-    """The last 8 rows of the frame: speed, spin of 4 wheels, steering, gyro."""
+    """The last 8 rows of the frame, as a sum of 7 bars, each the outer product of the share of every
+    row (8) and of every column (64, RGB) that it covers: speed, 4 wheels, steering, gyro."""
 
     def __init__(self):
-        self.tall, bars, flat, self.across = hud_tables()
-        self.cols = np.zeros((8, OBS_SIZE, 3), np.float32)
-        self.cols[:5] = bars.reshape(5, OBS_SIZE, 3)
-        self.cols[7] = 0.5  # rounds
-        self.rows = np.ones((8, 8), np.float32)
-        self.rows[5:7] = flat
+        shrink = area_weights(64, 96)
+        y_share = (shrink @ area_weights(96, 800))[SCENE_H:, HUD_Y:]  # (8, 100)
+        x_share = shrink @ area_weights(96, 1000)  # (64, 1000)
+        ends = [sorted((row, BASE_Y)) for row in range(NO_BAR)]  # backward spin hangs below the base
+        self.tall = np.array([y_share[:, a : b + 1].sum(1) for a, b in ends] + [np.zeros(8)])
+        self.across = np.vstack((np.zeros(64), x_share.T.cumsum(0)))  # (1001, 64)
+        self.rows, self.cols = np.ones((8, 8), np.float32), np.zeros((8, 64, 3), np.float32)
+        for i, (place, width, color) in enumerate(BARS):
+            cover = x_share[:, place * BAR_X : place * BAR_X + width].sum(1)
+            self.cols[i] = np.outer(cover, shown(color)[:3])
+        self.rows[5:7] = y_share[:, BAR_Y : 3 * BAR_Y + 1].sum(1)
+        self.cols[7] = 0.5  # everywhere: the cast to uint8 then rounds
         self.green, self.red = shown((0, 255, 0))[1], shown((255, 0, 0))[0]
 
     def draw(self, car, out):
-        v = car.hull.linearVelocity
+        """Fill out (8, 64, 3) uint8."""
+        v, steer, gyro = car.hull.linearVelocity, car.wheels[0].joint.angle, car.hull.angularVelocity
         speed = math.sqrt(v.x * v.x + v.y * v.y)
-        tops = [bar_top(0.02 * speed, speed)]
-        tops += [bar_top(0.01 * w.omega, w.omega) for w in car.wheels]
-        self.rows[:5] = self.tall[tops]
-        steer, gyro = car.wheels[0].joint.angle, car.hull.angularVelocity
-        self.cols[5, :, 1] = self._bar(20, -10.0 * steer, steer, self.green)
-        self.cols[6, :, 0] = self._bar(30, -0.8 * gyro, gyro, self.red)
-        hud = self.rows.T @ self.cols.reshape(8, -1)
-        out[:] = hud.reshape(8, OBS_SIZE, 3)
+        ends = [vertical_end(speed, 0.02)] + [vertical_end(w.omega, 0.01) for w in car.wheels]
+        self.rows[:5] = self.tall[ends]
+        self.cols[5, :, 1] = self._horizontal(20, steer, -10.0) * self.green
+        self.cols[6, :, 0] = self._horizontal(30, gyro, -0.8) * self.red
+        out[:] = (self.rows.T @ self.cols.reshape(8, -1)).reshape(out.shape)
 
-    def _bar(self, place, length, value, level):
-        if abs(value) <= MIN_BAR:
+    def _horizontal(self, place, value, length):
+        if abs(value) <= MIN_VALUE:
             return 0.0
-        end = int(min(max((place + length) * BAR_UNIT_X, 0), cr.WINDOW_W - 1))
-        a, b = sorted((place * BAR_UNIT_X, end))
-        return (self.across[b + 1] - self.across[a]) * level
+        end = int(min(max((place + length * value) * BAR_X, 0), cr.WINDOW_W - 1))
+        a, b = sorted((place * BAR_X, end))
+        return self.across[b + 1] - self.across[a]
 
 
-def bar_top(height, value):
-    """Window row, from the HUD's first, where a vertical bar ends; 120: no bar."""
-    if abs(value) <= MIN_BAR:
-        return 120
-    return min(max(int(cr.WINDOW_H - (BAR_UNIT_Y + BAR_UNIT_Y * height)) - 700, 0), 99)
+def vertical_end(value, height):
+    """Row below the HUD's top where the bar of `value` ends, `height` grid cells a unit."""
+    if abs(value) <= MIN_VALUE:
+        return NO_BAR
+    return min(max(int(cr.WINDOW_H - (BAR_Y + BAR_Y * height * value)) - HUD_Y, 0), NO_BAR - 1)
 
 
 # ---- the fast env --------------------------------------------------------------------------------
@@ -571,6 +554,65 @@ class Paint:
         if self.on_change:
             self.on_change()
             self.on_change = None
+
+
+class View:
+    """Draws the frames of one env; holds its textures and buffers."""
+
+    def __init__(self):
+        self.world, self.hud = World(), Hud()
+        self.touched = []  # indices of tiles to repaint
+        self.scene = np.zeros((HUD_TOP, cr.STATE_W, 4), np.uint8)
+        self.wide = np.zeros((2 * HUD_TOP, 2 * cr.STATE_W, 4), np.uint8)
+        self.small = np.zeros((SCENE_H, OBS_SIZE, 4), np.uint8)
+        self.matrix = np.zeros((2, 3))
+        # bilinear at a third of a pixel is the area average of 96 to 64, at a quarter of its cost
+        i = np.arange(OBS_SIZE)
+        thirds = (3 * (i // 2) + np.where(i % 2, 5 / 3, 1 / 3)).astype(np.float32)
+        self.at = np.meshgrid(thirds, thirds[:SCENE_H])
+
+    def draw(self, env):
+        """The frame of the env's present state -> (64, 64, 3) uint8, a new array."""
+        while self.touched:
+            self.world.repaint(self.touched.pop(), shown(env.road_color))
+        zoom = 0.1 * cr.SCALE * max(1 - env.t, 0) + cr.ZOOM * cr.SCALE * min(env.t, 1)
+        self._draw_ground(env.car.hull, zoom, zooming=env.t < 1)
+        self._draw_car(env.car, zoom)
+        cv2.remap(self.scene, *self.at, cv2.INTER_LINEAR, self.small)
+        obs = np.empty((OBS_SIZE, OBS_SIZE, 3), np.uint8)
+        cv2.cvtColor(self.small, cv2.COLOR_RGBA2RGB, obs[:SCENE_H])
+        self.hud.draw(env.car, obs[SCENE_H:])
+        return obs
+
+    def _draw_ground(self, hull, zoom, zooming):
+        if zooming:  # texels are smaller than pixels by a factor that changes: sample more densely
+            self._warp(hull, zoom, self.wide)
+            cv2.resize(self.wide, (cr.STATE_W, HUD_TOP), self.scene, interpolation=cv2.INTER_AREA)
+        else:
+            self._warp(hull, zoom, self.scene)
+
+    def _warp(self, hull, zoom, out):
+        """Sample the world as seen from the car onto out (h, w, 4), the window above the HUD."""
+        h, w, _ = out.shape
+        level = next(i for i, (_, least, _) in enumerate(LEVELS) if zoom >= least)
+        scale = LEVELS[level][0]
+        kx, ky = cr.WINDOW_W / w / zoom, HUD_Y / h / zoom  # units a pixel
+        bx, by = 0.5 * kx - CAR_X / zoom, (cr.WINDOW_H - CAR_Y) / zoom - 0.5 * ky
+        x, y = hull.position
+        c, s = math.cos(hull.angle) * scale, math.sin(hull.angle) * scale
+        self.matrix[:] = (
+            (c * kx, s * ky, (x + HALF) * scale - 0.5 + c * bx - s * by),
+            (s * kx, -c * ky, (y + HALF) * scale - 0.5 + s * bx + c * by),
+        )
+        cv2.warpAffine(self.world.textures[level], self.matrix, (w, h), out, INVERSE)
+
+    def _draw_car(self, car, zoom):
+        layer = hull_sprite(zoom).copy()
+        for i, w in enumerate(car.wheels):
+            turn = math.floor(w.phase * (PHASE_STEPS / (2 * math.pi))) % PHASE_STEPS
+            layer += wheel_sprite(i, round(w.joint.angle / ANGLE_STEP), turn, zoom)
+        crop = self.scene[CAR_ROWS, CAR_COLS]
+        crop[:] = crop * layer[..., 3:] + layer
 
 
 class FastCarRacing(PhysicsCarRacing):
@@ -593,62 +635,3 @@ class FastCarRacing(PhysicsCarRacing):
 
     def _render(self, mode):
         return self.view.draw(self) if mode == "state_pixels" else super()._render(mode)
-
-
-class View:
-    """Draws the frames of one env; holds its textures and buffers."""
-
-    def __init__(self):
-        self.world, self.hud = World(), Hud()
-        self.touched = []  # indices of tiles to repaint
-        self.scene = np.zeros((HUD_TOP, cr.STATE_W, 4), np.uint8)
-        self.wide = np.zeros((2 * HUD_TOP, 2 * cr.STATE_W, 4), np.uint8)
-        self.small = np.zeros((SCENE_H, OBS_SIZE, 4), np.uint8)
-        self.matrix = np.zeros((2, 3))
-        # bilinear at a third of a pixel is the area average of 96 to 64, at a quarter of its cost
-        i = np.arange(OBS_SIZE)
-        thirds = (3 * (i // 2) + np.where(i % 2, 5 / 3, 1 / 3)).astype(np.float32)
-        self.at = np.meshgrid(thirds, thirds[:SCENE_H])
-
-    def draw(self, env):
-        """-> (64, 64, 3) uint8, new"""
-        while self.touched:
-            self.world.repaint(self.touched.pop(), shown(env.road_color))
-        t = env.t
-        zoom = 0.1 * cr.SCALE * max(1 - t, 0) + cr.ZOOM * cr.SCALE * min(t, 1)
-        self._draw_ground(env.car.hull, zoom, t < 1)
-        self._draw_car(env.car, zoom)
-        cv2.remap(self.scene, *self.at, cv2.INTER_LINEAR, self.small)
-        obs = np.empty((OBS_SIZE, OBS_SIZE, 3), np.uint8)
-        cv2.cvtColor(self.small, cv2.COLOR_RGBA2RGB, obs[:SCENE_H])
-        self.hud.draw(env.car, obs[SCENE_H:])
-        return obs
-
-    def _draw_ground(self, hull, zoom, zooming):
-        if zooming:
-            self._warp(hull, zoom, self.wide)
-            cv2.resize(self.wide, (cr.STATE_W, HUD_TOP), self.scene, interpolation=cv2.INTER_AREA)
-        else:
-            self._warp(hull, zoom, self.scene)
-
-    def _warp(self, hull, zoom, out):
-        h, w, _ = out.shape
-        level = next(i for i, (_, least, _) in enumerate(LEVELS) if zoom >= least)
-        scale = LEVELS[level][0]
-        kx, ky = cr.WINDOW_W / w / zoom, 700 / h / zoom  # units a pixel
-        bx, by = 0.5 * kx - CAR_X / zoom, (cr.WINDOW_H - CAR_Y) / zoom - 0.5 * ky
-        x, y = hull.position
-        c, s = math.cos(hull.angle) * scale, math.sin(hull.angle) * scale
-        self.matrix[:] = (
-            (c * kx, s * ky, (x + HALF) * scale - 0.5 + c * bx - s * by),
-            (s * kx, -c * ky, (y + HALF) * scale - 0.5 + s * bx + c * by),
-        )
-        cv2.warpAffine(self.world.textures[level], self.matrix, (w, h), out, INVERSE)
-
-    def _draw_car(self, car, zoom):
-        car_sprite = hull_sprite(zoom).copy()
-        for i, w in enumerate(car.wheels):
-            phase = int(w.phase * (PHASE_STEPS / (2 * math.pi)) // 1) % PHASE_STEPS
-            car_sprite += wheel_sprite(i, round(w.joint.angle / ANGLE_STEP), phase, zoom)
-        crop = self.scene[CAR_ROWS, CAR_COLS]
-        crop[:] = crop * car_sprite[..., 3:] + car_sprite

@@ -4,6 +4,7 @@
 README. `python networks.py FILE` prints what a checkpoint holds.
 """
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -252,6 +253,60 @@ def load_frozen(path, name, device, made_by):
     """(net, payload): a net from a checkpoint, on the device, in eval mode, without gradients."""
     payload = read(path, made_by)
     return build(payload, name, path).to(device).eval().requires_grad_(False), payload
+
+
+RUNTIME_ARGS = {"root", "device", "threads", "fresh", "precision"}  # may change on resume
+
+
+def save_run(path, nets, optim, scaler, args, step, **state):
+    """Saves all that an interrupted training needs to go on as if it had not been interrupted."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    save(path, nets, optim=optim.state_dict(), scaler=scaler.state_dict(), step=step,
+         args={k: str(v) for k, v in vars(args).items()}, rng=torch.get_rng_state(), rng_cuda=cuda,
+         **state)
+
+
+def resume_run(path, nets, optim, scaler, args):
+    """Restores `save_run`'s file into nets and optimiser and returns its payload, or None.
+
+    None: there is no such file, or --fresh. A run with other arguments is refused by name.
+    """
+    if args.fresh or not path.exists():
+        return None
+    payload = read(path, "the same command with --fresh")
+    for key, now in vars(args).items():
+        then = payload["args"].get(key)
+        if key not in RUNTIME_ARGS and then != str(now):
+            fail(f"{path}: the run to resume had --{key} {then}, this command has {now}; repeat "
+                 "its arguments, or add --fresh to start again")
+    for name, net in nets.items():
+        net.load_state_dict(payload["nets"][name]["weights"])
+    optim.load_state_dict(payload["optim"])
+    scaler.load_state_dict(payload["scaler"])
+    torch.set_rng_state(payload["rng"])
+    if payload["rng_cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(payload["rng_cuda"])
+    return payload
+
+
+def cosine(step, steps, peak, warmup=0.05):
+    """Learning rate: a linear rise over the first `warmup` of all steps, then half a cosine."""
+    rise = max(1, int(warmup * steps))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def optimise(loss, nets, optim, scaler, lr, clip=1.0):
+    """One step of the optimiser on a finite loss, gradients clipped to norm `clip`."""
+    for group in optim.param_groups:
+        group["lr"] = lr
+    optim.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optim)
+    nn.utils.clip_grad_norm_([p for net in nets for p in net.parameters()], clip)
+    scaler.step(optim)
+    scaler.update()
 
 
 def epoch_of(path):

@@ -1,0 +1,218 @@
+"""The fast env is the official one in everything but the drawing, and nearly so in that."""
+
+import pickle
+
+import numpy as np
+import pytest
+from gymnasium.envs.box2d import car_racing
+from gymnasium.wrappers import OrderEnforcing, TimeLimit
+
+import benchmark
+import car_env
+from car_env import TELEMETRY, make_env, observe, place_car, preprocess, telemetry
+
+MAX_MEAN, MAX_WORST = 0.5, 1.0  # grey levels of 255 off the official picture
+
+
+class Undrawn(car_racing.CarRacing):
+    """The official physics without the 5 ms of drawing."""
+
+    def _render(self, mode):
+        return None
+
+
+def official(**kw):
+    return TimeLimit(OrderEnforcing(Undrawn(**kw)), car_env.MAX_STEPS)
+
+
+def named(state):
+    return dict(zip(TELEMETRY, state.tolist(), strict=True))
+
+
+def snapshot(env):
+    """Everything of the car that physics or drawing depends on."""
+    env = env.unwrapped
+    bodies = [env.car.hull, *env.car.wheels]
+    moving = [(*b.position, b.angle, *b.linearVelocity, b.angularVelocity) for b in bodies]
+    wheels = [(w.omega, w.phase, w.gas, w.brake, w.steer, w.joint.angle) for w in env.car.wheels]
+    particles = [(p.color, len(p.poly), p.grass) for p in env.car.particles]
+    return moving, wheels, particles, env.tile_visited_count, env.t
+
+
+def random_driver(seed):
+    rng = np.random.default_rng(seed)
+    return lambda state: rng.uniform((-1, -0.2, 0), (1, 1.2, 1)).astype(np.float32)
+
+
+def straight_on(state):
+    return np.array((0, 0.5, 0), np.float32)
+
+
+def play(env, twin, driver, seed):
+    """Both envs through the same episode -> what the last step returned, but for the picture."""
+    env.reset(seed=seed), twin.reset(seed=seed)
+    assert env.unwrapped.track == twin.unwrapped.track
+    for _ in range(car_env.MAX_STEPS):
+        action = driver(telemetry(env))
+        result, same = env.step(action)[1:], twin.step(action)[1:]
+        assert result == same
+        assert snapshot(env) == snapshot(twin)
+        if result[1] or result[2]:
+            break
+    return result
+
+
+@pytest.mark.parametrize("kind", ["fast", "physics"])
+def test_whole_episodes_equal_the_official_ones_bit_for_bit(kind):
+    env, twin = make_env(kind), official()  # reused from episode to episode
+    assert play(env, twin, benchmark.follow, seed=1)[3] == {"lap_finished": True}
+    assert play(env, twin, random_driver(1), seed=0)[2]  # cut off by the 1000 steps
+    reward, terminated, _, info = play(env, twin, straight_on, seed=2)
+    assert (reward, terminated, info) == (-100, True, {"lap_finished": False})  # off the playfield
+    play(env, twin, random_driver(3), seed=3)
+
+
+def test_options_of_the_env_work():
+    discrete = np.random.default_rng(0).integers(5, size=2000).tolist()
+    play(make_env(continuous=False), official(continuous=False), lambda s: discrete.pop(), seed=4)
+    env, twin = make_env(domain_randomize=True), official(domain_randomize=True)
+    play(env, twin, random_driver(5), seed=5)
+    assert np.array_equal(env.unwrapped.road_color, twin.unwrapped.road_color)
+    pictured = make_env(render_mode="rgb_array")
+    pictured.reset(seed=0)
+    assert pictured.render().shape == (400, 600, 3)
+    assert pickle.loads(pickle.dumps(pictured.unwrapped)).render_mode == "rgb_array"
+
+
+def test_an_unknown_kind_is_named():
+    with pytest.raises(ValueError, match="official, fast or physics, found 'quick'"):
+        make_env("quick")
+
+
+def test_pictures_are_those_of_the_official_env():
+    for name, rows in benchmark.compare(tracks=2).items():
+        errors = [row[0] for row in rows]
+        assert np.mean(errors) <= MAX_MEAN and np.max(errors) <= MAX_WORST, name
+
+
+def test_random_colours_are_drawn_and_visited_tiles_repainted():
+    official, fast = (make_env(kind, domain_randomize=True) for kind in ("official", "fast"))
+    for seed in (6, 7):
+        pair = [(env, env.reset(seed=seed)[0]) for env in (official, fast)]
+        for _ in range(60):
+            a, b = (observe(env, obs) for env, obs in pair)
+            assert np.abs(a.astype(int) - b).mean() < MAX_WORST
+            pair = [(env, env.step(straight_on(None))[0]) for env in (official, fast)]
+
+
+def test_obs_spaces_and_types():
+    for kind, side in (("official", 96), ("fast", 64), ("physics", 64)):
+        env = make_env(kind)
+        obs, info = env.reset(seed=0)
+        assert obs.shape == (side, side, 3) and obs.dtype == np.uint8 and info == {}
+        assert env.observation_space.contains(obs)
+        assert observe(env, obs).shape == (64, 64, 3)
+        again = env.step(np.zeros(3, np.float32))[0]
+        assert not np.shares_memory(obs, again)
+
+
+def test_the_score_is_masked_and_the_bars_are_not():
+    frame = np.full((96, 96, 3), 200, np.uint8)
+    obs = preprocess(frame)
+    assert (obs[56:, :8] == 0).all()
+    assert (obs[56:, 8:] == 200).all() and (obs[:56] == 200).all()
+    env = make_env()
+    env.reset(seed=0)
+    place_car(env, 0, 0, 0, speed=90)
+    obs = env.step(np.zeros(3, np.float32))[0]
+    assert (obs[56:, :8] == 0).all() and obs[59:62, 8].min() > 50  # the speed bar
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        np.zeros((64, 64, 3), np.uint8),
+        np.zeros((3, 96, 96), np.uint8),
+        np.zeros((96, 96, 3), np.float32),
+        [[0]],
+    ],
+)
+def test_preprocess_takes_official_frames_only(frame):
+    with pytest.raises(ValueError, match=r"expected \(96, 96, 3\) uint8, found"):
+        preprocess(frame)
+
+
+def test_telemetry_has_the_signs_it_names():
+    env = make_env("physics")
+    env.reset(seed=0)
+    _, beta, x, y = env.unwrapped.track[30]
+    right, ahead = np.array((np.cos(beta), np.sin(beta))), np.array((-np.sin(beta), np.cos(beta)))
+
+    place_car(env, *(np.array((x, y)) + 3 * right), beta, speed=20)
+    state = named(telemetry(env))
+    assert state["lateral_offset"] == pytest.approx(3, abs=1e-3) and state["tile_index"] == 30
+    assert state["heading_error"] == pytest.approx(0, abs=1e-5)
+    assert state["forward_speed"] == pytest.approx(20) and state["speed"] == pytest.approx(20)
+    assert state["side_speed"] == pytest.approx(0, abs=1e-4)
+
+    for _ in range(25):  # steered to the right, off the centre line
+        env.step(np.array((0.5, 0.2, 0), np.float32))
+    state = named(telemetry(env))
+    assert state["lateral_offset"] > 3 and state["yaw_rate"] < 0 and state["steer_angle"] < 0
+    assert state["heading_error"] > 0  # it is to turn left
+    assert state["wheel_spin_rl"] > 0 and 0 < state["tiles_visited"] < 1
+
+    place_car(env, *(np.array((x, y)) + 15 * right + 2 * ahead), beta + 2 * np.pi)
+    env.step(np.zeros(3, np.float32))
+    state = named(telemetry(env))
+    assert state["wheels_off_road"] == 4 and state["lateral_offset"] > 12
+    assert state["heading_error"] == pytest.approx(0, abs=1e-3)  # wrapped
+
+
+def test_telemetry_is_finite_and_the_same_in_all_kinds():
+    states = []
+    for kind in ("official", "physics"):
+        env = make_env(kind)
+        env.reset(seed=3)
+        driver = random_driver(0)
+        for _ in range(60):
+            env.step(driver(None))
+        states.append(telemetry(env))
+    assert states[0].shape == (len(TELEMETRY),) and states[0].dtype == np.float32
+    assert np.isfinite(states[0]).all() and np.array_equal(*states)
+
+
+def test_telemetry_finds_the_nearest_tile_after_any_jump():
+    env = make_env("physics")
+    rng = np.random.default_rng(0)
+    for seed in (0, 1):
+        env.reset(seed=seed)
+        track = np.array(env.unwrapped.track)
+        for i in rng.integers(len(track), size=20):
+            place_car(env, *track[i, 2:], track[i, 1])
+            assert named(telemetry(env))["tile_index"] == i
+            nearer = telemetry(env)  # and again from there
+            assert named(nearer)["tile_index"] == i
+
+
+@pytest.mark.parametrize("kind", ["official", "fast", "physics"])
+def test_place_car_puts_the_car_there(kind):
+    env = make_env(kind)
+    env.reset(seed=0)
+    bodies = env.unwrapped.world.bodies
+    visited, angle = env.unwrapped.tile_visited_count, 2.0
+    obs = place_car(env, 10.0, -20.0, angle, speed=40.0, yaw_rate=0.5)
+    assert observe(env, obs).shape == (64, 64, 3)
+    assert len(env.unwrapped.world.bodies) == len(bodies)  # the old car is gone
+    state = named(telemetry(env))
+    assert (state["x"], state["y"], state["hull_angle"]) == (10, -20, 2)
+    assert state["forward_speed"] == pytest.approx(40, rel=1e-5)
+    assert state["yaw_rate"] == pytest.approx(0.5)
+    assert env.unwrapped.tile_visited_count == visited
+    place_car(env, 10.0, -20.0, angle, speed=40.0)
+    for _ in range(10):  # rolls straight on, without a jolt
+        env.step(np.zeros(3, np.float32))
+    state = named(telemetry(env))
+    assert state["speed"] == pytest.approx(40, abs=0.1) and abs(state["yaw_rate"]) < 0.02
+    ahead = np.array((-np.sin(angle), np.cos(angle))) * 40 * 10 / car_env.FPS
+    assert np.allclose((state["x"] - 10, state["y"] + 20), ahead, atol=0.2)

@@ -1,0 +1,270 @@
+"""Day 2, the eye: a ResNet-18 learns to see without labels.
+
+Reads ROOT/data_race, data_recovery, data; writes ROOT/models/encoder_mixed_ep{N}.pth each epoch,
+models/encoder.jsonl and visuals/encoder_curves.png. `--objective joint` (default) asks that latents
+be predictable from actions, tell the action, vary, and be uncorrelated; `--objective vicreg` is
+plain VICReg on two photometric views. Each epoch prints a linear probe of what the latents know.
+
+    python train_encoder.py --epochs 50 --batch_size 256
+    python train_encoder.py --width 0.25 --dim 256 --epochs 8 --batch_size 96     a laptop
+"""
+
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import Ridge
+from tqdm import tqdm
+
+from buffer import Loader, load_sources, sample_frames
+from car_env import TELEMETRY
+from networks import (InverseModel, Predictor, Projector, TinyEncoder, cosine, optimise, resume_run,
+                      save, save_run, stack)
+from runtime import (RunLog, Stop, autocast, fail, parser, pick_device, pick_precision, positive,
+                     run)
+from vicreg import covariance, effective_rank, variance, vicreg_loss
+
+PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
+HUD_ROW = 56  # rows from here on are instruments: augmentation leaves them alone
+JITTER = 0.3  # brightness and contrast are scaled by 1 ± this
+COLLAPSED = 0.02  # mean standard deviation of a latent's dimensions; a healthy one has about 1
+SAVE_EVERY_S = 900
+
+
+def arguments():
+    p = parser(__doc__, data=True)
+    g = p.add_argument_group("model")
+    g.add_argument("--width", type=float, default=1.0,
+                   help="channels over ResNet-18's; 0.25 learns ten times faster on a CPU")
+    g.add_argument("--dim", type=positive, default=512, help="size of a latent; 256 plans faster")
+    g.add_argument("--history", type=positive, default=3,
+                   help="frames a latent sees; one hides speed and yaw rate")
+    g.add_argument("--repeat", type=positive, default=2,
+                   help="environment steps between frames, and between latents: 2 is 25 Hz")
+    g = p.add_argument_group("objective")
+    g.add_argument("--objective", choices=["joint", "vicreg"], default="joint",
+                   help="joint drives; vicreg is the plain two-view loss")
+    g.add_argument("--latents", type=positive, default=4, help="joint: latents in a window")
+    g.add_argument("--pred", type=float, default=10.0, help="joint: weight of the prediction")
+    g.add_argument("--std", type=float, help="weight of the variance hinge (joint 16, vicreg 25)")
+    g.add_argument("--cov", type=float, default=1.0, help="weight of the covariance term")
+    g.add_argument("--inverse", type=float, default=2.0, help="joint: weight of inverse dynamics")
+    g.add_argument("--temporal", type=float, default=1.0,
+                   help="joint: weight of the similarity of neighbours in time")
+    g.add_argument("--sim", type=float, default=25.0, help="vicreg: weight of the invariance")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=positive, default=50)
+    g.add_argument("--batch_size", type=positive, default=256, help="windows in a step")
+    g.add_argument("--steps_per_epoch", type=int, default=0,
+                   help="0: as many as show each frame about once")
+    g.add_argument("--lr", type=float, default=1e-3, help="peak of the cosine schedule")
+    g.add_argument("--weight_decay", type=float, default=1e-4)
+    args = p.parse_args()
+    args.std = args.std if args.std is not None else {"joint": 16.0, "vicreg": 25.0}[args.objective]
+    return args
+
+
+def jitter(obs, generator):
+    """Brightness and contrast, one draw a window: obs (B, L, 3, 64, 64) uint8 -> float 0..255."""
+    x = obs.float()
+    b, c = (1 + JITTER * (2 * torch.rand(2, len(x), 1, 1, 1, 1, generator=generator,
+                                         device=x.device) - 1))
+    scene = x[..., :HUD_ROW, :]
+    mean = scene.mean(dim=(1, 2, 3, 4), keepdim=True)
+    x[..., :HUD_ROW, :] = (((scene - mean) * c + mean) * b).clamp(0, 255)
+    return x
+
+
+def joint_loss(nets, obs, act, args, generator):
+    """Prediction, inverse dynamics, temporal similarity, variance and covariance of a window.
+
+    obs (B, K + history - 1, 3, 64, 64), act (B, K - 1, 3) -> (loss, logs, raw latents (B * K, D)).
+    """
+    B, K = len(obs), args.latents
+    flat = nets["encoder"].features(stack(jitter(obs, generator), args.history))  # (B * K, D)
+    z = flat.view(B, K, -1)
+    z_hat = nets["predictor"].rollout(z[:, 0], act)
+    told = nets["inverse"](z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1))
+    logs = {"pred": F.mse_loss(z_hat.float(), z[:, 1:]),
+            "inverse": F.mse_loss(told.float(), act.flatten(0, 1)),
+            "temporal": F.mse_loss(z[:, 1:], z[:, :-1]),
+            "std": variance(flat), "cov": covariance(flat)}
+    loss = sum(getattr(args, name) * term for name, term in logs.items())
+    return loss, {k: v.detach() for k, v in logs.items()}, flat.detach()
+
+
+def plain_loss(nets, obs, act, args, generator):
+    """VICReg on two views of the same frames: the objective of the seeds, to the letter."""
+    views = [nets["encoder"].features(stack(jitter(obs, generator), args.history))
+             for _ in range(2)]
+    loss, logs = vicreg_loss(*(nets["projector"](z) for z in views), args.sim, args.std, args.cov)
+    return loss, logs, views[0].detach()
+
+
+def loss_fn(nets, batch, args, generator):
+    """(loss, logs of detached tensors, raw latents) of a batch on the device."""
+    return (joint_loss if args.objective == "joint" else plain_loss)(nets, *batch, args, generator)
+
+
+def make_nets(args):
+    """The encoder and the heads that its objective needs."""
+    nets = {"encoder": TinyEncoder(args.width, args.history, args.repeat, args.dim)}
+    if args.objective == "joint":
+        return nets | {"predictor": Predictor(args.dim), "inverse": InverseModel(args.dim)}
+    return nets | {"projector": Projector(args.dim)}
+
+
+@torch.no_grad()
+def features_of(encoder, obs, device, dtype, batch=256):
+    """Raw latents of stacked frames: obs (N, history, 3, 64, 64) -> (N, D) on the CPU."""
+    out = []
+    for part in obs.split(batch):
+        with autocast(device, dtype):
+            out.append(encoder.features(stack(part.to(device), encoder.history)).float().cpu())
+    return torch.cat(out)
+
+
+class Probe:
+    """Ridge regression from latents to telemetry: fitted on training tracks, R² on held-out ones.
+
+    The labels judge, they never train the encoder. Only frames with the road in view count.
+    """
+
+    def __init__(self, sources, args, count=3000):
+        self.parts = []
+        for part in (0, 1):
+            chunks = [c for split in sources.values() for c in split[part]]
+            obs, rows = sample_frames(chunks, args.history, args.repeat, count, args.seed, skip=50)
+            col = lambda name: rows["telemetry"][:, list(TELEMETRY).index(name)]
+            seen = (abs(col("lateral_offset")) < 7) & (abs(col("heading_error")) < 1)
+            self.parts.append((obs, seen, np.stack([col(k) for k in PROBED], 1)))
+
+    def __call__(self, encoder, device, dtype):
+        """Sets the encoder's standardisation, returns {quantity: R²}, rank and spread of latents."""
+        encoder.eval()
+        (za, ma, ya), (zb, mb, yb) = [(features_of(encoder, obs, device, dtype), seen, y)
+                                      for obs, seen, y in self.parts]
+        encoder.calibrate(za.to(device))
+        mean, std = ya[ma].mean(0), ya[ma].std(0) + 1e-6
+        scale = za.std(0) + 1e-6
+        fit = Ridge(alpha=1.0).fit((za / scale)[ma], (ya[ma] - mean) / std)
+        y = (yb[mb] - mean) / std
+        error = ((fit.predict((zb / scale)[mb]) - y) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)
+        return {"val_r2_" + k: 1 - e for k, e in zip(PROBED, error)} | {
+            "val_rank": effective_rank(zb), "val_spread": float(zb.std(0).mean())}
+
+
+@torch.no_grad()
+def evaluate(nets, loader, device, dtype, args, batches=8):
+    """Mean of each term of the loss on held-out tracks, {val_name: float}; nets in eval mode."""
+    total = {}
+    stream = loader.batches()
+    generator = torch.Generator(device).manual_seed(0)
+    for _ in range(batches):
+        batch = [x.to(device) for x in next(stream)]
+        with autocast(device, dtype):
+            loss, logs, _ = loss_fn(nets, batch, args, generator)
+        for k, v in {"loss": loss, **logs}.items():
+            total["val_" + k] = total.get("val_" + k, 0) + float(v) / batches
+    stream.close()
+    return total
+
+
+def table(values):
+    """One line of the probe."""
+    return "  ".join(f"{k.removeprefix('val_').removeprefix('r2_')} {v:.3f}"
+                     for k, v in values.items())
+
+
+def main():
+    args = arguments()
+    began, stop = time.time(), Stop()
+    device = pick_device(args)
+    dtype = pick_precision(args.precision, device)
+    torch.manual_seed(args.seed)
+    sources = load_sources(args)
+    window = dict(latents=args.latents if args.objective == "joint" else 1, history=args.history,
+                  repeat=args.repeat, shares=args.shares)
+    loader = Loader([s[0] for s in sources.values()], args.batch_size, seed=args.seed, **window)
+    held = Loader([s[1] for s in sources.values()], min(args.batch_size, 96), seed=1, **window)
+    per_epoch = args.steps_per_epoch or loader.steps_per_epoch
+    steps = args.epochs * per_epoch
+
+    nets = {k: n.to(device, memory_format=torch.channels_last)
+            for k, n in make_nets(args).items()}
+    optim = torch.optim.AdamW([p for n in nets.values() for p in n.parameters()], args.lr,
+                              weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    models = args.root / "models"
+    saved = resume_run(models / "encoder_resume.pth", nets, optim, scaler, args)
+    step = saved["step"] if saved else 0
+    if step >= steps:
+        print(f"already trained: {models}/encoder_mixed_ep{args.epochs}.pth; --fresh starts again")
+        return 0
+    log = RunLog(args, "encoder", resumed=bool(saved))
+    if not saved:  # files of an earlier run would be taken for this one's
+        for old in models.glob("encoder_mixed_ep*.pth"):
+            old.unlink()
+    probe = Probe(sources, args)
+    size = sum(p.numel() for p in nets["encoder"].parameters()) / 1e6
+    print(f"{size:.2f}M encoder on {device} in {str(dtype).removeprefix('torch.')}, {steps} steps "
+          f"from {step}, {args.batch_size} windows of {window['latents']} latents")
+    if not saved:
+        print("untrained:", table(probe(nets["encoder"], device, dtype)))
+
+    def keep(**state):
+        save_run(models / "encoder_resume.pth", nets, optim, scaler, args, step, **state)
+
+    batches, last_save = loader.batches(step), time.time()
+    bar = tqdm(total=steps, initial=step, desc="encoder", unit="step", mininterval=1)
+    while step < steps:
+        for net in nets.values():
+            net.train()
+        batch = [x.to(device, non_blocking=True) for x in next(batches)]
+        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
+        with autocast(device, dtype):
+            loss, logs, z = loss_fn(nets, batch, args, generator)
+        lr = cosine(step, steps, args.lr)
+        if log.due():
+            spread = z.std(dim=0).mean()
+            shown = log.log(step, loss=loss, lr=lr, spread=spread, rank=effective_rank(z), **logs)
+            bar.set_postfix(loss=f"{shown['loss']:.3f}", rank=f"{shown['rank']:.0f}")
+            if step > 100 and spread < COLLAPSED:
+                fail(f"step {step}: the latents collapsed (spread {spread:.4f}, expected about 1);"
+                     f" nothing was saved since {models}/encoder_resume.pth; raise --std or lower "
+                     "--lr")
+        if not torch.isfinite(loss):
+            fail(f"step {step}: the loss is {loss.item()}; nothing was saved over the last good "
+                 "file; lower --lr, or use --precision fp32")
+        optimise(loss, nets.values(), optim, scaler, lr)
+        step += 1
+        bar.update()
+        if step % per_epoch == 0:
+            epoch = step // per_epoch
+            values = probe(nets["encoder"], device, dtype)
+            for net in nets.values():
+                net.eval()
+            values |= evaluate(nets, held, device, dtype, args)
+            log.log(step, **values)
+            log.curves()
+            tqdm.write(f"epoch {epoch}: " + table(values))
+            save(models / f"encoder_mixed_ep{epoch}.pth", nets, epoch=epoch, epochs=args.epochs,
+                 step=step, objective=args.objective, done=epoch == args.epochs)
+        if step % per_epoch == 0 or stop or time.time() - last_save > SAVE_EVERY_S:
+            keep()
+            last_save = time.time()
+        if stop:
+            bar.close()
+            print(f"stopped at step {step} of {steps}; the same command goes on")
+            return 130
+    bar.close()
+    peak = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" \
+        else ""
+    print(f"{models}/encoder_mixed_ep{args.epochs}.pth: {steps} steps in "
+          f"{(time.time() - began) / 60:.1f} min{peak}; {table(values)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
