@@ -1,14 +1,15 @@
 """The only door to CarRacing: the official env, a fast twin of it, and the one way to look at it.
 
-    env = make_env("fast")               # obs (64, 64, 3) uint8, physics and rewards of the official env
+    env = make_env("fast")  # physics, rewards and seeds of the official env, obs (64, 64, 3) uint8
     obs, info = env.reset(seed=0)
-    obs, reward, terminated, truncated, info = env.step(action)   # steer -1..1 (+ right), gas, brake
-    telemetry(env)                       # (K,) float32, named and explained in TELEMETRY
+    obs, reward, terminated, truncated, info = env.step(np.array((steer, gas, brake), np.float32))
+    state = telemetry(env)  # (K,) float32, named and explained in TELEMETRY
 
-The fast env computes what `preprocess(official frame)` would show without drawing the 1000x800 window:
-the world is rasterised once per track into a texture; a frame is one warp of it onto the 96x84 grid of
-the official frame, the car laid over as cached sprites, and the HUD, whose bars are axis-aligned,
-computed as areas. `python benchmark.py env fidelity` measures both what it gains and what it loses.
+steer -1..1, + to the right; gas and brake 0..1. The fast env shows `preprocess(official frame)`
+without drawing the 1000x800 window: the world is rasterised once per track into a texture; a frame
+is one warp of it onto the 96x84 grid of the official frame, the car laid over as cached sprites,
+then the same area average to 64x56; the HUD's bars are axis-aligned: their areas are arithmetic.
+`python benchmark.py env fidelity` measures what that gains and what it loses.
 """
 
 import math
@@ -30,23 +31,12 @@ MAX_STEPS = 1000  # per episode, as registered for ENV_ID
 FPS = 50  # steps a second
 PLAYFIELD = cr.PLAYFIELD  # units from the centre to the edge: crossing it ends the episode
 
-HUD_TOP = 84  # first HUD row of the 96-pixel frame
 SCENE_H = 56  # rows of the 64-pixel frame above the HUD
 DIGIT_COLS = 8  # the score covers 12 of 96 columns: 8 of 64
-SX, SY = cr.WINDOW_W / cr.STATE_W, cr.WINDOW_H / cr.STATE_H  # window px a frame px
-CAR_X, CAR_Y = cr.WINDOW_W / 2, cr.WINDOW_H / 4  # where the car sits in the window, y up
-GROWTH = 0.52  # window px by which gfxdraw's outline enlarges each side of a polygon
-AA_GROWTH = 0.657  # texels by which cv2's LINE_AA does
-MARGIN = 2.0  # units of black kept around the playfield
-HALF = cr.PLAYFIELD + MARGIN  # units from the texture's centre to its sides
-# (texels a unit, least zoom in px a unit drawn from it, zoom whose polygon growth it shows)
-LEVELS = ((3.5, 8.0, 16.2), (2.0, 4.0, 6.0), (1.0, 2.0, 3.0), (0.5, 0.0, 1.3))
-FRAC = 8  # fractional bits of polygon vertices
-INVERSE = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 
 
 def make_env(kind="fast", **kw):
-    """CarRacing with 1000 steps an episode; `kw` goes to the env (render_mode, domain_randomize...).
+    """CarRacing, 1000 steps an episode; `kw` goes to the env (render_mode, domain_randomize...).
 
     kind: "official" (obs (96, 96, 3)), "fast" (obs (64, 64, 3), same physics, rewards, seeds) or
     "physics" (nothing drawn, obs zeros (64, 64, 3)). ValueError for another kind.
@@ -60,7 +50,7 @@ def make_env(kind="fast", **kw):
 
 
 def preprocess(frame):
-    """Official frame (96, 96, 3) uint8 -> (64, 64, 3) uint8: area average, score digits blacked out.
+    """Official frame (96, 96, 3) uint8 -> (64, 64, 3) uint8: area average, score blacked out.
 
     ValueError for another shape or type. Area keeps the level of thin HUD bars; nearest loses them.
     """
@@ -202,7 +192,7 @@ TELEMETRY = {  # name -> unit; right and left as the driver sees them
     "side_speed": "units/s across the car, + to its right",
     "yaw_rate": "rad/s, + to the left",
     "lateral_offset": "units from the centre line, + on its right; the road ends at 6.67",
-    "heading_error": "rad, -pi..pi, direction of the track minus the car's, + if it is to turn left",
+    "heading_error": "rad, -pi..pi, the road's direction minus the car's, + to the left",
     "curvature_10": "1/units, of the track 10 units ahead, + to the left",
     "curvature_20": "1/units, 20 units ahead",
     "curvature_35": "1/units, 35 units ahead",
@@ -266,7 +256,7 @@ def centre_line(env):
 
 
 def telemetry(env):
-    """State of the car after the last step, (K,) float32: names and units in TELEMETRY, any kind."""
+    """State of the car in any kind of env -> (K,) float32, names and units in TELEMETRY."""
     env = env.unwrapped
     hull, wheels, line = env.car.hull, env.car.wheels, centre_line(env)
     (x, y), v, angle = hull.position, hull.linearVelocity, hull.angle
@@ -312,7 +302,8 @@ def place_car(env, x, y, angle, speed=0.0, yaw_rate=0.0):
         body.angularVelocity = yaw_rate
     car.hull.linearVelocity = (vx, vy)
     for w, (wx, wy) in zip(car.wheels, cd.WHEELPOS):
-        w.position = car.hull.GetWorldPoint((wx * cd.SIZE, wy * cd.SIZE))  # Car leaves them unturned
+        # Car puts wheels where they belong at angle 0 and leaves it to the joints to pull them over
+        w.position = car.hull.GetWorldPoint((wx * cd.SIZE, wy * cd.SIZE))
         rx, ry = w.position - centre
         w.linearVelocity = (vx - yaw_rate * ry, vy + yaw_rate * rx)
         w.omega = speed / w.wheel_rad
@@ -322,10 +313,21 @@ def place_car(env, x, y, angle, speed=0.0, yaw_rate=0.0):
 
 # ---- the picture ---------------------------------------------------------------------------------
 
+HUD_TOP = 84  # first HUD row of the 96-pixel frame
+CAR_X, CAR_Y = cr.WINDOW_W / 2, cr.WINDOW_H / 4  # where the car sits in the window, y up
+GROWTH = 0.52  # window px by which gfxdraw's outline enlarges each side of a polygon
+AA_GROWTH = 0.657  # texels by which cv2's LINE_AA does
+MARGIN = 2.0  # units of black kept around the playfield
+HALF = cr.PLAYFIELD + MARGIN  # units from the texture's centre to its sides
+# (texels a unit, least zoom in px a unit drawn from it, zoom whose polygon growth it shows)
+LEVELS = ((3.5, 8.0, 16.2), (2.0, 4.0, 6.0), (1.0, 2.0, 3.0), (0.5, 0.0, 1.3))
+FRAC = 8  # fractional bits of polygon vertices
+INVERSE = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+
 
 @lru_cache(maxsize=1)
 def level_table():
-    """(256,) uint8: what pygame's smoothscale makes of a flat grey; 1 or 2 less, by build and CPU."""
+    """(256,) uint8: what pygame's smoothscale makes of flat greys, 0 to 2 less by build and CPU."""
     window = pygame.Surface((cr.WINDOW_W, cr.WINDOW_H))
     for v in range(256):  # 16 x 16 flat blocks, read in their middles
         window.fill((v, v, v), (v % 16 * 62.5, v // 16 * 50, 63, 50))
@@ -351,12 +353,15 @@ def texels(points, scale):
     return np.rint(((points + HALF) * scale - 0.5) * (1 << FRAC)).astype(np.int32)
 
 
-def widen(quads, grow, ahead):
-    """Quads (n, 4, 2), each (left, right, right behind, left behind), `grow` units wider on each side
-    and `ahead` units longer: the next quad, drawn over it, finds no grass under its soft seam."""
+def widen(quads, side, ahead, behind):
+    """Quads (n, 4, 2), each (left, right, right behind, left behind), enlarged to both sides, ahead
+    and behind by so many units, numbers or (n, 1)."""
     l1, r1, r2, l2 = quads.transpose(1, 0, 2)
-    front, back, along = unit(r1 - l1) * grow, unit(r2 - l2) * grow, unit(l1 + r1 - l2 - r2) * ahead
-    return np.stack((l1 - front + along, r1 + front + along, r2 + back, l2 - back), 1)
+    front, back, along = unit(r1 - l1) * side, unit(r2 - l2) * side, unit(l1 + r1 - l2 - r2)
+    ahead, behind = along * ahead, along * behind
+    return np.stack(
+        (l1 - front + ahead, r1 + front + ahead, r2 + back - behind, l2 - back - behind), 1
+    )
 
 
 def unit(v):
@@ -387,11 +392,16 @@ class World:
             self._draw_lawns(*lawn_colors)
         quads = np.array([quad for quad, _ in env.road_poly])
         colors = [shown(color) for _, color in env.road_poly]
-        tiles = quads[[isinstance(color, np.ndarray) for _, color in env.road_poly]]  # no kerbs
-        self.flat = [texels(widen(tiles, -1 / scale, 0), scale) for scale, _, _ in LEVELS]
+        kerb = np.array([isinstance(color, tuple) for _, color in env.road_poly])
+        last = kerb & ~np.roll(kerb, -2)  # of its row of kerbs: they alternate with tiles
+        self.flat = [texels(widen(quads[~kerb], -1 / n, 0, 0), n) for n, _, _ in LEVELS]
         for texture, lawn, (scale, _, zoom) in zip(self.textures, self.lawns, LEVELS):
             np.copyto(texture, lawn)
-            polys = texels(widen(quads, GROWTH / zoom - AA_GROWTH / scale, 1 / scale), scale)
+            grow = GROWTH / zoom - AA_GROWTH / scale
+            # The next quad is drawn over the end of this: without 1 texel more, grass would show
+            # through two half-covered edges.
+            ahead = np.where(last, grow, 1 / scale)[:, None]
+            polys = texels(widen(quads, grow, ahead, grow), scale)
             for poly, color in zip(polys, colors):
                 cv2.fillConvexPoly(texture, poly, color, cv2.LINE_AA, FRAC)
 
@@ -424,7 +434,7 @@ RGBA_MASKS = (0xFF, 0xFF00, 0xFF0000, 0xFF000000)  # bytes in the order R, G, B,
 
 
 def boxed(points):
-    """Car pixels -> the same polygon in units as Box2D orders it: pygame's fill depends on the order."""
+    """Car pixels -> the polygon in units, in Box2D's order, on which pygame's fill depends."""
     shape = cr.Box2D.b2PolygonShape(vertices=[(x * cd.SIZE, y * cd.SIZE) for x, y in points])
     return [tuple(v) for v in shape.vertices]
 
@@ -457,8 +467,8 @@ def sprite(surface):
 
 @lru_cache(maxsize=64)
 def hull_sprite(zoom):
-    """Sprite of the hull to which those of the wheels are added: in the sum, channel 3 is what is left
-    of the ground. One array for all callers: copy it first."""
+    """Sprite of the hull, to which those of the wheels are added: channel 3 of the sum is what is
+    left of the ground. One array for all callers: copy it first."""
     surface = blank()
     for poly in HULL:
         paint(surface, poly, zoom, shown((204, 0, 0))[:3] + (255,))
@@ -490,25 +500,32 @@ BAR_X, BAR_Y = 25, 20  # window px of the HUD's grid
 MIN_VALUE = 1e-4  # smaller ones have no bar
 HUD_Y, BASE_Y = 700, 80  # window row of the HUD's top, and below it the last row of a vertical bar
 NO_BAR = 100  # entry of `tall`, after its 100 rows
-# place on the grid, columns and colour of the vertical bars: speed, spin of the 4 wheels. Both edges
-# of a bar are drawn, unless its neighbour covers one.
-BARS = ((5, 26, (255, 255, 255)), (7, 25, (0, 0, 255)), (8, 25, (0, 0, 255)), (9, 25, (51, 0, 255)),
-        (10, 26, (51, 0, 255)))
+# Place on the grid, colour and width in window px of the vertical bars: speed, spin of 4 wheels.
+# A bar is one px wider than its cell, unless the next bar covers it.
+BARS = (
+    (5, (255, 255, 255), 26),
+    (7, (0, 0, 255), 25),
+    (8, (0, 0, 255), 25),
+    (9, (51, 0, 255), 25),
+    (10, (51, 0, 255), 26),
+)
 
 
 class Hud:
-    """The last 8 rows of the frame, as a sum of 7 bars, each the outer product of the share of every
-    row (8) and of every column (64, RGB) that it covers: speed, 4 wheels, steering, gyro."""
+    """The last 8 rows of the frame: a sum of 7 bars, each the outer product of the shares of the
+    rows (8) and of the columns (64, RGB) that it covers. Speed, 4 wheels, steering, gyro."""
 
     def __init__(self):
         shrink = area_weights(64, 96)
         y_share = (shrink @ area_weights(96, 800))[SCENE_H:, HUD_Y:]  # (8, 100)
         x_share = shrink @ area_weights(96, 1000)  # (64, 1000)
-        ends = [sorted((row, BASE_Y)) for row in range(NO_BAR)]  # backward spin hangs below the base
-        self.tall = np.array([y_share[:, a : b + 1].sum(1) for a, b in ends] + [np.zeros(8)])
-        self.across = np.vstack((np.zeros(64), x_share.T.cumsum(0)))  # (1001, 64)
+        ends = [sorted((row, BASE_Y)) for row in range(NO_BAR)]  # backward spin hangs below
+        tall = [y_share[:, a : b + 1].sum(1) for a, b in ends] + [np.zeros(8)]
+        self.tall = np.array(tall, np.float32)  # (101, 8)
+        self.across = np.zeros((cr.WINDOW_W + 1, OBS_SIZE), np.float32)
+        self.across[1:] = x_share.T.cumsum(0)
         self.rows, self.cols = np.ones((8, 8), np.float32), np.zeros((8, 64, 3), np.float32)
-        for i, (place, width, color) in enumerate(BARS):
+        for i, (place, color, width) in enumerate(BARS):
             cover = x_share[:, place * BAR_X : place * BAR_X + width].sum(1)
             self.cols[i] = np.outer(cover, shown(color)[:3])
         self.rows[5:7] = y_share[:, BAR_Y : 3 * BAR_Y + 1].sum(1)
@@ -517,7 +534,8 @@ class Hud:
 
     def draw(self, car, out):
         """Fill out (8, 64, 3) uint8."""
-        v, steer, gyro = car.hull.linearVelocity, car.wheels[0].joint.angle, car.hull.angularVelocity
+        v, gyro = car.hull.linearVelocity, car.hull.angularVelocity
+        steer = car.wheels[0].joint.angle
         speed = math.sqrt(v.x * v.x + v.y * v.y)
         ends = [vertical_end(speed, 0.02)] + [vertical_end(w.omega, 0.01) for w in car.wheels]
         self.rows[:5] = self.tall[ends]
@@ -544,7 +562,7 @@ def vertical_end(value, height):
 
 
 class Paint:
-    """A tile's colour that passes on its first change: FrictionDetector writes into it at a touch."""
+    """A tile's colour that reports its first change: FrictionDetector writes into it at a touch."""
 
     def __init__(self, color, on_change):
         self.color, self.on_change = color, on_change
@@ -616,7 +634,7 @@ class View:
 
 
 class FastCarRacing(PhysicsCarRacing):
-    """CarRacing whose obs (64, 64, 3) uint8 is `preprocess` of the official one, to 0.2 grey levels."""
+    """CarRacing whose obs (64, 64, 3) uint8 is `preprocess` of the official, off by 0.1 levels."""
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)

@@ -1,0 +1,408 @@
+"""Day 4: model predictive control. The car minimises energy in its imagination, from pixels alone.
+
+Every `repeat` steps: encode the last frames, dream --samples futures of colored-noise actions over
+--horizon latents, sum the energy of each, act. Drives the official CarRacing-v3. Reads ROOT/models;
+writes visuals/drive_mpc.mp4, .gif and, with --json, a file of scores. `--policy random`, `expert`,
+`no_model` (follows random plans while the energy of the present state falls) and `untrained` (a
+fresh predictor) give the rows to compare with, by the same code. The driver gets observations and
+remembers its own actions; scores and tiles are read from the simulator after the fact.
+
+    python drive_mpc.py --episodes 3 --track_seed 100000
+"""
+
+import json
+import os
+import time
+from collections import deque
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from car_env import ENV_ID, make_env, observe
+from collect_race_data import Expert
+from networks import Predictor, fingerprint, latest, load_frozen, stack
+from runtime import (autocast, fail, parser, pick_device, pick_precision, positive,
+                     replace_atomically, run, save_gif, save_mp4, versions, writable)
+from train_predictor import load_decoder
+
+ZOOM = 50  # steps of the opening zoom, in which latents mean little: a fixed gentle start
+START_GAS = 0.15
+STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
+BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
+VIDEO_FPS = 25
+GIF_STRIDE = 6  # recorded frames per frame of the GIF
+GIF_FRAMES = 120  # at most, so that a README can show it
+
+
+def arguments():
+    p = parser(__doc__)
+    g = p.add_argument_group("task")
+    g.add_argument("--episodes", type=positive, default=3)
+    g.add_argument("--track_seed", type=int, default=100_000,
+                   help="of the first episode; the next ones follow. 100000 to 100099 are for "
+                        "reporting, 200000 to 299999 for choosing")
+    g.add_argument("--policy", default="mpc",
+                   choices=["mpc", "no_model", "untrained", "random", "expert"])
+    g.add_argument("--env", choices=["official", "fast"], default="official",
+                   help="scores are the official environment's; fast is for experiments")
+    g.add_argument("--pace", type=float, default=0.0, help="of --policy expert")
+    planning(p)
+    g = p.add_argument_group("output")
+    g.add_argument("--json", type=Path, help="write the scores there")
+    g.add_argument("--no_video", action="store_true", help="scores only, no window, no pictures")
+    return p.parse_args()
+
+
+def planning(p):
+    """The flags of planner and energy, shared with demo_energy.py."""
+    g = p.add_argument_group("planner")
+    g.add_argument("--planner", choices=["shooting", "icem", "mppi"], default="mppi",
+                   help="shooting: the plan of lowest energy; icem: elites refine mean and spread; "
+                        "mppi: the elites' mean weighted by energy")
+    g.add_argument("--energy", choices=["density", "classifier"], default="density")
+    g.add_argument("--samples", type=positive, default=1000, help="futures dreamt in a round")
+    g.add_argument("--horizon", type=positive, default=15, help="latents in a future")
+    g.add_argument("--rounds", type=positive, default=1, help="of refinement (icem, mppi)")
+    g.add_argument("--elites", type=positive, default=32)
+    g.add_argument("--rho", type=float, default=0.8,
+                   help="correlation of the noise from step to step (AR(1), variance kept)")
+    g.add_argument("--noise", type=float, nargs=2, default=[0.4, 0.5],
+                   metavar=("STEER", "THROTTLE"), help="standard deviation, in units of full")
+
+
+# ------------------------------------------------------------------ planner
+
+def colored_noise(N, H, rho, generator=None, device="cpu"):
+    """Stationary AR(1) noise (N, H, 2) of unit variance: correlation rho ** lag, at every step."""
+    lag = (torch.arange(H)[:, None] - torch.arange(H)).abs()
+    root = torch.linalg.cholesky(float(rho) ** lag.double()).float().to(device)
+    white = torch.randn(N, H, 2, generator=generator, device=device)
+    return torch.einsum("ts,nsa->nta", root, white)
+
+
+def to_action(u):
+    """Plans u (..., 2) in -1..1 (steer, throttle) -> actions (..., 3): steer, gas, brake."""
+    steer, throttle = u.unbind(-1)
+    return torch.stack([STEER * steer, throttle.clamp_min(0), BRAKE * (-throttle).clamp_min(0)], -1)
+
+
+@torch.inference_mode()
+def plan(z, nets, previous, cfg, generator=None):
+    """The next plan: (u (H, 2), z_hat (H, D) of that plan or of the best, energies (N,)).
+
+    z (1, D) is the present latent, `previous` (H, 2) the last plan, not yet shifted; cfg has the
+    fields of `planning`. nets needs `predictor` and `cost`. When all futures cost the same the last
+    plan goes on. Colored noise: Pinneri et al. 2020 (iCEM); mppi: Williams et al. 2017.
+    """
+    N, H = cfg.samples, len(previous)
+    last = torch.cat([previous[1:], previous[-1:]])
+    mean, std = last, torch.tensor(cfg.noise, device=z.device).expand(H, 2)
+    kept = None
+    for _ in range(1 if cfg.planner == "shooting" else cfg.rounds):
+        u = (mean + std * colored_noise(N, H, cfg.rho, generator, z.device)).clamp(-1, 1)
+        u[0] = mean
+        if kept is not None:
+            u[1:1 + len(kept)] = kept
+        z_hat = nets["predictor"].rollout(z.expand(N, -1), to_action(u))  # (N, H, D)
+        energies = nets["cost"].energy(z_hat.float(), cfg.energy).sum(dim=1)  # (N,)
+        low, order = energies.topk(min(cfg.elites, N), largest=False)
+        spread = low.max() - low.min()
+        if not spread > 0:
+            return last, z_hat[0], energies
+        if cfg.planner == "shooting":
+            return u[order[0]], z_hat[order[0]], energies
+        kept = u[order]
+        if cfg.planner == "mppi":
+            weights = torch.softmax((low.min() - low) / low.std(), dim=0)
+            mean = torch.einsum("n,nta->ta", weights, kept)
+        else:
+            mean = kept.mean(dim=0)
+            std = kept.std(dim=0).clamp_min(0.1)
+    chosen = mean if cfg.planner == "mppi" else kept[0]
+    return chosen, z_hat[order[0]], energies
+
+
+class Driver:
+    """Drives from pixels: `act(frame)` sees 64x64 frames and its own past plans, nothing else."""
+
+    def __init__(self, nets, cfg, device, dtype, seed=0):
+        self.nets, self.cfg, self.device, self.dtype = nets, cfg, device, dtype
+        self.encoder = nets["encoder"]
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def reset(self):
+        e = self.encoder
+        self.frames = deque(maxlen=(e.history - 1) * e.repeat + 1)
+        self.u = torch.zeros(self.cfg.horizon, 2, device=self.device)
+        self.t, self.ms, self.energies, self.z_hat = 0, [], None, None
+        self.action = np.array([0, START_GAS, 0], np.float32)
+
+    @torch.inference_mode()
+    def encode(self):
+        """The present latent (1, D) from the frames so far; the first one stands for earlier ones."""
+        e, seen = self.encoder, list(self.frames)
+        picked = [seen[max(0, len(seen) - 1 - k * e.repeat)] for k in reversed(range(e.history))]
+        obs = torch.from_numpy(np.stack(picked)).permute(0, 3, 1, 2)[None].to(self.device)
+        with autocast(self.device, self.dtype):
+            return e(stack(obs, e.history))
+
+    def act(self, frame):
+        """frame (64, 64, 3) uint8 -> action (3,) float32; plans every `repeat` steps."""
+        self.frames.append(frame)
+        if self.t >= ZOOM and (self.t - ZOOM) % self.encoder.repeat == 0:
+            start = time.perf_counter()
+            self.think()
+            self.action = to_action(self.u[0]).cpu().numpy()  # waits for the device
+            self.ms.append(1000 * (time.perf_counter() - start))
+        self.t += 1
+        return self.action
+
+    def think(self):
+        """Encodes, dreams, judges: sets the plan."""
+        self.z = self.encode()
+        with autocast(self.device, self.dtype):
+            self.u, self.z_hat, self.energies = plan(self.z, self.nets, self.u, self.cfg,
+                                                     self.generator)
+
+
+class NoModelDriver(Driver):
+    """Cannot imagine: follows a random plan while the energy of the present falls, else redraws."""
+
+    def think(self):
+        self.z, before = self.encode(), getattr(self, "now", None)
+        self.now = float(self.nets["cost"].energy(self.z, self.cfg.energy))
+        self.u = torch.cat([self.u[1:], self.u[-1:]])
+        if before is None or self.now > before:
+            noise = colored_noise(1, self.cfg.horizon, self.cfg.rho, self.generator, self.device)
+            self.u = (noise[0] * torch.tensor(self.cfg.noise, device=self.device)).clamp(-1, 1)
+
+
+def load_driver(args, cfg, policy="mpc"):
+    """(driver, decoder or None): the nets of ROOT/models, checked to belong together."""
+    device = pick_device(args)
+    dtype = pick_precision(args.precision, device)
+    models = args.root / "models"
+    encoder, _ = load_frozen(latest(models, "encoder_mixed"), "encoder", device,
+                             "python train_encoder.py")
+    predictor, of_predictor = load_frozen(latest(models, "predictor"), "predictor", device,
+                                          "python train_predictor.py")
+    cost, of_cost = load_frozen(models / "cost_model_final.pth", "cost", device,
+                                "python train_cost_model.py")
+    key = fingerprint(encoder)
+    for name, payload in (("train_predictor.py", of_predictor), ("train_cost_model.py", of_cost)):
+        if payload["encoder_key"] != key:
+            fail(f"{models}: what {name} wrote belongs to another encoder than "
+                 f"{latest(models, 'encoder_mixed')}; run `python {name} --fresh`")
+    if policy == "untrained":
+        torch.manual_seed(args.seed)
+        predictor = Predictor(**predictor.args).to(device).eval().requires_grad_(False)
+    nets = {"encoder": encoder, "predictor": predictor, "cost": cost}
+    kind = NoModelDriver if policy == "no_model" else Driver
+    return kind(nets, cfg, device, dtype, args.seed), load_decoder(args.root, key, device)
+
+
+class Blind:
+    """The rows to compare with that are no pixel drivers: uniform random actions, or the expert."""
+
+    def __init__(self, env, policy, pace, seed):
+        self.env, self.ms = env, []
+        if policy == "expert":
+            self.expert = Expert(pace)
+            self.reset = lambda: self.expert.reset(env, None)
+            self.act = lambda frame: self.expert.act(env)
+        else:
+            env.action_space.seed(seed)
+            self.reset = lambda: None
+            self.act = lambda frame: env.action_space.sample()
+
+
+def drive(env, driver, track_seed, film=None):
+    """One episode -> its row of the report; `film(env, frame, driver, return)` sees every step."""
+    obs, _ = env.reset(seed=track_seed)
+    driver.reset()
+    total, steps, ended, info = 0.0, 0, False, {}
+    while not ended:
+        frame = observe(env, obs)
+        action = driver.act(frame)
+        obs, reward, terminated, truncated, info = env.step(action)
+        total, steps, ended = total + reward, steps + 1, terminated or truncated
+        if film is not None:
+            ended = film(env, frame, driver, total) is False or ended
+    tiles, N = env.unwrapped.tile_visited_count, len(env.unwrapped.track)
+    ms = np.percentile(driver.ms, (50, 99)) if driver.ms else (0.0, 0.0)
+    return {"track_seed": track_seed, "return": round(float(total), 2), "steps": steps,
+            "tiles": tiles, "tiles_missed": N - tiles,
+            "lap_finished": bool(info.get("lap_finished", False)),
+            "plan_ms_p50": round(float(ms[0]), 2), "plan_ms_p99": round(float(ms[1]), 2)}
+
+
+def summary(policy, episodes):
+    """The report of --json: the rows, their mean and spread, and what produced them."""
+    returns = [e["return"] for e in episodes]
+    return {"env_id": ENV_ID, "policy": policy, "versions": versions(), "episodes": episodes,
+            "mean": round(float(np.mean(returns)), 2), "std": round(float(np.std(returns)), 2),
+            "laps_finished": sum(e["lap_finished"] for e in episodes)}
+
+
+# ------------------------------------------------------------------ pictures
+
+VIEW, CELL, STRIP, SIDE = (600, 400), 172, 120, 372  # px: car view, a small picture, curve, column
+INK, DIM, PAPER, WARM = (235, 235, 235), (150, 150, 150), (24, 24, 28), (255, 170, 60)
+
+
+def write(canvas, text, x, y, color=INK, size=0.45):
+    """Small text with its base line at (x, y)."""
+    cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, color, 1, cv2.LINE_AA)
+
+
+def plot(canvas, box, series, colors, low, high):
+    """Lines of the series (equal lengths, newest last) in box (x, y, w, h), scaled to low..high."""
+    x, y, w, h = box
+    for values, color in zip(series, colors):
+        v = (np.clip(values, low, high) - low) / max(1e-6, high - low)
+        pts = np.stack([x + np.linspace(0, w, len(v)), y + h - v * h], 1).round().astype(np.int32)
+        cv2.polylines(canvas, [pts], False, color, 1, cv2.LINE_AA)
+
+
+class Film:
+    """Frames of the video: the car, what the driver sees, the decoded dream of its plan, energies.
+
+    Every second step is kept; a window shows them live where there is a display (q quits).
+    """
+
+    TRACE = 250  # plans that the energy strip shows
+
+    def __init__(self, decoder, window=None):
+        self.decoder, self.window = decoder, window
+        self.frames, self.trace, self.step = [], deque(maxlen=self.TRACE), 0
+
+    def __call__(self, env, frame, driver, total):
+        self.step += 1
+        if getattr(driver, "energies", None) is not None:
+            e = driver.energies.float()
+            low, mid = float(e.min()), float(e.median())
+            self.trace.append((np.log10(low + 1e-6), np.log10(mid + 1e-6)))
+        if self.step % 2:
+            return True
+        self.frames.append(self.compose(env, frame, driver, total))
+        return self.window is None or self.window.show(self.frames[-1]) != "q"
+
+    def compose(self, env, frame, driver, total):
+        """One picture (H, W, 3) uint8."""
+        (w, h), unwrapped = VIEW, env.unwrapped
+        canvas = np.full((h + STRIP, w + SIDE, 3), PAPER, np.uint8)
+        canvas[:h, :w] = cv2.resize(unwrapped._render("rgb_array"), VIEW)
+        self.cells(canvas, frame, driver)
+        ms = driver.ms[-1] if driver.ms else 0.0
+        write(canvas, f"return {total:6.1f}   step {self.step:4}   "
+              f"speed {unwrapped.car.hull.linearVelocity.length:3.0f}   plan {ms:4.0f} ms", 12,
+              h + 20)
+        write(canvas, "energy of the futures (log): median", 12, h + 40, DIM, 0.4)
+        write(canvas, "lowest", 262, h + 40, WARM, 0.4)
+        if len(self.trace) > 1:
+            t = np.array(self.trace)
+            pad = np.repeat(t[:1], self.TRACE - len(t), axis=0)
+            t = np.concatenate([pad, t])
+            plot(canvas, (12, h + 48, w + SIDE - 24, STRIP - 58), t[:, ::-1].T, (DIM, WARM),
+                 t.min() - 0.05, t.max() + 0.05)
+        return canvas
+
+    @torch.inference_mode()
+    def cells(self, canvas, frame, driver):
+        """Four small pictures: the frame, and the chosen plan's dream at a third, two, and the end."""
+        pictures, names = [frame], ["the driver sees"]
+        if self.decoder is not None and getattr(driver, "z_hat", None) is not None:
+            H = len(driver.z_hat)
+            picks = [H // 3 - 1, 2 * H // 3 - 1, H - 1]
+            out = self.decoder(driver.z_hat[picks].float()).clamp(0, 1).mul(255).byte().cpu()
+            pictures += list(out.permute(0, 2, 3, 1).numpy())
+            names += [f"dreams +{(k + 1) * driver.encoder.repeat / 50:.2f} s" for k in picks]
+        for i, (picture, name) in enumerate(zip(pictures, names)):
+            x, y = VIEW[0] + 10 + (CELL + 8) * (i % 2), 22 + (CELL + 28) * (i // 2)
+            canvas[y:y + CELL, x:x + CELL] = cv2.resize(picture, (CELL, CELL),
+                                                        interpolation=cv2.INTER_NEAREST)
+            write(canvas, name, x, y - 6, INK if i == 0 else WARM, 0.4)
+
+    def save(self, stem):
+        """Writes stem.mp4 at real time and a shorter stem.gif."""
+        save_mp4(stem.with_suffix(".mp4"), self.frames, VIDEO_FPS)
+        short = [cv2.resize(f, None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA)
+                 for f in self.frames[::GIF_STRIDE][:GIF_FRAMES]]
+        save_gif(stem.with_suffix(".gif"), short, 2.5 * VIDEO_FPS / GIF_STRIDE)
+
+
+class Window:
+    """A window for frames, where there is a display; `show` returns the key pressed since, or ''."""
+
+    def __init__(self, title):
+        import pygame
+        self.pygame, self.title, self.screen = pygame, title, None
+        pygame.display.init()
+
+    @staticmethod
+    def available():
+        """Whether a display is there to open a window on."""
+        return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+    def show(self, frame):
+        pg = self.pygame
+        if self.screen is None:
+            self.screen = pg.display.set_mode(frame.shape[1::-1])
+            pg.display.set_caption(self.title)
+        self.screen.blit(pg.image.frombuffer(frame.tobytes(), frame.shape[1::-1], "RGB"), (0, 0))
+        pg.display.flip()
+        return self.key()
+
+    def key(self):
+        """Name of the last key pressed since the last call, 'q' when the window was closed."""
+        found = ""
+        for event in self.pygame.event.get():
+            if event.type == self.pygame.QUIT:
+                found = "q"
+            elif event.type == self.pygame.KEYDOWN:
+                found = self.pygame.key.name(event.key)
+        return found
+
+    def close(self):
+        self.pygame.display.quit()
+
+
+# ------------------------------------------------------------------ main
+
+def main():
+    args = arguments()
+    visuals = writable(args.root / "visuals")
+    film_kw = {} if args.no_video else {"render_mode": "rgb_array"}
+    env = make_env(args.env, **film_kw)
+    decoder, film = None, None
+    if args.policy in ("random", "expert"):
+        driver = Blind(env, args.policy, args.pace, args.seed)
+    else:
+        driver, decoder = load_driver(args, args, args.policy)
+    if not args.no_video:
+        film = Film(decoder, Window("TinyJEPA drives") if Window.available() else None)
+    print(f"{'track':>7} {'return':>7} {'steps':>5} {'tiles':>5} {'missed':>6} {'lap':>4} "
+          f"{'plan ms p50':>11} {'p99':>6}")
+    rows = []
+    for seed in range(args.track_seed, args.track_seed + args.episodes):
+        r = drive(env, driver, seed, film if not rows else None)  # the first one is filmed
+        rows.append(r)
+        print(f"{seed:7} {r['return']:7.1f} {r['steps']:5} {r['tiles']:5} {r['tiles_missed']:6} "
+              f"{'yes' if r['lap_finished'] else 'no':>4} {r['plan_ms_p50']:11.1f} "
+              f"{r['plan_ms_p99']:6.1f}", flush=True)
+    report = summary(args.policy, rows)
+    print(f"{args.policy}: {report['mean']:.1f} ± {report['std']:.1f} on {len(rows)} tracks of the "
+          f"{args.env} env, {report['laps_finished']} laps finished")
+    if args.json:
+        replace_atomically(args.json, lambda f: f.write(json.dumps(report, indent=1).encode()))
+    if film is not None:
+        name = "drive_mpc" if args.policy == "mpc" else f"drive_{args.policy}"
+        film.save(visuals / name)
+        print(f"{visuals / name}.mp4, .gif")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,178 @@
+"""The judge: which latents look like an expert's, learned without reward and without labels.
+
+Reads the encoder, the predictor (for imagined latents) and the data; writes
+ROOT/models/cost_model_final.pth, models/cost_model.jsonl, visuals/cost_model_curves.png and
+visuals/energy_histogram.png. Two energies stand in the file: the logit of a classifier, expert
+against random (its sigmoid is the score: 0 expert, 1 random), and the density of expert latents
+(half the squared Mahalanobis distance, over D), which is what drives.
+
+    python train_cost_model.py
+"""
+
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+from buffer import load_sources
+from networks import CostModel, cosine, latest, load_frozen, optimise, resume_run, save, save_run
+from runtime import (RunLog, Stop, autocast, fail, parser, pick_device, pick_precision, positive,
+                     pyplot, run, save_figure)
+from train_predictor import load_latents
+
+EXPERT, RANDOM = "data_race", "data"  # the two classes; recovery is between and trains neither
+ZOOM = 50  # steps of the opening zoom, left out: it would tell the classes apart without driving
+
+
+def arguments():
+    p = parser(__doc__, data=True)
+    g = p.add_argument_group("model")
+    g.add_argument("--encoder", help="encoder checkpoint (default: the latest of ROOT/models)")
+    g.add_argument("--hidden", type=positive, default=256, help="width of the classifier")
+    g.add_argument("--shrinkage", type=float, default=0.05,
+                   help="density: share of a round covariance mixed into the experts' own")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=positive, default=4)
+    g.add_argument("--batch_size", type=positive, default=1024, help="latents of each class")
+    g.add_argument("--steps_per_epoch", type=positive, default=250)
+    g.add_argument("--lr", type=float, default=1e-3, help="peak of the cosine schedule")
+    g.add_argument("--weight_decay", type=float, default=1e-2, help="keeps the logits small")
+    return p.parse_args()
+
+
+def loss_fn(cost, expert, chaos):
+    """Binary cross-entropy on logits: expert (B, D) is 0, chaos (B, D) is 1 -> (loss, logs)."""
+    e, c = cost.energy(expert, "classifier"), cost.energy(chaos, "classifier")
+    loss = (F.softplus(e).mean() + F.softplus(-c).mean()) / 2
+    return loss, {"expert": e.mean().detach(), "random": c.mean().detach()}
+
+
+class Sampler:
+    """Latents of one source and part after the zoom, real ones and ones imagined from them."""
+
+    def __init__(self, latents, chunks, predictor, horizon):
+        self.latents, self.predictor, self.K = latents, predictor, horizon + 1
+        self.starts = latents.starts(chunks, self.K, skip=ZOOM)
+        if len(self.starts) == 0:
+            fail(f"{chunks[0].path.parent}: no episode lasts {ZOOM} steps of zoom and "
+                 f"{horizon * latents.repeat} more; collect more frames")
+
+    def real(self, count=None, seed=0):
+        """(N, D): `count` random latents, or all."""
+        starts = self.starts if count is None else np.random.default_rng(seed).choice(
+            self.starts, count)
+        return self.latents.windows(starts, 1)[0][:, 0]
+
+    @torch.no_grad()
+    def mixed(self, count, rng, device, dtype):
+        """(count, D) on the device: half real, half imagined up to the whole horizon."""
+        z, act = (x.to(device) for x in self.latents.windows(
+            rng.choice(self.starts, count // 8), self.K))
+        with autocast(device, dtype):
+            dreamt = self.predictor.rollout(z[:, 0], act).float()
+        pick = torch.from_numpy(rng.integers(self.K - 1, size=(4, len(z)))).to(device)
+        rows = torch.arange(len(z), device=device)
+        return torch.cat([x[rows, k] for k in pick for x in (z[:, 1:], dreamt)])
+
+
+@torch.no_grad()
+def evaluate(cost, held, device):
+    """Held-out (N,) energies {(kind, source): array} and AUC of random over expert {kind: float}."""
+    energies = {(kind, name): cost.energy(s.real(4000, 1).to(device), kind).cpu().numpy()
+                for name, s in held.items() for kind in ("classifier", "density")}
+    auc = {}
+    for kind in ("classifier", "density"):
+        e, c = energies[kind, EXPERT], energies[kind, RANDOM]
+        auc[kind] = roc_auc_score(np.r_[np.zeros(len(e)), np.ones(len(c))], np.r_[e, c])
+    return energies, auc
+
+
+def draw_energies(energies, auc, path):
+    """Histograms of both energies, a curve a source."""
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    names = {EXPERT: "expert", RANDOM: "random", "data_recovery": "recovery"}
+    for ax, kind in zip(axes, ("classifier", "density")):
+        rows = {name: e for (k, name), e in energies.items() if k == kind}
+        if kind == "density":
+            rows = {name: np.log10(e + 1e-6) for name, e in rows.items()}
+        edges = np.linspace(min(e.min() for e in rows.values()),
+                            max(e.max() for e in rows.values()), 60)
+        for name, e in rows.items():
+            ax.hist(e, edges, histtype="stepfilled", alpha=0.45, density=True,
+                    label=names.get(name, name))
+        ax.set_title(f"{kind}: AUC {auc[kind]:.3f}, random over expert", fontsize=9)
+        ax.set_xlabel("energy (logit)" if kind == "classifier" else "log10 of the energy")
+        ax.set_ylabel("share of held-out frames")
+        ax.legend(fontsize=8)
+    save_figure(fig, path)
+
+
+def main():
+    args = arguments()
+    began, stop = time.time(), Stop()
+    device = pick_device(args)
+    dtype = pick_precision(args.precision, device)
+    torch.manual_seed(args.seed)
+    for name in (EXPERT, RANDOM):
+        if name not in args.data:
+            fail(f"--data {' '.join(args.data)}: the cost model needs {EXPERT} and {RANDOM}")
+    sources = load_sources(args)
+    models = args.root / "models"
+    predictor, payload = load_frozen(latest(models, "predictor"), "predictor", device,
+                                     "python train_predictor.py")
+    latents, encoder, key = load_latents(args, device, dtype, sources)
+    if payload["encoder_key"] != key:
+        fail(f"{latest(models, 'predictor')}: was trained on another encoder than "
+             f"{args.encoder or latest(models, 'encoder_mixed')}; run `python train_predictor.py "
+             "--fresh`")
+    parts = [{name: Sampler(latents, split[part], predictor, payload["horizon"])
+              for name, split in sources.items()} for part in (0, 1)]
+    train, held = parts
+    steps = args.epochs * args.steps_per_epoch
+
+    cost = CostModel(encoder.dim, args.hidden).to(device)
+    optim = torch.optim.AdamW(cost.net.parameters(), args.lr, weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)  # small and in fp32
+    saved = resume_run(models / "cost_model_resume.pth", {"cost": cost}, optim, scaler, args)
+    if saved and saved["encoder_key"] != key:
+        fail(f"{models}/cost_model_resume.pth: was trained on another encoder; add --fresh")
+    step = saved["step"] if saved else 0
+    if step >= steps:
+        print(f"already trained: {models}/cost_model_final.pth; --fresh starts again")
+        return 0
+    log = RunLog(args, "cost_model", resumed=bool(saved))
+    cost.fit_density(train[EXPERT].real().to(device), args.shrinkage)
+    for step in tqdm(range(step, steps), initial=step, total=steps, desc="cost model", unit="step"):
+        rng = np.random.default_rng([args.seed, step])
+        expert, chaos = (train[k].mixed(args.batch_size, rng, device, dtype)
+                         for k in (EXPERT, RANDOM))
+        loss, logs = loss_fn(cost, expert, chaos)
+        if not torch.isfinite(loss):
+            fail(f"step {step}: the loss is {loss.item()}; nothing was saved; lower --lr")
+        lr = cosine(step, steps, args.lr)
+        if step % 20 == 0:
+            log.log(step, loss=loss, lr=lr, **logs)
+        optimise(loss, [cost.net], optim, scaler, lr)
+        if (step + 1) % args.steps_per_epoch == 0:
+            energies, auc = evaluate(cost, held, device)
+            log.log(step, **{f"val_auc_{kind}": a for kind, a in auc.items()})
+            log.curves()
+        if stop or (step + 1) % args.steps_per_epoch == 0:
+            save_run(models / "cost_model_resume.pth", {"cost": cost}, optim, scaler, args,
+                     step + 1, encoder_key=key)
+        if stop:
+            print(f"stopped at step {step + 1} of {steps}; the same command goes on")
+            return 130
+    save(models / "cost_model_final.pth", {"cost": cost}, encoder_key=key, auc=auc)
+    draw_energies(energies, auc, args.root / "visuals" / "energy_histogram.png")
+    print(f"{models}/cost_model_final.pth in {(time.time() - began) / 60:.1f} min; held-out AUC of "
+          f"random over expert: classifier {auc['classifier']:.3f}, density {auc['density']:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,188 @@
+"""Day 2, beside the encoder: a watcher that paints what each new checkpoint sees.
+
+Waits for ROOT/models/encoder_mixed_ep{N}.pth, freezes it, trains the transposed-convolution decoder
+on it, warm-started from the last, and writes models/decoder_ep{N}.pth, models/decoder.jsonl,
+visuals/decoder_curves.png and visuals/reconstruct_ep{N}.png: held-out frames of all sources above
+their reconstructions, the same frames every time. Ends when the encoder's last checkpoint is drawn.
+
+    python train_decoder.py --device cuda:1       beside train_encoder.py, on the second GPU
+    python train_decoder.py --once                what is there now, then ends
+"""
+
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from buffer import Loader, load_sources, sample_frames
+from networks import (TinyDecoder, build, epoch_of, fingerprint, latest, optimise, read, save, stack)
+from runtime import (Refusal, RunLog, Stop, autocast, fail, parser, pick_device, pick_precision,
+                     positive, pyplot, run, save_figure)
+
+PICTURES = 4  # held-out frames of each source on the sheet
+POLL_S = 2.0  # seconds between two looks for new checkpoints
+ZOOM = 50  # steps of the opening zoom, which the sheet leaves out
+
+
+def arguments():
+    p = parser(__doc__, data=True)
+    g = p.add_argument_group("watching")
+    g.add_argument("--once", action="store_true", help="draw what is there, do not wait for more")
+    g.add_argument("--newest", action="store_true",
+                   help="of the checkpoints that wait, only the newest")
+    g = p.add_argument_group("model")
+    g.add_argument("--width", type=positive, default=64, help="channels of the decoder's last but "
+                                                              "one map, times 4 in its first")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--steps", type=positive, default=600, help="on each checkpoint")
+    g.add_argument("--batch_size", type=positive, default=128)
+    g.add_argument("--lr", type=float, default=2e-3, help="falls to a tenth over the steps")
+    return p.parse_args()
+
+
+def newest_frame(obs):
+    """(N, history, 3, 64, 64) uint8 -> the frame to paint, (N, 3, 64, 64) float 0..1."""
+    return obs[:, -1].float() / 255
+
+
+def loss_fn(decoder, z, target):
+    """Squared error plus a little absolute error, which keeps thin bars crisp."""
+    out = decoder(z)
+    mse = F.mse_loss(out, target)
+    return mse + 0.1 * F.l1_loss(out, target), {"mse": mse.detach()}
+
+
+def waiting(models, visuals, given_up):
+    """Encoder checkpoints that are not drawn yet, in numeric order: [(epoch, path)]."""
+    found = sorted((epoch_of(p), p) for p in models.glob("encoder_mixed_ep*.pth"))
+    return [(n, p) for n, p in found if (n, p.stat().st_mtime_ns) not in given_up
+            and not drawn(n, p, models, visuals)]
+
+
+def drawn(epoch, path, models, visuals):
+    """Whether decoder and sheet of this checkpoint exist and are younger than it."""
+    made = (models / f"decoder_ep{epoch}.pth", visuals / f"reconstruct_ep{epoch}.png")
+    return all(m.exists() and m.stat().st_mtime >= path.stat().st_mtime for m in made)
+
+
+@torch.no_grad()
+def reconstruct(encoder, decoder, obs, device, dtype):
+    """Frames (N, history, 3, 64, 64) -> their reconstructions (N, 3, 64, 64) float 0..1, CPU."""
+    with autocast(device, dtype):
+        return decoder(encoder(stack(obs.to(device), encoder.history))).float().clamp(0, 1).cpu()
+
+
+def draw_sheet(real, painted, names, epoch, path):
+    """The sheet: real above reconstructed, PICTURES columns a source, errors in grey levels."""
+    plt = pyplot()
+    error = (real - painted).abs().mean(dim=(1, 2, 3)) * 255
+    n = len(names)
+    fig, axes = plt.subplots(2 * n, PICTURES, figsize=(1.75 * PICTURES, 3.7 * n),
+                             layout="constrained")
+    for i, name in enumerate(names):
+        for k in range(PICTURES):
+            j = i * PICTURES + k
+            for row, frame in ((2 * i, real[j]), (2 * i + 1, painted[j])):
+                axes[row, k].imshow(frame.permute(1, 2, 0).numpy(), interpolation="nearest")
+                axes[row, k].set(xticks=[], yticks=[])
+            axes[2 * i + 1, k].set_xlabel(f"off by {error[j]:.1f} of 255", fontsize=7)
+        axes[2 * i, 0].set_ylabel(f"{name}\nheld out", fontsize=8)
+        axes[2 * i + 1, 0].set_ylabel("reconstructed", fontsize=8)
+    fig.suptitle(f"encoder epoch {epoch}: mean error {error.mean():.2f} of 255", fontsize=9)
+    save_figure(fig, path)
+    return float(error.mean())
+
+
+def main():
+    args = arguments()
+    began, stop = time.time(), Stop()
+    device = pick_device(args)
+    dtype = pick_precision(args.precision, device)
+    torch.manual_seed(args.seed)
+    models, visuals = args.root / "models", args.root / "visuals"
+    sources = load_sources(args)
+    if args.once and not list(models.glob("encoder_mixed_ep*.pth")):
+        fail(f"{models}/encoder_mixed_ep1.pth: not found; `python train_encoder.py` makes it")
+    log = RunLog(args, "decoder", resumed=not args.fresh)
+    decoder, optim, given_up, step, last = None, None, set(), 0, None
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    while not stop:
+        todo = waiting(models, visuals, given_up)
+        if not todo:
+            if args.once or last is not None and last["done"] or finished(models, visuals):
+                break
+            time.sleep(POLL_S)
+            continue
+        epoch, path = todo[-1 if args.newest else 0]
+        try:
+            stamp = path.stat().st_mtime_ns
+            given_up.update((n, p.stat().st_mtime_ns) for n, p in todo if args.newest)
+            given_up.add((epoch, stamp))  # drawn or bad: this version of the file once only
+            payload = read(path, "python train_encoder.py")
+            encoder = build(payload, "encoder", path).to(device).eval().requires_grad_(False)
+        except (Refusal, OSError) as e:
+            print(f"skipped: {e}")
+            continue
+        if decoder is None or decoder.args["dim"] != encoder.dim:
+            decoder = warm_start(models, encoder.dim, args.width).to(
+                device, memory_format=torch.channels_last)
+            optim = torch.optim.AdamW(decoder.parameters(), args.lr)
+        loader = Loader([s[0] for s in sources.values()], args.batch_size, 1, encoder.history,
+                        encoder.repeat, args.shares, args.seed + epoch)
+        decoder.train()
+        batches = loader.batches()
+        for i in tqdm(range(args.steps), desc=f"decoder, epoch {epoch}", unit="step",
+                      mininterval=1):
+            obs = next(batches)[0].to(device)
+            with autocast(device, dtype):
+                with torch.no_grad():
+                    z = encoder(stack(obs, encoder.history))
+                loss, logs = loss_fn(decoder, z, newest_frame(obs))
+            if not torch.isfinite(loss):
+                fail(f"decoder step {i} of epoch {epoch}: the loss is {loss.item()}; lower --lr")
+            lr = args.lr * 0.1 ** (i / args.steps)
+            if log.due():
+                log.log(step, loss=loss, lr=lr, **logs)
+            optimise(loss, [decoder], optim, scaler, lr)
+            step += 1
+            if stop:
+                break
+        batches.close()
+        if stop:
+            break  # this checkpoint is drawn when the command runs again
+        decoder.eval()
+        names = list(sources)
+        obs = torch.cat([sample_frames(s[1], encoder.history, encoder.repeat, PICTURES, 3,
+                                       fields=(), skip=ZOOM)[0] for s in sources.values()])
+        error = draw_sheet(newest_frame(obs), reconstruct(encoder, decoder, obs, device, dtype),
+                           names, epoch, visuals / f"reconstruct_ep{epoch}.png")
+        save(models / f"decoder_ep{epoch}.pth", {"decoder": decoder}, epoch=epoch,
+             encoder_key=fingerprint(encoder))
+        log.log(step, val_error=error)
+        log.curves()
+        print(f"{visuals}/reconstruct_ep{epoch}.png: mean error {error:.2f} of 255")
+        last = payload
+    print(f"stopped after {(time.time() - began) / 60:.1f} min" if stop else
+          f"done in {(time.time() - began) / 60:.1f} min")
+    return 130 if stop else 0
+
+
+def finished(models, visuals):
+    """Whether the encoder's training has ended and all that it wrote is drawn."""
+    path = latest(models, "encoder_mixed")
+    return path.exists() and read(path)["done"] and drawn(epoch_of(path), path, models, visuals)
+
+
+def warm_start(models, dim, width):
+    """The newest decoder of the same shape, or a fresh one."""
+    path = latest(models, "decoder")
+    if path.exists():
+        decoder = build(read(path), "decoder", path)
+        if decoder.args == dict(dim=dim, width=width):
+            return decoder
+    return TinyDecoder(dim, width)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,275 @@
+"""Day 3, the brain: an autoregressive MLP learns to imagine 15 latents ahead.
+
+Reads ROOT/models/encoder_mixed_ep*.pth and the data, encodes the data once into a latent cache;
+writes models/predictor_ep{N}.pth, models/predictor.jsonl, visuals/predictor_curves.png,
+visuals/dream_ep{N}.png and visuals/output_dream.gif (real above dreamt, by the decoder). Prints the
+held-out error of each step beside copy-last, another episode's actions and an untrained predictor.
+
+    python train_predictor.py --epochs 50
+    python train_predictor.py --epochs 8 --steps_per_epoch 150 --batch_size 512      a laptop
+"""
+
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from buffer import Latents, Loader, load_sources, shares_of
+from networks import (Predictor, build, cosine, fingerprint, latest, load_frozen, optimise, read,
+                      resume_run, save, save_run, stack)
+from runtime import (RunLog, Stop, autocast, fail, parser, pick_device, pick_precision, positive,
+                     pyplot, run, save_figure, save_gif)
+
+SAVE_EVERY_S = 900
+SHOWN = (0, 1, 5, 10, 15)  # steps of a dream that the picture shows
+SWAPPED = "another episode's actions"
+GIF_SCALE = 4  # screen pixels a pixel
+GIF_FPS = 8
+
+
+def arguments():
+    p = parser(__doc__, data=True)
+    g = p.add_argument_group("model")
+    g.add_argument("--encoder", help="encoder checkpoint (default: the latest of ROOT/models)")
+    g.add_argument("--hidden", type=positive, default=512, help="width; planning time grows with it")
+    g.add_argument("--depth", type=positive, default=2, help="residual blocks")
+    g.add_argument("--dropout", type=float, default=0.0, help="in each block, while training")
+    g.add_argument("--horizon", type=positive, default=15, help="steps that are imagined")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=positive, default=50)
+    g.add_argument("--batch_size", type=positive, default=1024, help="windows in a step")
+    g.add_argument("--steps_per_epoch", type=int, default=0,
+                   help="0: as many as start a window at each frame once")
+    g.add_argument("--lr", type=float, default=1e-3, help="peak of the cosine schedule")
+    g.add_argument("--weight_decay", type=float, default=1e-4)
+    return p.parse_args()
+
+
+def load_latents(args, device, dtype, sources):
+    """(latents of all chunks, frozen encoder, its key): encodes what the cache lacks."""
+    path = args.encoder or latest(args.root / "models", "encoder_mixed")
+    encoder, _ = load_frozen(path, "encoder", device, "python train_encoder.py")
+    key = fingerprint(encoder)
+
+    def encode(obs):
+        with torch.no_grad(), autocast(device, dtype):
+            return encoder(stack(obs.to(device), encoder.history))
+
+    chunks = [c for split in sources.values() for part in split for c in part]
+    bar = lambda items: tqdm(items, desc="encode", unit="episode")
+    version = chunks[0].meta["preprocess"]
+    latents = Latents(args.root, f"{key}-p{version}", encoder.dim, encoder.history, encoder.repeat,
+                      encode, chunks, bar)
+    return latents, encoder, key
+
+
+class Sampler:
+    """Balanced windows of cached latents: a pure function of seed and step."""
+
+    def __init__(self, latents, sources, part, batch_size, horizon, shares=None, seed=0):
+        self.latents, self.K, self.seed = latents, horizon + 1, seed
+        self.starts = [latents.starts(split[part], self.K) for split in sources.values()]
+        for name, starts in zip(sources, self.starts):
+            if len(starts) == 0:
+                fail(f"{name}: no {'held-out' if part else 'training'} episode is as long as "
+                     f"{horizon * latents.repeat} steps; collect more frames")
+        self.counts = shares_of(self.starts, batch_size, shares)
+        self.steps_per_epoch = max(1, sum(map(len, self.starts)) // batch_size)
+
+    def __call__(self, step):
+        """(z (B, K, D), act (B, K - 1, 3)) of this step, sources one after another."""
+        rng = np.random.default_rng([self.seed, step])
+        starts = [s[rng.integers(len(s), size=n)] for s, n in zip(self.starts, self.counts)]
+        return self.latents.windows(np.concatenate(starts), self.K)
+
+
+def loss_fn(nets, z, act):
+    """Mean squared error of the whole dream: z (B, H + 1, D), act (B, H, 3) -> (loss, logs)."""
+    z_hat = nets["predictor"].rollout(z[:, 0], act).float()
+    steps = (z_hat - z[:, 1:]).pow(2).mean(dim=(0, 2))  # (H,)
+    return steps.mean(), {"first": steps[0].detach(), "last": steps[-1].detach()}
+
+
+@torch.no_grad()
+def evaluate(predictor, sampler, device, dtype, batches=4):
+    """{row: error per step (H,)} on held-out tracks: this predictor and its trivial baselines."""
+    torch.manual_seed(0)
+    untrained = Predictor(**predictor.args).to(device).eval()
+    rows = {}
+    for i in range(batches):
+        z, act = (x.to(device) for x in sampler(i))
+        other = act.roll(len(act) // 2 + 1, dims=0)  # of another episode
+        with autocast(device, dtype):
+            dreams = {"predictor": predictor.rollout(z[:, 0], act),
+                      "copy-last": z[:, :1].expand_as(z[:, 1:]),
+                      SWAPPED: predictor.rollout(z[:, 0], other),
+                      "untrained predictor": untrained.rollout(z[:, 0], act)}
+        for name, z_hat in dreams.items():
+            error = (z_hat.float() - z[:, 1:]).pow(2).mean(dim=(0, 2)).cpu().numpy()
+            rows[name] = rows.get(name, 0) + error / batches
+    return rows
+
+
+def table(rows):
+    """The errors as text, one column a step."""
+    H = len(rows["predictor"])
+    lines = [f"{'held-out error at step':26}" + "".join(f"{t:6}" for t in range(1, H + 1))]
+    return "\n".join(lines + [f"{name:26}" + "".join(f"{e:6.3f}" for e in row)
+                              for name, row in rows.items()])
+
+
+# ------------------------------------------------------------------ pictures
+
+def load_decoder(root, key, device):
+    """The newest decoder that was trained on this encoder, or None with a line that says so."""
+    path = latest(root / "models", "decoder")
+    if path.exists():
+        payload = read(path)
+        if payload["encoder_key"] == key:
+            return build(payload, "decoder", path).to(device).eval().requires_grad_(False)
+    print("no decoder of this encoder, so no picture of dreams; `python train_decoder.py --once` "
+          "makes it")
+    return None
+
+
+def dream_windows(sources, encoder, horizon, seed=0):
+    """Held-out windows to dream, the same every time: obs (n, H + history, 3, 64, 64), act."""
+    held = [s[1] for s in sources.values()]
+    stream = Loader(held, 2 * len(held), horizon + 1, encoder.history, encoder.repeat,
+                    seed=seed + 5).batches()
+    obs, act = next(stream)
+    stream.close()
+    return obs, act
+
+
+@torch.no_grad()
+def dream(encoder, predictor, decoder, obs, act, device):
+    """Real frames and decoded dreams, both (n, H + 1, 64, 64, 3) uint8; step 0 is a reconstruction."""
+    n, h = len(obs), encoder.history
+    z0 = encoder(stack(obs[:, :h].to(device), h))
+    z = torch.cat([z0[:, None], predictor.rollout(z0, act.to(device))], dim=1)  # (n, H + 1, D)
+    frames = decoder(z.flatten(0, 1)).clamp(0, 1).mul(255).byte().cpu()
+    frames = frames.view(n, -1, 3, 64, 64)
+    return obs[:, h - 1:].permute(0, 1, 3, 4, 2).numpy(), frames.permute(0, 1, 3, 4, 2).numpy()
+
+
+def draw_dream(real, dreamt, names, path, seconds):
+    """The sheet: for each window a row of real frames above its dream; `seconds` between steps."""
+    shown = [t for t in SHOWN if t < real.shape[1]]
+    plt = pyplot()
+    fig, axes = plt.subplots(2 * len(names), len(shown), layout="constrained", squeeze=False,
+                             figsize=(1.5 * len(shown) + 0.6, 3.0 * len(names)))
+    for i, name in enumerate(names):
+        for row, frames, what in ((2 * i, real, "real"), (2 * i + 1, dreamt, "dreamt")):
+            for ax, t in zip(axes[row], shown):
+                ax.imshow(frames[i, t], interpolation="nearest")
+                ax.set(xticks=[], yticks=[])
+                if row == 0:
+                    ax.set_title(f"step {t} ({t * seconds:.2f} s)", fontsize=8)
+            axes[row, 0].set_ylabel(f"{name}\n{what}", fontsize=8)
+    save_figure(fig, path)
+
+
+def animate_dream(real, dreamt, path):
+    """The GIF: real above dreamt, all windows side by side, a bar counts the steps."""
+    frames = []
+    for t in range(real.shape[1]):
+        rows = [np.concatenate(list(x[:, t]), axis=1) for x in (real, dreamt)]
+        picture = np.concatenate(rows, axis=0).repeat(GIF_SCALE, 0).repeat(GIF_SCALE, 1)
+        bar = np.full((8, picture.shape[1], 3), 40, np.uint8)
+        bar[:, :int(picture.shape[1] * t / (real.shape[1] - 1))] = 230
+        frames.append(np.concatenate([picture[:64 * GIF_SCALE], bar, picture[64 * GIF_SCALE:]]))
+    save_gif(path, [frames[0]] * 4 + frames + [frames[-1]] * 4, GIF_FPS)
+
+
+# ------------------------------------------------------------------ main
+
+def main():
+    args = arguments()
+    began, stop = time.time(), Stop()
+    device = pick_device(args)
+    dtype = pick_precision(args.precision, device)
+    torch.manual_seed(args.seed)
+    sources = load_sources(args)
+    latents, encoder, key = load_latents(args, device, dtype, sources)
+    decoder = load_decoder(args.root, key, device)
+    sampler = Sampler(latents, sources, 0, args.batch_size, args.horizon, args.shares, args.seed)
+    held = Sampler(latents, sources, 1, 512, args.horizon, seed=args.seed)
+    windows = dream_windows(sources, encoder, args.horizon)
+    names = [name for name in sources for _ in range(2)]
+    per_epoch = args.steps_per_epoch or sampler.steps_per_epoch
+    steps = args.epochs * per_epoch
+
+    predictor = Predictor(encoder.dim, args.hidden, args.depth, args.dropout).to(device)
+    nets = {"predictor": predictor}
+    optim = torch.optim.AdamW(predictor.parameters(), args.lr, weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    models, visuals = args.root / "models", args.root / "visuals"
+    saved = resume_run(models / "predictor_resume.pth", nets, optim, scaler, args)
+    if saved and saved["encoder_key"] != key:
+        fail(f"{models}/predictor_resume.pth: was trained on another encoder; add --fresh")
+    step = saved["step"] if saved else 0
+    if step >= steps:
+        print(f"already trained: {models}/predictor_ep{args.epochs}.pth; --fresh starts again")
+        return 0
+    log = RunLog(args, "predictor", resumed=bool(saved))
+    if not saved:
+        for old in models.glob("predictor_ep*.pth"):
+            old.unlink()
+    print(f"{sum(p.numel() for p in predictor.parameters()) / 1e6:.2f}M predictor on {device}, "
+          f"{len(latents.z):,} latents, {steps} steps from {step}")
+
+    last_save = time.time()
+    bar = tqdm(total=steps, initial=step, desc="predictor", unit="step", mininterval=1)
+    while step < steps:
+        predictor.train()
+        z, act = (x.to(device, non_blocking=True) for x in sampler(step))
+        with autocast(device, dtype):
+            loss, logs = loss_fn(nets, z, act)
+        lr = cosine(step, steps, args.lr)
+        if not torch.isfinite(loss):
+            fail(f"step {step}: the loss is {loss.item()}; nothing was saved over the last good "
+                 "file; lower --lr, or use --precision fp32")
+        if log.due():
+            bar.set_postfix(loss=f"{log.log(step, loss=loss, lr=lr, **logs)['loss']:.3f}")
+        optimise(loss, nets.values(), optim, scaler, lr)
+        step += 1
+        bar.update()
+        if step % per_epoch == 0:
+            epoch = step // per_epoch
+            predictor.eval()
+            rows = evaluate(predictor, held, device, dtype)
+            own = rows["predictor"]
+            log.log(step, val_loss=own.mean(), val_first=own[0], val_last=own[-1],
+                    val_over_copy=own[-1] / rows["copy-last"][-1],
+                    val_over_swapped=own[-1] / rows[SWAPPED][-1])
+            log.curves()
+            save(models / f"predictor_ep{epoch}.pth", nets, epoch=epoch, epochs=args.epochs,
+                 encoder_key=key, horizon=args.horizon, done=epoch == args.epochs)
+            if decoder is not None:
+                real, dreamt = dream(encoder, predictor, decoder, *windows, device)
+                draw_dream(real, dreamt, names, visuals / f"dream_ep{epoch}.png",
+                           encoder.repeat / 50)
+                animate_dream(real, dreamt, visuals / "output_dream.gif")
+        if step % per_epoch == 0 or stop or time.time() - last_save > SAVE_EVERY_S:
+            save_run(models / "predictor_resume.pth", nets, optim, scaler, args, step,
+                     encoder_key=key)
+            last_save = time.time()
+        if stop:
+            bar.close()
+            print(f"stopped at step {step} of {steps}; the same command goes on")
+            return 130
+    bar.close()
+    print(table(rows))
+    H = args.horizon
+    print(f"{models}/predictor_ep{args.epochs}.pth: {steps} steps in "
+          f"{(time.time() - began) / 60:.1f} min; at step {H} the error is "
+          f"{own[-1] / rows['copy-last'][-1]:.3f} of copy-last's and "
+          f"{own[-1] / rows[SWAPPED][-1]:.3f} of that with swapped actions")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
