@@ -45,6 +45,9 @@ def arguments():
                         "reporting, 200000 to 299999 for choosing")
     g.add_argument("--policy", default="mpc",
                    choices=["mpc", "no_model", "untrained", "random", "expert"])
+    g.add_argument("--compare", action="store_true",
+                   help="also drive random, no_model, untrained and expert on the same tracks, and "
+                        "end with a table")
     g.add_argument("--env", choices=["official", "fast"], default="official",
                    help="scores are the official environment's; fast is for experiments")
     g.add_argument("--pace", type=float, default=0.0, help="of --policy expert")
@@ -371,32 +374,57 @@ class Window:
 
 # ------------------------------------------------------------------ main
 
-def main():
-    args = arguments()
-    visuals = writable(args.root / "visuals")
-    film_kw = {} if args.no_video else {"render_mode": "rgb_array"}
-    env = make_env(args.env, **film_kw)
-    decoder, film = None, None
-    if args.policy in ("random", "expert"):
-        driver = Blind(env, args.policy, args.pace, args.seed)
+def run_policy(args, policy, film):
+    """Drives all episodes with one policy, prints a line each -> its report."""
+    env = make_env(args.env, **({"render_mode": "rgb_array"} if film else {}))
+    if policy in ("random", "expert"):
+        driver = Blind(env, policy, args.pace, args.seed)
     else:
-        driver, decoder = load_driver(args, args, args.policy)
-    if not args.no_video:
-        film = Film(decoder, Window("TinyJEPA drives") if Window.available() else None)
-    print(f"{'track':>7} {'return':>7} {'steps':>5} {'tiles':>5} {'missed':>6} {'lap':>4} "
-          f"{'plan ms p50':>11} {'p99':>6}")
+        driver, decoder = load_driver(args, args, policy)
+        if film:
+            film.decoder = decoder
+    print(f"{policy:>9}: {'track':>7} {'return':>7} {'steps':>5} {'tiles':>5} {'missed':>6} "
+          f"{'lap':>4} {'plan ms p50':>11} {'p99':>6}")
     rows = []
     for seed in range(args.track_seed, args.track_seed + args.episodes):
         r = drive(env, driver, seed, film if not rows else None)  # the first one is filmed
         rows.append(r)
-        print(f"{seed:7} {r['return']:7.1f} {r['steps']:5} {r['tiles']:5} {r['tiles_missed']:6} "
-              f"{'yes' if r['lap_finished'] else 'no':>4} {r['plan_ms_p50']:11.1f} "
-              f"{r['plan_ms_p99']:6.1f}", flush=True)
-    report = summary(args.policy, rows)
-    print(f"{args.policy}: {report['mean']:.1f} ± {report['std']:.1f} on {len(rows)} tracks of the "
-          f"{args.env} env, {report['laps_finished']} laps finished")
+        print(f"{'':10} {seed:7} {r['return']:7.1f} {r['steps']:5} {r['tiles']:5} "
+              f"{r['tiles_missed']:6} {'yes' if r['lap_finished'] else 'no':>4} "
+              f"{r['plan_ms_p50']:11.1f} {r['plan_ms_p99']:6.1f}", flush=True)
+    env.close()
+    return summary(policy, rows)
+
+
+def compare(reports, env_name):
+    """The table of several policies on the same tracks."""
+    first = reports[0]["episodes"]
+    lines = [f"{'driver':10} {'mean ± std':>15} {'laps':>5} {'missed':>6} {'steps':>6} {'plan ms':>7}"
+             f"   tracks {first[0]['track_seed']} to {first[-1]['track_seed']}, {env_name} env"]
+    for r in reports:
+        of = lambda key: np.mean([e[key] for e in r["episodes"]])
+        lines.append(f"{r['policy']:10} {r['mean']:7.1f} ± {r['std']:5.1f} "
+                     f"{r['laps_finished']:2}/{len(first):<2} {of('tiles_missed'):6.1f} "
+                     f"{of('steps'):6.0f} {of('plan_ms_p50'):7.1f}")
+    return "\n".join(lines)
+
+
+ROWS = ["random", "no_model", "untrained", "mpc", "expert"]  # of --compare
+
+
+def main():
+    args = arguments()
+    visuals = writable(args.root / "visuals")
+    film = None
+    if not args.no_video:
+        film = Film(None, Window("TinyJEPA drives") if Window.available() else None)
+    policies = ROWS if args.compare else [args.policy]
+    reports = [run_policy(args, p, film if p == args.policy else None) for p in policies]
+    main_report = reports[policies.index(args.policy)]
+    print(compare(reports, args.env))
     if args.json:
-        replace_atomically(args.json, lambda f: f.write(json.dumps(report, indent=1).encode()))
+        body = main_report | {"rows": {r["policy"]: r for r in reports}}
+        replace_atomically(args.json, lambda f: f.write(json.dumps(body, indent=1).encode()))
     if film is not None:
         name = "drive_mpc" if args.policy == "mpc" else f"drive_{args.policy}"
         film.save(visuals / name)

@@ -1,0 +1,44 @@
+"""One small chain, run once by the README's commands, that the tests look at from outside."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO))
+
+SMALL = "--width 0.125 --dim 32 --batch_size 12 --precision fp32 --threads 2".split()
+CHAIN = {  # stage: the README's command, small
+    "collect_race_data.py": ["--frames", "2500", "--workers", "2"],
+    "collect_recovery_data.py": ["--frames", "2500", "--workers", "2"],
+    "collect_data.py": ["--frames", "3200", "--workers", "2"],
+    "train_encoder.py": [*SMALL, "--epochs", "2", "--steps_per_epoch", "12"],
+    "train_decoder.py": ["--once", "--steps", "20", "--batch_size", "16", "--width", "16"],
+    "train_predictor.py": ["--epochs", "2", "--steps_per_epoch", "20", "--batch_size", "32",
+                           "--hidden", "64"],
+    "train_cost_model.py": ["--epochs", "1", "--steps_per_epoch", "20", "--batch_size", "64"],
+}
+
+
+def script(name, *args, root=None, **kw):
+    """Runs a script as a user would; returns the finished process with its output as text."""
+    command = [sys.executable, str(REPO / name), *map(str, args)]
+    if root is not None:
+        command += ["--root", str(root)]
+    env = {**os.environ, "DISPLAY": "", "WAYLAND_DISPLAY": ""}
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=REPO, timeout=400,
+                          **kw)
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """(root, {script: its output}) after every stage ran small, in the order of the README."""
+    root, said = tmp_path_factory.mktemp("chain"), {}
+    for name, args in CHAIN.items():
+        done = script(name, *args, root=root)
+        assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
+        said[name] = done.stdout
+    return root, said

@@ -1,0 +1,263 @@
+"""The README's commands run small, in its order; what they write, resume, and refuse."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from conftest import CHAIN, REPO, SMALL, script
+
+DRIVE = ["--episodes", "1", "--track_seed", "200000", "--samples", "16", "--horizon", "6"]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def picture(path):
+    image = cv2.imread(str(path))
+    assert image is not None and image.std() > 5, path  # neither unreadable nor blank
+    return image
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["nets"]
+
+
+def test_collectors_reach_their_targets_and_say_so(chain):
+    root, said = chain
+    for name, folder, frames in (("collect_race_data.py", "data_race", 2500),
+                                 ("collect_recovery_data.py", "data_recovery", 2500),
+                                 ("collect_data.py", "data", 3200)):
+        assert "frames/s" in said[name] and "on grass" in said[name]
+        done = script("buffer.py", root / folder, "--verify")
+        assert done.returncode == 0, done.stdout
+        row = done.stdout.splitlines()[1].split()
+        assert int(row[3].replace(",", "")) >= frames and int(row[2]) >= 1
+    assert "recovered" in said["collect_recovery_data.py"]
+    again = script("collect_data.py", *CHAIN["collect_data.py"], root=root)
+    assert "target is reached" in again.stdout
+
+
+def test_seeds_of_collectors_are_never_for_evaluation(chain):
+    from buffer import index
+    chunks = [c for f in ("data", "data_race", "data_recovery") for c in index(chain[0] / f)[0]]
+    seeds = [c.meta["track_seed"] for c in chunks]
+    assert min(seeds) >= 10_000_000 and len(set(seeds)) == len(seeds)
+    assert {c.meta["policy"].get("pace") for c in chunks if c.meta["source"] == "data_race"} == {0.0}
+
+
+def test_training_leaves_checkpoints_logs_and_pictures(chain):
+    root, said = chain
+    models, visuals = root / "models", root / "visuals"
+    for stage, last in (("encoder", "encoder_mixed_ep2.pth"), ("decoder", "decoder_ep2.pth"),
+                        ("predictor", "predictor_ep2.pth"), ("cost_model", "cost_model_final.pth")):
+        head, *rows = lines(models / f"{stage}.jsonl")
+        assert {"command", "args", "versions", "commit"} <= set(head) and rows
+        assert weights(models / last)
+        picture(visuals / f"{stage}_curves.png")
+        assert "min" in said[f"train_{stage}.py"].splitlines()[-1]
+    for name in ("reconstruct_ep1", "reconstruct_ep2", "dream_ep2", "energy_histogram"):
+        picture(visuals / f"{name}.png")
+    assert (visuals / "output_dream.gif").read_bytes()[:4] == b"GIF8"
+    assert not [p for p in root.rglob(".*") if p.is_file()]  # no temporary file is left
+    assert "copy-last" in said["train_predictor.py"] and "AUC" in said["train_cost_model.py"]
+    assert "TinyEncoder" in script("networks.py", models / "encoder_mixed_ep2.pth").stdout
+
+
+def test_a_finished_stage_is_not_repeated(chain):
+    root, _ = chain
+    before = (root / "models" / "encoder_mixed_ep2.pth").stat().st_mtime_ns
+    done = script("train_encoder.py", *CHAIN["train_encoder.py"], root=root)
+    assert done.returncode == 0 and "already trained" in done.stdout
+    assert (root / "models" / "encoder_mixed_ep2.pth").stat().st_mtime_ns == before
+
+
+def test_driving_writes_scores_and_films(chain, tmp_path):
+    root, _ = chain
+    done = script("drive_mpc.py", *DRIVE, "--json", tmp_path / "s.json", root=root)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "s.json").read_text())
+    row = report["episodes"][0]
+    assert report["env_id"] == "CarRacing-v3" and report["versions"]["gymnasium"] == "1.4.0"
+    assert set(row) == {"track_seed", "return", "steps", "tiles", "tiles_missed", "lap_finished",
+                        "plan_ms_p50", "plan_ms_p99"}
+    assert row["track_seed"] == 200000 and row["plan_ms_p50"] > 0
+    assert report["mean"] == row["return"] and report["laps_finished"] == row["lap_finished"]
+    N = row["tiles"] + row["tiles_missed"]
+    assert row["return"] <= 1000 * (row["tiles"] - 1) / (N - 1) - 0.1 * row["steps"] + 10
+    video = cv2.VideoCapture(str(root / "visuals" / "drive_mpc.mp4"))
+    ok, frame = video.read()
+    assert ok and frame.std() > 5 and video.get(cv2.CAP_PROP_FRAME_COUNT) >= row["steps"] // 2 - 1
+    assert (root / "visuals" / "drive_mpc.gif").read_bytes()[:4] == b"GIF8"
+
+
+def test_the_expert_is_far_above_random(chain):
+    root, _ = chain
+    scores = {}
+    for policy in ("random", "expert"):
+        out = script("drive_mpc.py", "--policy", policy, "--episodes", "1", "--track_seed",
+                     "200001", "--no_video", "--env", "fast", root=root).stdout
+        scores[policy] = float(out.splitlines()[-1].split()[1])  # the table's last line
+    assert scores["expert"] > 850 and scores["random"] < 100
+
+
+def test_demo_energy_writes_its_pictures(chain):
+    root, _ = chain
+    done = script("demo_energy.py", "--headless", "--steps", "140", "--samples", "16", "--horizon",
+                  "6", root=root)
+    assert done.returncode == 0 and done.stdout.count("AUROC") == 4, done.stderr
+    picture(root / "visuals" / "demo_energy.png")
+    assert (root / "visuals" / "demo_energy.mp4").stat().st_size > 10_000
+
+
+def test_resume_equals_no_interruption(chain, tmp_path):
+    """Ctrl-C in the middle, the same command again: the same weights to the bit."""
+    for name in ("data", "data_race", "data_recovery"):
+        (tmp_path / name).symlink_to(chain[0] / name)
+    args = [*CHAIN["train_encoder.py"], "--root", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, str(REPO / "train_encoder.py"), *args],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log, deadline = tmp_path / "models" / "encoder.jsonl", time.time() + 120
+    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 1):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on" in said, said
+    step = torch.load(tmp_path / "models" / "encoder_resume.pth", weights_only=True)["step"]
+    assert 0 < step < 24, step
+    done = script("train_encoder.py", *CHAIN["train_encoder.py"], root=tmp_path)
+    assert done.returncode == 0 and f"from {step}" in done.stdout
+    for a, b in zip(*(weights(r / "models" / "encoder_mixed_ep2.pth").values()
+                      for r in (chain[0], tmp_path))):
+        assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
+    other = script("train_encoder.py", *CHAIN["train_encoder.py"], "--lr", "0.5", root=tmp_path)
+    assert other.returncode == 2 and "--lr" in other.stderr
+
+
+# ------------------------------------------------------------------ bad input: one line, exit 2
+
+def refused(done, *words):
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+    for word in words:
+        assert word in said[0], said[0]
+
+
+@pytest.mark.parametrize("name,words", [
+    ("train_encoder.py", ["data_race", "collect_race_data.py"]),
+    ("train_decoder.py", ["data_race", "collect_race_data.py"]),
+    ("train_predictor.py", ["data_race", "collect_race_data.py"]),
+    ("train_cost_model.py", ["data_race", "collect_race_data.py"]),
+    ("drive_mpc.py", ["encoder_mixed_ep1.pth", "train_encoder.py"]),
+    ("demo_energy.py", ["encoder_mixed_ep1.pth", "train_encoder.py"])])
+def test_missing_input_names_the_command_that_makes_it(tmp_path, name, words):
+    refused(script(name, root=tmp_path), *words)
+
+
+def test_missing_checkpoints_name_the_command_that_makes_them(chain, tmp_path):
+    for name in ("data", "data_race", "data_recovery"):
+        (tmp_path / name).symlink_to(chain[0] / name)
+    refused(script("train_predictor.py", root=tmp_path), "encoder_mixed", "train_encoder.py")
+    refused(script("train_decoder.py", "--once", root=tmp_path), "train_encoder.py")
+    shutil.copytree(chain[0] / "models", tmp_path / "models", dirs_exist_ok=True)
+    (tmp_path / "models" / "cost_model_final.pth").unlink()
+    refused(script("drive_mpc.py", root=tmp_path), "cost_model_final.pth", "train_cost_model.py")
+    for path in (tmp_path / "models").glob("predictor*.pth"):
+        path.unlink()
+    refused(script("train_cost_model.py", root=tmp_path), "predictor", "train_predictor.py")
+
+
+def test_damaged_chunks_are_named(chain, tmp_path):
+    for name in ("data", "data_race", "data_recovery"):
+        shutil.copytree(chain[0] / name, tmp_path / name)
+    paths = sorted((tmp_path / "data_race").glob("*.npz"))
+    paths[0].write_bytes(paths[0].read_bytes()[:1000])
+    (tmp_path / "data_race" / "notes.npz").write_text("not a chunk")
+    refused(script("train_encoder.py", *SMALL, root=tmp_path), "unreadable", "buffer.py")
+    done = script("buffer.py", tmp_path / "data_race")
+    assert done.returncode == 1 and "notes.npz" in done.stdout and paths[0].name in done.stdout
+    assert paths[0].stat().st_size == 1000  # nothing was touched
+
+
+def test_foreign_checkpoints_are_refused_and_kept(chain, tmp_path):
+    shutil.copytree(chain[0] / "models", tmp_path / "models")
+    encoder = tmp_path / "models" / "encoder_mixed_ep2.pth"
+    payload = torch.load(encoder, weights_only=True)
+    payload["nets"]["encoder"]["args"]["width"] = 0.25
+    torch.save(payload, encoder)
+    refused(script("drive_mpc.py", root=tmp_path), "encoder_mixed_ep2.pth", "width")
+    encoder.write_text("garbage")
+    refused(script("drive_mpc.py", root=tmp_path), "encoder_mixed_ep2.pth", "damaged or foreign")
+    torch.save({"schema": 1, "f": print}, encoder)  # a pickled payload is never run
+    refused(script("drive_mpc.py", root=tmp_path), "damaged or foreign")
+    assert encoder.exists()
+    shutil.copy(chain[0] / "models" / "encoder_mixed_ep1.pth", encoder)
+    refused(script("drive_mpc.py", root=tmp_path), "another encoder")
+
+
+def test_a_device_that_is_not_there(chain):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    refused(script("train_encoder.py", "--device", "cuda", root=chain[0]), "cuda", "no such GPU")
+    refused(script("drive_mpc.py", "--device", "tpu0", root=chain[0]), "tpu0")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refused(script("collect_data.py", "--frames", "300", root=tmp_path / "file"), "cannot write")
+
+
+def test_zero_frames(tmp_path):
+    done = script("collect_data.py", "--frames", "0", root=tmp_path)
+    assert done.returncode == 2 and "positive" in done.stderr
+
+
+def test_help_gives_a_reason_for_every_flag():
+    for path in sorted(REPO.glob("*.py")):
+        if path.name in ("vicreg.py", "runtime.py", "networks.py", "car_env.py"):
+            continue
+        done = script(path.name, "--help")
+        assert done.returncode == 0 and "usage" in done.stdout, path
+
+
+# ------------------------------------------------------------------ collectors that are killed
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / "collect_data.py"), "--root", str(tmp_path), "--frames",
+         "6000", "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder, killed = tmp_path / "data", 0
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+        time.sleep(0.3)
+        if killed < 3 and len(list(folder.glob("*.npz"))) > 2 * killed:
+            workers = subprocess.run(["pgrep", "-f", "multiprocessing.forkserver"], text=True,
+                                     capture_output=True).stdout.split()
+            children = [p for p in workers if _parent(p) in workers]
+            if children:
+                os.kill(int(children[-1]), signal.SIGKILL)
+                killed += 1
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and killed > 0, err
+    from buffer import index, read_chunk
+    chunks, damaged, _ = index(folder)
+    assert not damaged and sum(c.frames for c in chunks) >= 6000
+    assert all(np.isfinite(read_chunk(c.path)["act"]).all() for c in chunks)
+    assert not list(folder.glob(".*"))
+
+
+def _parent(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[1]
+    except OSError:
+        return None

@@ -1,0 +1,112 @@
+"""The planner on a problem whose answer is known, and the noise against its stated spectrum."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+
+from drive_mpc import BRAKE, STEER, colored_noise, plan, to_action
+from networks import CostModel, Predictor
+
+
+class Cart(Predictor):
+    """A point on a line: position and speed, pushed by the steering and slowed by the brake."""
+
+    def __init__(self):
+        super().__init__(dim=2, hidden=4, depth=1)
+
+    def forward(self, z, act):
+        x, v = z.unbind(-1)
+        v = v + 0.5 * act[..., 0] - act[..., 2] * v
+        return torch.stack([x + v, v], -1)
+
+
+@pytest.fixture
+def nets():
+    cost = CostModel(2)
+    cost.mu.copy_(torch.tensor([1.5, 0.0]))  # the point wants to stand at 1.5
+    cost.whiten.copy_(torch.diag(torch.tensor([1.0, 0.3])))
+    return {"predictor": Cart(), "cost": cost.requires_grad_(False)}
+
+
+def config(planner, rounds=1, **kw):
+    return argparse.Namespace(**{**dict(planner=planner, rounds=rounds, samples=512, elites=32,
+                                        rho=0.8, noise=[0.4, 0.5], energy="density"), **kw})
+
+
+@pytest.mark.parametrize("planner,rounds", [("shooting", 1), ("icem", 3), ("mppi", 1), ("mppi", 2)])
+def test_the_planner_reaches_a_known_goal(nets, planner, rounds):
+    generator = torch.Generator().manual_seed(0)
+    z, u = torch.zeros(1, 2), torch.zeros(15, 2)
+    for _ in range(40):
+        u, z_hat, energies = plan(z, nets, u, config(planner, rounds), generator)
+        assert u.shape == (15, 2) and u.abs().max() <= 1 and z_hat.shape == (15, 2)
+        z = nets["predictor"](z, to_action(u[:1]))
+    assert abs(float(z[0, 0]) - 1.5) < 0.25, z
+    assert energies.shape == (512,)
+
+
+def test_warm_start_pays(nets):
+    """With few samples, shifting the last plan finds lower energies than starting from nothing."""
+    lows = []
+    for warm in (True, False):
+        generator, z, u, low = torch.Generator().manual_seed(1), torch.zeros(1, 2), torch.zeros(
+            15, 2), 0.0
+        for _ in range(25):
+            u, _, e = plan(z, nets, u if warm else torch.zeros(15, 2), config("mppi", samples=48),
+                           generator)
+            z, low = nets["predictor"](z, to_action(u[:1])), low + float(e.min())
+        lows.append(low)
+    assert lows[0] < lows[1]
+
+
+@pytest.mark.parametrize("planner", ["shooting", "icem", "mppi"])
+def test_when_all_futures_cost_the_same_the_last_plan_goes_on(nets, planner):
+    nets["cost"].whiten.zero_()
+    last = torch.linspace(-1, 1, 30).view(15, 2)
+    u, _, energies = plan(torch.zeros(1, 2), nets, last, config(planner))
+    assert torch.equal(u[:-1], last[1:]) and energies.std() == 0
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.8, 0.95])
+def test_colored_noise_keeps_variance_and_has_its_spectrum(rho):
+    H = 15
+    x = colored_noise(20_000, H, rho, torch.Generator().manual_seed(0)).double()
+    assert x.std(dim=0).sub(1).abs().max() < 0.03  # at each step: nothing is lost at either end
+    for lag in (1, 3, 7):
+        assert float((x[:, lag:] * x[:, :-lag]).mean()) == pytest.approx(rho**lag, abs=0.02)
+    power = torch.fft.rfft(x[..., 0], dim=1).abs().pow(2).mean(dim=0) / H
+    k = np.arange(H)
+    expected = [sum(rho ** abs(a - b) * np.cos(2 * np.pi * f * (a - b) / H) for a in k for b in k) / H
+                for f in range(H // 2 + 1)]
+    assert np.allclose(power.numpy(), expected, rtol=0.05)
+
+
+def test_actions_cover_full_lock_and_braking():
+    u = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.0, 0.0]])
+    assert torch.allclose(to_action(u), torch.tensor([[STEER, 1.0, 0.0], [-STEER, 0.0, BRAKE],
+                                                      [0.0, 0.0, 0.0]]))
+    assert STEER >= 0.4 and BRAKE >= 0.3  # the joint's stop; enough to lock up at speed
+
+
+def test_density_is_the_mahalanobis_distance():
+    torch.manual_seed(0)
+    z = torch.randn(4000, 6) @ torch.randn(6, 6) + 3
+    cost = CostModel(6)
+    cost.fit_density(z, shrinkage=0.0)
+    mu, inverse = z.double().mean(0), torch.linalg.inv(torch.cov(z.T.double()))
+    d = z[:50].double() - mu
+    expected = torch.einsum("ni,ij,nj->n", d, inverse, d) / 2 / 6
+    assert torch.allclose(cost.energy(z[:50]).double(), expected, rtol=1e-3)
+    assert cost.energy(z).mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_rollout_eats_its_own_output():
+    torch.manual_seed(0)
+    net = Predictor(dim=8, hidden=16, depth=2).eval()
+    z, act = torch.randn(3, 8), torch.randn(3, 4, 3)
+    by_hand = z
+    for t in range(4):
+        by_hand = net(by_hand, act[:, t])
+    assert torch.equal(net.rollout(z, act)[:, -1], by_hand)
