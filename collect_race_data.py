@@ -3,8 +3,8 @@
 Racing line: the path of least curvature inside the road (Heilmeier et al. 2019, "Minimum curvature
 trajectory planning and control for an autonomous race car"). Speed: the tyres' lateral limit, then
 a backward pass for braking. Steering: pure pursuit (Coulter 1992, CMU-RI-TR-92-01), whose arc is
-measured from the direction of travel instead of the nose, with yaw damping and counter-steer.
-The constants were tuned with CMA-ES on tracks 200000 to 200039, which no data set contains.
+measured from between the nose and the direction of travel, with yaw damping and counter-steer.
+The constants come from CMA-ES on tracks 200000 to 299999, which no data set contains.
 
 Units: the world's (a tile is 3.5 long, the road 13.3 wide), seconds, radians; left is positive.
 """
@@ -18,29 +18,38 @@ from collect_data import collect, collector_parser
 from runtime import run
 
 SPACING = 1.0       # units between the points of the resampled racing line
-WHEELBASE = 3.24    # units, front axle to rear axle
+AXLE = 1.62         # units from the car's centre to either axle
 STEER_STOP = 0.4    # radians: the joint stops here, a larger action adds nothing
 GRASS_GRIP = 0.6    # friction of grass over friction of road
-REAR_AXLE = 1.64    # units from the hull's centre to the rear axle
+FULL_GAS = 185.0    # rad/s: gas of (omega + 5) / FULL_GAS fills the rear tyres' friction circle
+LOST = 15.0         # units from the line: search all of it for the nearest point
+SLOW = 5.0          # units/s below which the direction of travel means nothing
 
-#                 calm     full   each driver is one column; `pace` blends them
-PARAMETERS = {
-    "width":       (5,         6.6),   # units the line may leave the middle of the road (half width 6.67)
-    "v_max":       (66,        100),   # units/s
-    "lateral":     (100,       267),   # units/s^2 in corners
-    "braking":     (69.8,     69.8),   # units/s^2 before corners
-    "lead":        (0.0892, 0.0892),  # s the target speed is read ahead of the car
-    "look":        (10.7,     10.7),   # units, the lookahead at rest
-    "look_v":      (0.0822, 0.0822),  # s, the lookahead's growth with speed
-    "slip_aim":    (0.844,   0.844),   # 0 the arc starts along the nose, 1 along the velocity
-    "yaw":         (0.0393, 0.0393),   # s, steering against the error of the yaw rate
-    "counter":     (0.621,   0.621),   # steering into a slide, over the slip angle
-    "arc":         (1.28,     1.28),   # lateral limit on the pursuit's own arc, over `lateral`
-    "gas":         (0.121,   0.121),   # gas per unit/s too slow
-    "gas_cap":     (1.85,     1.85),   # fraction of the gas that fills the rear tyres' friction circle
-    "gas_slip":    (7.04,     7.04),   # units/s of rear side slip that leaves no room for gas
-    "brake":       (0.0329, 0.0329),  # brake per unit/s too fast
-    "brake_cap":   (0.275,   0.275),  # 0.18 fills the friction circle
+PACED = {  # what pace 0 and pace 1 differ in; paces between blend them
+    #              calm   full
+    "v_max":      (64,    108),   # units/s; Box2D stops at 100
+    "lateral":    (90,    253),   # units/s^2, the line's in its bends
+}
+SHARED = {  # what they share
+    "width":       4.75,    # units the line may leave the middle; half width 6.67
+    "sharp":       0.437,   # exponent of a bend's weight in the line, over its curvature
+    "braking":     79.1,    # units/s^2 the line asks for before its bends
+    "circle":      272,     # units/s^2 of lateral acceleration that leave no braking
+    "lead":        0.0683,  # s the target speed is read ahead of the car
+    "look":        11.8,    # units, the lookahead at rest
+    "look_v":      0.0998,  # s, the lookahead's growth with speed
+    "slip_aim":    0.809,   # 0: the arc leaves along the nose; 1: along the travel
+    "yaw_gain":    0.0371,  # s, steering against the error of the yaw rate
+    "counter":     0.79,    # radians of steering into a slide, per radian of slip
+    "catch":       6.28,    # units/s of rear slide at which the wheels turn into it
+    "catch_range": 5.52,    # units/s from there to turned fully
+    "arc_limit":   1.59,    # `lateral` the pursuit's own arc may ask for, over the line's
+    "gas_gain":    0.113,   # gas per unit/s too slow
+    "gas_cap":     2.06,    # gas on the straight, over what fills the rear friction circle
+    "gas_slide":   7.15,    # units/s of rear slide that leave no room for gas
+    "brake_gain":  0.0274,  # brake per unit/s too fast
+    "brake_cap":   0.275,   # brake on the straight; 0.18 fills the friction circle
+    "brake_floor": 0.413,   # share of `brake_cap` always left
 }
 
 
@@ -56,17 +65,18 @@ def centre_line(track):
 
 
 def curvature(path):
-    """Signed curvature (1/units, left positive) and point spacing (units) of a closed path (N, 2)."""
+    """Signed curvature (1/units, left positive), point spacing (units) of a closed path (N, 2)."""
     back, ahead = path - np.roll(path, 1, 0), np.roll(path, -1, 0) - path
     step = (np.hypot(*back.T) + np.hypot(*ahead.T)) / 2
     return (back[:, 0] * ahead[:, 1] - back[:, 1] * ahead[:, 0]) / step**3, step
 
 
-def racing_line(track, width, rounds=4, iterations=60):
+def racing_line(track, width, sharp, rounds=4, iterations=60):
     """The closed path (N, 2) of least squared curvature at most `width` units off the middle.
 
     Minimises |A e + b|^2 over the offsets e, |e| <= width, by ADMM (Boyd et al. 2011); A and b
-    are the curvature linearised about the last round's path. Sharp bends weigh more each round.
+    are the curvature linearised about the last round's path, a bend's row weighed by its
+    curvature to the power `sharp`: time is lost where the car is slow.
     """
     middle, normal = centre_line(track)
     n = len(middle)
@@ -88,65 +98,57 @@ def racing_line(track, width, rounds=4, iterations=60):
             free = solve @ (rho * (offset - dual) - gradient)
             offset = np.clip(free + dual, -width, width)
             dual += free - offset
-        weight = np.sqrt(np.abs(kappa) + 0.01)
+        weight = (np.abs(kappa) + 0.01) ** sharp
         weight = weight / weight.mean()
     return middle + normal * offset[:, None]
 
 
-def speed_profile(kappa, step, v_max, lateral, braking):
-    """Speeds (units/s) the tyres allow on a closed path, with room to brake before each bend."""
+def speed_profile(kappa, step, v_max, lateral, braking, circle):
+    """Speeds (units/s) to enter each bend of a closed path at sqrt(lateral / |kappa|).
+
+    lateral, braking: units/s^2; circle: the lateral acceleration that leaves no room for braking.
+    """
     bend = np.abs(kappa)
     speed = np.minimum(v_max, np.sqrt(lateral / np.maximum(bend, 1e-6))).tolist()
-    bend, step = (bend / lateral).tolist(), step.tolist()
+    used, step = (bend / circle).tolist(), step.tolist()
     for j in range(2 * len(speed) - 1, 0, -1):  # twice round: the lap is closed
-        i, after = (j - 1) % len(speed), j % len(speed)
-        used = min(1.0, speed[after] ** 2 * bend[after])  # of the friction circle, by the bend
-        reach = math.sqrt(speed[after] ** 2 + 2 * braking * step[i] * math.sqrt(1 - used * used))
-        speed[i] = min(speed[i], reach)
+        i, j = (j - 1) % len(speed), j % len(speed)
+        room = math.sqrt(max(0.0, 1 - (speed[j] ** 2 * used[j]) ** 2))
+        speed[i] = min(speed[i], math.sqrt(speed[j] ** 2 + 2 * braking * step[i] * room))
     return np.array(speed)
+
+
+def wrap(angle):
+    """Radians in -pi..pi."""
+    return (angle + math.pi) % (2 * math.pi) - math.pi
+
+
+def pursuit_arc(dx, dy, course):
+    """Curvature (1/units, left positive) of the arc that leaves along `course` to (dx, dy)."""
+    bearing = wrap(math.atan2(-dx, dy) - course)
+    # Behind the car the sine falls again: there the tightest arc is the way round.
+    turn = math.sin(bearing) if abs(bearing) < math.pi / 2 else math.copysign(1.0, bearing)
+    return 2 * turn / max(1.0, math.hypot(dx, dy))
 
 
 class Expert:
     """Follows the racing line; `pace` from 0 (calm) to 1 (as fast as it scores best)."""
 
     def __init__(self, pace=1.0, **changes):
-        blended = {k: calm + pace * (full - calm) for k, (calm, full) in PARAMETERS.items()}
-        self.__dict__.update(blended | changes)
+        blend = {k: calm + pace * (full - calm) for k, (calm, full) in PACED.items()}
+        self.__dict__.update(blend | SHARED | changes)
 
     def reset(self, env, rng=None):
-        """Plans the line and its speeds for env's track."""
-        path = racing_line(env.unwrapped.track, self.width)
-        kappa, step = curvature(path)
-        speed = speed_profile(kappa, step, self.v_max, self.lateral, self.braking)
-        closed = np.vstack([path, path[:1]])
-        along = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(closed, axis=0).T))])
+        """Plans the line and its speeds for env's track; nothing here is random."""
+        path = racing_line(env.unwrapped.track, self.width, self.sharp)
+        speed = speed_profile(*curvature(path), self.v_max, self.lateral, self.braking, self.circle)
+        path, speed = np.vstack([path, path[:1]]), np.append(speed, speed[0])
+        along = np.append(0.0, np.cumsum(np.hypot(*np.diff(path, axis=0).T)))
         s = np.arange(0.0, along[-1], SPACING)
-        self.points = np.column_stack([np.interp(s, along, c) for c in closed.T])
+        self.points = np.column_stack([np.interp(s, along, c) for c in path.T])
         self.x, self.y = self.points.T.tolist()
-        self.speed = np.interp(s, along, np.append(speed, speed[0])).tolist()
+        self.speed = np.interp(s, along, speed).tolist()
         self.near = 0
-
-    def _nearest(self, x, y):
-        """Index of the line's point nearest to the car: downhill from the last one."""
-        n, i = len(self.x), self.near
-        best = (self.x[i] - x) ** 2 + (self.y[i] - y) ** 2
-        for way in (1, -1):
-            while True:
-                j = (i + way) % n
-                d = (self.x[j] - x) ** 2 + (self.y[j] - y) ** 2
-                if d >= best:
-                    break
-                i, best = j, d
-        if best > 15.0**2:  # lost (placed elsewhere, or far off the road): look everywhere
-            i = int(((self.points - (x, y)) ** 2).sum(1).argmin())
-        self.near = i
-        return i
-
-    def heading_error(self, env):
-        """Radians from the line's direction to the car's, in -pi..pi, as of the last `act`."""
-        i, j = self.near, (self.near + 1) % len(self.x)
-        line = math.atan2(self.x[i] - self.x[j], self.y[j] - self.y[i])
-        return (env.unwrapped.car.hull.angle - line + math.pi) % (2 * math.pi) - math.pi
 
     def act(self, env):
         """The action (3,) float32 for now: steer right in -0.4..0.4, gas and brake in 0..1."""
@@ -155,34 +157,55 @@ class Expert:
         (x, y), (vx, vy) = hull.position, hull.linearVelocity
         angle, yaw_rate = hull.angle, hull.angularVelocity
         sin, cos = math.sin(angle), math.cos(angle)
-        forward, side = vy * cos - vx * sin, -vx * cos - vy * sin  # units/s, side: leftward
-        v = math.hypot(vx, vy)
-        slip = math.atan2(side, forward) if v > 5 else 0.0
-        near = self._nearest(x, y)
-        # The arc that leaves along the direction of travel and hits the line `look` ahead.
+        forward, side, v = vy * cos - vx * sin, -vx * cos - vy * sin, math.hypot(vx, vy)
+        slide = abs(side - AXLE * yaw_rate)  # units/s, the rear tyres' sideways
+
+        near = self.near = self._nearest(x, y)
         ahead = (near + int((self.look + self.look_v * v) / SPACING)) % n
-        dx, dy = self.x[ahead] - x, self.y[ahead] - y
-        bearing = math.atan2(-dx, dy) - angle - self.slip_aim * slip
-        bearing = (bearing + math.pi) % (2 * math.pi) - math.pi
-        turn = math.sin(bearing) if abs(bearing) < math.pi / 2 else math.copysign(1.0, bearing)
-        arc = 2 * turn / math.hypot(dx, dy)
-        steer = math.atan(WHEELBASE * arc) + self.yaw * (v * arc - yaw_rate) + self.counter * slip
+        slip = math.atan2(side, forward) if v > SLOW else 0.0
+        arc = pursuit_arc(self.x[ahead] - x, self.y[ahead] - y, angle + self.slip_aim * slip)
+        steer = math.atan(2 * AXLE * arc)
+        steer += self.yaw_gain * (v * arc - yaw_rate) + self.counter * slip
+        if v > SLOW:  # in a slide the wheels follow the travel: the nose is free to swing back
+            catch = max(0.0, min(1.0, (slide - self.catch) / self.catch_range))
+            steer += catch * (math.atan2(side + AXLE * yaw_rate, forward) - steer)
         steer = max(-STEER_STOP, min(STEER_STOP, steer))
 
-        on_road = sum(1 for w in car.wheels if w.tiles) / 4
-        grip = GRASS_GRIP + (1 - GRASS_GRIP) * on_road
-        limit = math.sqrt(self.arc * self.lateral * grip / (abs(arc) + 1e-6))
-        target = min(self.speed[(near + int(self.lead * v / SPACING)) % n], limit)
-        used = max(v * v * abs(arc) / (self.arc * self.lateral * grip),
-                   abs(side - REAR_AXLE * yaw_rate) / self.gas_slip)
+        grip = GRASS_GRIP + (1 - GRASS_GRIP) * sum(1 for w in car.wheels if w.tiles) / 4
+        limit = self.arc_limit * self.lateral * grip
+        target = min(self.speed[(near + int(self.lead * v / SPACING)) % n],
+                     math.sqrt(limit / (abs(arc) + 1e-6)))
+        used = max(v * v * abs(arc) / limit, slide / self.gas_slide)
         room = math.sqrt(max(0.0, 1 - used * used))  # of the friction circle, along the car
         gas = brake = 0.0
         if target > v:
-            safe = self.gas_cap * grip * (abs(car.wheels[2].omega) + 5) / 185
-            gas = min(1.0, self.gas * (target - v), safe * max(room, 0.1))
+            most = self.gas_cap * grip * (abs(car.wheels[2].omega) + 5) / FULL_GAS
+            gas = min(1.0, self.gas_gain * (target - v), most * room)
         else:
-            brake = min(self.brake * (v - target), self.brake_cap * grip * max(room, 0.1))
+            most = self.brake_cap * grip * max(room, self.brake_floor)
+            brake = min(self.brake_gain * (v - target), most)
         return np.array([-steer, gas, brake], dtype=np.float32)
+
+    def heading_error(self, env):
+        """Radians from the line's direction to the car's, in -pi..pi, as of the last `act`."""
+        i, j = self.near, (self.near + 1) % len(self.x)
+        line = math.atan2(self.x[i] - self.x[j], self.y[j] - self.y[i])
+        return wrap(env.unwrapped.car.hull.angle - line)
+
+    def _nearest(self, x, y):
+        """Index of the line's point nearest to the car: downhill from the last one, both ways."""
+        i = self.near
+        best = (self.x[i] - x) ** 2 + (self.y[i] - y) ** 2
+        for way in (1, -1):
+            while True:
+                j = (i + way) % len(self.x)
+                distance = (self.x[j] - x) ** 2 + (self.y[j] - y) ** 2
+                if distance >= best:
+                    break
+                i, best = j, distance
+        if best > LOST**2:
+            i = int(((self.points - (x, y)) ** 2).sum(1).argmin())
+        return i
 
 
 def pace_of(job, episode):

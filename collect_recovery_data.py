@@ -2,8 +2,8 @@
 
 At random times (Poisson) a named mistake of 0.1 to 1.2 s bends the expert's action, then the expert
 takes over and recovers; half of the episodes also start off the line, askew or on the grass. Every
-mistake is judged: it counts as recovered when, within 4 s of its end, the car has for 0.2 s had three
-wheels on the road, a heading within 0.5 rad of the line's, and more than 15 units/s.
+mistake is judged: recovered means that within 4 s of its end the car has for 0.2 s had three wheels
+on the road, a heading within 0.5 rad of the line's, and more than 15 units/s.
 """
 
 import math

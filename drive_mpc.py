@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections import deque
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
@@ -92,12 +93,13 @@ def to_action(u):
 
 
 @torch.inference_mode()
-def plan(z, nets, previous, cfg, generator=None):
+def plan(z, nets, previous, cfg, generator=None, amp=nullcontext()):
     """The next plan: (u (H, 2), z_hat (H, D) of that plan or of the best, energies (N,)).
 
     z (1, D) is the present latent, `previous` (H, 2) the last plan, not yet shifted; cfg has the
     fields of `planning`. nets needs `predictor` and `cost`. When all futures cost the same the last
-    plan goes on. Colored noise: Pinneri et al. 2020 (iCEM); mppi: Williams et al. 2017.
+    plan goes on. `amp` is the rollout's autocast; energies are float32. Colored noise: Pinneri et
+    al. 2020 (iCEM); mppi: Williams et al. 2017.
     """
     N, H = cfg.samples, len(previous)
     last = torch.cat([previous[1:], previous[-1:]])
@@ -108,7 +110,8 @@ def plan(z, nets, previous, cfg, generator=None):
         u[0] = mean
         if kept is not None:
             u[1:1 + len(kept)] = kept
-        z_hat = nets["predictor"].rollout(z.expand(N, -1), to_action(u))  # (N, H, D)
+        with amp:
+            z_hat = nets["predictor"].rollout(z.expand(N, -1), to_action(u))  # (N, H, D)
         energies = nets["cost"].energy(z_hat.float(), cfg.energy).sum(dim=1)  # (N,)
         low, order = energies.topk(min(cfg.elites, N), largest=False)
         spread = low.max() - low.min()
@@ -165,9 +168,8 @@ class Driver:
     def think(self):
         """Encodes, dreams, judges: sets the plan."""
         self.z = self.encode()
-        with autocast(self.device, self.dtype):
-            self.u, self.z_hat, self.energies = plan(self.z, self.nets, self.u, self.cfg,
-                                                     self.generator)
+        self.u, self.z_hat, self.energies = plan(self.z, self.nets, self.u, self.cfg,
+                                                 self.generator, autocast(self.device, self.dtype))
 
 
 class NoModelDriver(Driver):
