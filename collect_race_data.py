@@ -29,9 +29,9 @@ PACED = {  # what pace 0 and pace 1 differ in; paces between blend them
     #              calm   full
     "v_max":      (64,    108),   # units/s; Box2D stops at 100
     "lateral":    (90,    253),   # units/s^2, the line's in its bends
+    "width":      (3.0,   4.75),  # units the line may leave the middle; half width 6.67
 }
 SHARED = {  # what they share
-    "width":       4.75,    # units the line may leave the middle; half width 6.67
     "sharp":       0.437,   # exponent of a bend's weight in the line, over its curvature
     "braking":     79.1,    # units/s^2 the line asks for before its bends
     "circle":      272,     # units/s^2 of lateral acceleration that leave no braking

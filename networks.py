@@ -18,6 +18,7 @@ from runtime import fail, git_commit, replace_atomically, run, versions
 
 SCHEMA = 1  # of checkpoints; a newer one is refused
 ACT = 3  # steer, gas, brake
+ACT_SCALE = (0.15, 0.3, 0.1)  # about their standard deviations: nets see actions of unit size
 
 
 class TinyEncoder(nn.Module):
@@ -99,6 +100,11 @@ class Projector(nn.Module):
         return self.net(z)
 
 
+def unit_act(act):
+    """Actions (..., 3) in units of their usual size."""
+    return act / torch.tensor(ACT_SCALE, device=act.device)
+
+
 class InverseModel(nn.Module):
     """Which action led from one latent to the next: keeps in the latent what actions move."""
 
@@ -108,7 +114,7 @@ class InverseModel(nn.Module):
         self.net = mlp(2 * dim, hidden, ACT)
 
     def forward(self, z, z_next):
-        """(N, D), (N, D) -> (N, 3)"""
+        """(N, D), (N, D) -> the action in units of its usual size (N, 3)"""
         return self.net(torch.cat([z, z_next], dim=-1))
 
 
@@ -151,6 +157,7 @@ class Predictor(nn.Module):
 
     def forward(self, z, act):
         """z (N, D), act (N, 3) -> z_hat of the next step (N, D)."""
+        act = unit_act(act)
         h = self.stem(torch.cat([z, act], dim=-1))
         for norm, inject, block in zip(self.norms, self.acts, self.blocks):
             h = h + block(self.drop(F.gelu(norm(h) + inject(act))))
@@ -184,13 +191,12 @@ class CostModel(nn.Module):
 
     @torch.no_grad()
     def fit_density(self, z, shrinkage=0.05):
-        """Mean and shrunk covariance of expert latents (N, D); Ledoit-Wolf form, fixed weight."""
+        """Mean and covariance of expert latents (N, D), shrunk to a round one (Ledoit-Wolf form)."""
         z = z.double()
         cov = torch.cov(z.T)
         cov = (1 - shrinkage) * cov + shrinkage * cov.diagonal().mean() * torch.eye(len(cov)).to(cov)
         self.mu.copy_(z.mean(dim=0))
-        precision = torch.linalg.inv(cov)
-        self.whiten.copy_(torch.linalg.cholesky(precision))  # (z - mu) @ whiten is white
+        self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))  # (z - mu) @ whiten is white
 
     def energy(self, z, kind="density"):
         """(..., D) -> (...): low where an expert would be."""

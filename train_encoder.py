@@ -20,7 +20,7 @@ from tqdm import tqdm
 from buffer import Loader, load_sources, sample_frames
 from car_env import TELEMETRY
 from networks import (InverseModel, Predictor, Projector, TinyEncoder, cosine, optimise, resume_run,
-                      save, save_run, stack)
+                      save, save_run, stack, unit_act)
 from runtime import (RunLog, Stop, autocast, fail, parser, pick_device, pick_precision, positive,
                      run)
 from vicreg import covariance, effective_rank, variance, vicreg_loss
@@ -87,7 +87,7 @@ def joint_loss(nets, obs, act, args, generator):
     z_hat = nets["predictor"].rollout(z[:, 0], act)
     told = nets["inverse"](z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1))
     logs = {"pred": F.mse_loss(z_hat.float(), z[:, 1:]),
-            "inverse": F.mse_loss(told.float(), act.flatten(0, 1)),
+            "inverse": F.mse_loss(told.float(), unit_act(act).flatten(0, 1)),
             "temporal": F.mse_loss(z[:, 1:], z[:, :-1]),
             "std": variance(flat), "cov": covariance(flat)}
     loss = sum(getattr(args, name) * term for name, term in logs.items())
