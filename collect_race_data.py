@@ -221,8 +221,8 @@ def make_expert(job, episode):
 def pace_parser(doc, frames):
     """The collectors' flags and --pace."""
     p = collector_parser(doc, frames)
-    p.add_argument("--pace", type=float, nargs="+", default=[0.0],
-                   help="0 calm (about 59 units/s) to 1 full; several take turns. A model of full "
+    p.add_argument("--pace", type=float, nargs="+", default=[0.1, 0.2],
+                   help="0 calm (about 58 units/s) to 1 full; several take turns. A model of full "
                         "pace alone drives worse: its data rarely shows leaving the limit")
     return p
 

@@ -32,6 +32,7 @@ ZOOM = 50  # steps of the opening zoom, in which latents mean little: a fixed ge
 START_GAS = 0.15
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
+POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
 VIDEO_FPS = 25
 GIF_STRIDE = 6  # recorded frames per frame of the GIF
 GIF_FRAMES = 120  # at most, so that a README can show it
@@ -45,10 +46,10 @@ def arguments():
                    help="of the first episode; the next ones follow. 100000 to 100099 are for "
                         "reporting, 200000 to 299999 for choosing")
     g.add_argument("--policy", default="mpc",
-                   choices=["mpc", "no_model", "untrained", "random", "expert"])
-    g.add_argument("--compare", action="store_true",
-                   help="also drive random, no_model, untrained and expert on the same tracks, and "
-                        "end with a table")
+                   choices=POLICIES,
+                   help="who drives; all but mpc are rows to compare it with")
+    g.add_argument("--compare", nargs="*", default=[], choices=POLICIES, metavar="POLICY",
+                   help="also drive these policies on the same tracks, for the rows of a table")
     g.add_argument("--env", choices=["official", "fast"], default="official",
                    help="scores are the official environment's; fast is for experiments")
     g.add_argument("--pace", type=float, default=0.0, help="of --policy expert")
@@ -94,7 +95,7 @@ def to_action(u):
 
 @torch.inference_mode()
 def plan(z, nets, previous, cfg, generator=None, amp=nullcontext()):
-    """The next plan: (u (H, 2), z_hat (H, D) of that plan or of the best, energies (N,)).
+    """The next plan: (u (H, 2), z_hat (H, D) of that plan, energies (N,) of the candidates).
 
     z (1, D) is the present latent, `previous` (H, 2) the last plan, not yet shifted; cfg has the
     fields of `planning`. nets needs `predictor` and `cost`. When all futures cost the same the last
@@ -109,25 +110,26 @@ def plan(z, nets, previous, cfg, generator=None, amp=nullcontext()):
         u = (mean + std * colored_noise(N, H, cfg.rho, generator, z.device)).clamp(-1, 1)
         u[0] = mean
         if kept is not None:
-            u[1:1 + len(kept)] = kept
+            u[-len(kept):] = kept
         with amp:
             z_hat = nets["predictor"].rollout(z.expand(N, -1), to_action(u))  # (N, H, D)
         energies = nets["cost"].energy(z_hat.float(), cfg.energy).sum(dim=1)  # (N,)
         low, order = energies.topk(min(cfg.elites, N), largest=False)
-        spread = low.max() - low.min()
-        if not spread > 0:
+        if not energies.max() > energies.min():
             return last, z_hat[0], energies
         if cfg.planner == "shooting":
             return u[order[0]], z_hat[order[0]], energies
         kept = u[order]
         if cfg.planner == "mppi":
-            weights = torch.softmax((low.min() - low) / low.std(), dim=0)
+            weights = torch.softmax((low.min() - low) / (low.std(correction=0) + 1e-9), dim=0)
             mean = torch.einsum("n,nta->ta", weights, kept)
         else:
             mean = kept.mean(dim=0)
-            std = kept.std(dim=0).clamp_min(0.1)
-    chosen = mean if cfg.planner == "mppi" else kept[0]
-    return chosen, z_hat[order[0]], energies
+            std = kept.std(dim=0, correction=0).clamp_min(0.1)
+    if cfg.planner == "icem":
+        return kept[0], z_hat[order[0]], energies
+    with amp:
+        return mean, nets["predictor"].rollout(z, to_action(mean)[None])[0], energies
 
 
 class Driver:
@@ -411,16 +413,13 @@ def compare(reports, env_name):
     return "\n".join(lines)
 
 
-ROWS = ["random", "no_model", "untrained", "mpc", "expert"]  # of --compare
-
-
 def main():
     args = arguments()
     visuals = writable(args.root / "visuals")
     film = None
     if not args.no_video:
         film = Film(None, Window("TinyJEPA drives") if Window.available() else None)
-    policies = ROWS if args.compare else [args.policy]
+    policies = [p for p in POLICIES if p == args.policy or p in args.compare]
     reports = [run_policy(args, p, film if p == args.policy else None) for p in policies]
     main_report = reports[policies.index(args.policy)]
     print(compare(reports, args.env))

@@ -4,6 +4,8 @@ Statistics are float32 whatever autocast says: in half precision the covariance 
 rounds. Under `torchrun` they are taken over the global batch, with gradients through the gather.
 """
 
+from functools import wraps
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,28 +21,38 @@ def gather(z):
     return torch.cat(all_gather(z.contiguous()))
 
 
+def in_float32(term):
+    """Decorator: autocast would take matrix products back to half precision, `.float()` or not."""
+    @wraps(term)
+    def computed(*z):
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return term(*(x.float() for x in z))
+    return computed
+
+
+@in_float32
 def invariance(za, zb):
     """Mean squared distance between two views, (N, D) x 2 -> scalar. Eq. 5, averaged over D too."""
-    return F.mse_loss(za.float(), zb.float())
+    return F.mse_loss(za, zb)
 
 
+@in_float32
 def variance(z):
     """Hinge that asks a standard deviation of 1 in each dimension, (N, D) -> scalar. Eq. 1, 2."""
-    z = gather(z.float())
+    z = gather(z)
     return F.relu(1.0 - torch.sqrt(z.var(dim=0) + STD_EPS)).mean()
 
 
+@in_float32
 def covariance(z):
     """Squared off-diagonal covariances, summed and divided by D, (N, D) -> scalar. Eq. 3, 4."""
-    z = gather(z.float())
+    z = gather(z)
     N, D = z.shape
     z = z - z.mean(dim=0)
     cov = z.T @ z / (N - 1)  # (D, D)
     return (cov.pow(2).sum() - cov.diagonal().pow(2).sum()) / D
 
 
-@torch.autocast("cpu", enabled=False)
-@torch.autocast("cuda", enabled=False)
 def vicreg_loss(za, zb, sim=25.0, std=25.0, cov=1.0):
     """VICReg of two batches of embeddings, both (N, D) -> (loss, logs).
 
