@@ -14,7 +14,6 @@ Frames before the first are the first, repeated; nothing ever crosses an episode
 """
 
 import argparse
-import hashlib
 import io
 import json
 import queue
@@ -28,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime import fail, replace_atomically, run, versions, writable
+from runtime import Refusal, fail, replace_atomically, run, versions, writable
 
 SCHEMA = 1  # of chunks; a newer one is skipped and named
 ZLIB_LEVEL = 2  # 20,000 frames/s a core in, 51,000 out, 1,470 bytes a frame; level 6: 7,100 in
@@ -40,7 +39,7 @@ FRAME = (64, 64, 3)
 FIELDS = {"obs": (np.uint8, 1, FRAME), "act": (np.float32, 0, (3,)), "reward": (np.float32, 0, ()),
           "terminated": (np.bool_, 0, ()), "truncated": (np.bool_, 0, ()),
           "telemetry": (np.float32, 1, None)}  # name: dtype, rows beyond T, shape of a row
-META = ("schema", "source", "track_seed", "uid", "policy", "preprocess")
+META = ("schema", "source", "track_seed", "uid", "policy", "preprocess", "frames", "return_")
 
 
 # ------------------------------------------------------------------ one chunk
@@ -52,12 +51,12 @@ def write_chunk(folder, meta, **arrays):
     telemetry (T+1,K) float32. meta: dict with at least source, track_seed, uid, policy,
     preprocess. Raises ValueError when they do not fit each other; refuses to overwrite.
     """
-    meta = {"schema": SCHEMA, **meta}
     T = len(arrays["act"])
+    meta = {"schema": SCHEMA, **meta, "frames": T,
+            "return_": round(float(arrays["reward"].sum()), 3)}
     _check(meta, {k: (v.shape, v.dtype) for k, v in arrays.items()})
     if not all(np.isfinite(arrays[k]).all() for k in ("act", "reward", "telemetry")):
         raise ValueError(f"episode {meta['uid']}: act, reward or telemetry is not finite")
-    meta.update(frames=T, return_=round(float(arrays["reward"].sum()), 3))
     path = Path(folder) / f"{meta['uid']}.npz"
     if path.exists():
         raise ValueError(f"{path}: exists already; an episode is written once")
@@ -80,8 +79,8 @@ def _check(meta, fields):
     if meta["schema"] != SCHEMA:
         raise ValueError(f"chunk schema {meta['schema']}, this code reads {SCHEMA}")
     T = fields["act"][0][0]
-    if not 0 < T <= MAX_STEPS:
-        raise ValueError(f"{T} steps, expected 1 to {MAX_STEPS}")
+    if not 0 < T <= MAX_STEPS or meta["frames"] != T:
+        raise ValueError(f"{T} steps, expected 1 to {MAX_STEPS} and {meta['frames']} as in meta")
     for name, (dtype, extra, row) in FIELDS.items():
         shape, found = fields[name]
         row = shape[1:] if row is None else row
@@ -107,12 +106,12 @@ def _member(z, name):
     return np.lib.format.read_array(io.BytesIO(z.read(f"{name}.npy")), allow_pickle=False)
 
 
-BROKEN = (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error,
-          NotImplementedError)  # what zipfile and numpy raise on damaged or hostile files
+BROKEN = (ValueError, KeyError, IndexError, TypeError, OSError, EOFError, RuntimeError,
+          zipfile.BadZipFile, zlib.error)  # what zipfile and numpy raise on damaged or hostile files
 
 
 def read_meta(path):
-    """The meta of a chunk, its headers checked, nothing inflated but the meta. ValueError if bad."""
+    """The meta of a chunk, its headers checked, nothing inflated but the meta. Refusal if bad."""
     try:
         with zipfile.ZipFile(path) as z:
             if z.getinfo("meta.npy").file_size > 1 << 20:
@@ -121,11 +120,11 @@ def read_meta(path):
             _check(meta, {k: _header(z, k) for k in FIELDS})
         return meta
     except BROKEN as e:
-        raise ValueError(f"{path}: {e}" if str(e) else f"{path}: {type(e).__name__}") from None
+        raise Refusal(f"{path}: damaged or foreign ({e or type(e).__name__})") from None
 
 
 def read_chunk(path, *names):
-    """{name: array} of the named fields (all if none is named), CRC checked. ValueError if bad."""
+    """{name: array} of the named fields (all if none is named), CRC checked. Refusal if bad."""
     read_meta(path)
     try:
         with zipfile.ZipFile(path) as z:
@@ -134,7 +133,8 @@ def read_chunk(path, *names):
             raise ValueError("act is not finite")
         return out
     except BROKEN as e:
-        raise ValueError(f"{path}: {e}") from None
+        raise Refusal(f"{path}: damaged inside ({e}); `python buffer.py --verify {path.parent}` "
+                      "names every such file, delete them") from None
 
 
 # ------------------------------------------------------------------ folders
@@ -169,7 +169,7 @@ def index(folder):
             continue  # a file being written
         try:
             meta = read_meta(path)
-        except ValueError as e:
+        except Refusal as e:
             damaged.append(str(e))
             continue
         if meta["uid"] in seen:
@@ -186,7 +186,7 @@ MADE_BY = {"data": "python collect_data.py", "data_race": "python collect_race_d
 
 def load_sources(args):
     """{folder name: (train chunks, held-out chunks)} for --data; refuses what cannot be trained on."""
-    out = {}
+    out, seen = {}, set()
     for name in args.data:
         made_by = MADE_BY.get(name, "a collector")
         made_by += "" if args.root == Path(".") else f" --root {args.root}"
@@ -197,9 +197,10 @@ def load_sources(args):
                  f"{args.root / name}` names each) and collect more with `{made_by}`")
         for line in damaged:
             print(f"skipped {line}")
-        if len({c.meta["preprocess"] for c in chunks}) > 1:
-            fail(f"{args.root / name}: chunks of several preprocessing versions; collect anew with "
-                 f"`{made_by}`")
+        seen |= {c.meta["preprocess"] for c in chunks}
+        if len(seen) > 1:
+            fail(f"{args.root / name}: chunks of several preprocessing versions ({seen}); move the "
+                 f"old ones away and collect anew with `{made_by}`")
         split = [c for c in chunks if not c.held_out], [c for c in chunks if c.held_out]
         for part, want in zip(split, ("training", "held-out")):
             if not part:
@@ -207,12 +208,6 @@ def load_sources(args):
                      f"{len(chunks)}; `{made_by}` makes them (20,000 frames are enough to start)")
         out[name] = split
     return out
-
-
-def fingerprint(chunks):
-    """16 hex digits that name a set of episodes, whatever their order and folder."""
-    return hashlib.sha256("\n".join(sorted(c.meta["uid"] for c in chunks)).encode()
-                          ).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------ batches
@@ -378,10 +373,13 @@ class Latents:
 
     One file a pair of encoder and preprocessing, `ROOT/models/latents_<key>.f16`, rows appended
     chunk by chunk, and an index beside it that is written last: only new chunks are encoded, and
-    another encoder has another file. `encode(obs (B, history, 3, 64, 64)) -> z (B, D)`.
+    another encoder has another file. When `stop` turns true it keeps what is done and raises
+    KeyboardInterrupt. `encode(obs (B, history, 3, 64, 64))` gives
+    z (B, D).
     """
 
-    def __init__(self, root, key, dim, history, repeat, encode, chunks, progress=iter):
+    def __init__(self, root, key, dim, history, repeat, encode, chunks, progress=iter,
+                 stop=False):
         stem = writable(root / "models") / f"latents_{key}"
         self.path, self.index_path = stem.with_suffix(".f16"), stem.with_suffix(".json")
         self.dim, self.repeat = dim, repeat
@@ -398,6 +396,8 @@ class Latents:
                 f.truncate(end * dim * 2)
                 f.seek(0, 2)
                 for chunk in progress(missing):
+                    if stop:
+                        break  # what is encoded stays
                     obs = read_chunk(chunk.path, "obs")["obs"]
                     z = self._encode(obs, history, repeat, encode)
                     f.write(z.tobytes())
@@ -406,6 +406,8 @@ class Latents:
                 f.flush()
             body = json.dumps({"dim": dim, "versions": versions(), "rows": self.rows}).encode()
             replace_atomically(self.index_path, lambda f: f.write(body))
+        if stop:
+            raise KeyboardInterrupt
         self.z = np.memmap(self.path, np.float16, "r", shape=(end, dim))
         self.act = np.zeros((end, 3), np.float32)  # mean action of the `repeat` steps from a row on
         for chunk in chunks:
@@ -459,7 +461,7 @@ def main():
             for c in list(chunks):
                 try:
                     read_chunk(c.path)
-                except ValueError as e:
+                except Refusal as e:
                     damaged.append(str(e))
                     chunks.remove(c)
         size = sum(c.path.stat().st_size for c in chunks)

@@ -29,6 +29,7 @@ OBS_SIZE = 64  # px
 PREPROCESS_VERSION = 1  # goes up whenever the same world would look different
 MAX_STEPS = 1000  # per episode, as registered for ENV_ID
 FPS = 50  # steps a second
+ZOOM_STEPS = 50  # the camera zooms in over the first second: what drives and judges leaves it out
 PLAYFIELD = cr.PLAYFIELD  # units from the centre to the edge: crossing it ends the episode
 
 SCENE_H = 56  # rows of the 64-pixel frame above the HUD

@@ -10,6 +10,7 @@ odd headings. Writes ROOT/data/*.npz, one episode a file; started again it goes 
 import multiprocessing as mp
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from buffer import HELD_OUT_MOD, index, write_chunk
 from car_env import PREPROCESS_VERSION, TELEMETRY, make_env, place_car, telemetry
-from runtime import Stop, fail, git_commit, parser, positive, run, versions, writable
+from runtime import Stop, fail, git_commit, natural, parser, positive, run, versions, writable
 
 FIRST_SEED = 10_000_000  # tracks below are for choosing and for evaluation, never collected
 EPISODES_PER_WORKER = 300  # then it is replaced: Box2D leaks on create and destroy
@@ -153,11 +154,11 @@ def collect(args, source, make_policy):
     have = sum(c.frames for c in chunks)
     print(f"{folder}: {have:,} frames in {len(chunks)} episodes, target {args.frames:,}")
     run_no = 1 + max((int(r) for p in folder.glob("*.npz")
-                      for r in re.findall(r"r(\d+)-e\d+$", p.stem)), default=-1)
+                      for r in re.findall(r"r(\d+)-\w+-e\d+$", p.stem)), default=-1)
     host = socket.gethostname()
     job = dict(source=source, folder=folder, make_policy=make_policy, seed=args.seed, run=run_no,
                machine_id=args.machine_id, paces=getattr(args, "pace", None),
-               stem=f"{source}-{host}-s{args.seed}m{args.machine_id}r{run_no:03d}",
+               stem=f"{source}-{host}-s{args.seed}m{args.machine_id}r{run_no:03d}-{secrets.token_hex(3)}",
                meta=dict(source=source, run=run_no, host=host, env="CarRacing-v3 fast",
                          preprocess=PREPROCESS_VERSION, telemetry=list(TELEMETRY),
                          versions=versions(), commit=git_commit()))
@@ -227,7 +228,7 @@ def collect(args, source, make_policy):
 def report(done, seconds):
     """Prints what a run collected."""
     if not done:
-        print("nothing to do: the target is reached")
+        print("no episode was added")
         return
     frames = sum(d["frames"] for d in done)
     returns = np.array([d["return"] for d in done])
@@ -253,7 +254,7 @@ def collector_parser(doc, frames):
                         f"(default {frames:,})")
     p.add_argument("--workers", type=positive, default=os.cpu_count(),
                    help="processes (default: all cores)")
-    p.add_argument("--machine_id", type=int, default=0,
+    p.add_argument("--machine_id", type=natural, default=0,
                    help="another number on each machine that collects, so that no track is twice")
     return p
 

@@ -73,6 +73,7 @@ class FaultyExpert:
         askew, speed = max(-1.5, min(1.5, askew)), rng.uniform(0, 60)
         place_car(env, x + offset * math.cos(beta), y + offset * math.sin(beta), beta + askew,
                   speed, rng.normal(0, 1.0))
+        self.mistakes["start"][0] += 1
         self._judge("start")
         return True
 
@@ -97,13 +98,13 @@ class FaultyExpert:
             self.strength, self.sign = self.rng.random(), self.rng.choice((-1, 1))
         if self.state == "armed" and self._matters(action):
             self.state, self.clock = "erring", self.rng.uniform(*LENGTH) * FPS
+            self.mistakes[self.kind][0] += 1
             self.sign = math.copysign(1, action[0]) if self.kind == "oversteer" else self.sign
         elif self.state == "erring" and self.clock <= 0:
             self._judge(self.kind)
         elif self.state == "judged":
             self.held = self.held + 1 if self._driving_well(env) else 0
             if self.held >= HELD * FPS or self.clock <= 0:
-                self.mistakes[self.kind][0] += 1
                 self.mistakes[self.kind][1] += int(self.clock > 0)
                 self._drive_on()
 

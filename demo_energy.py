@@ -17,17 +17,17 @@ import cv2
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
 
-from car_env import make_env, observe, place_car, telemetry, TELEMETRY
-from drive_mpc import (DIM, INK, PAPER, SIDE, STRIP, VIDEO_FPS, VIEW, WARM, ZOOM, Window,
+from car_env import FPS, TELEMETRY, ZOOM_STEPS, make_env, observe, place_car, telemetry
+from drive_mpc import (DIM, INK, PAPER, SIDE, STRIP, VIDEO_FPS, VIEW, WARM, Window,
                        load_driver, planning, plot, write)
 from networks import stack
-from runtime import (autocast, parser, positive, pyplot, run, save_figure, save_gif, save_mp4,
+from runtime import (Stop, autocast, parser, positive, pyplot, run, save_figure, save_gif, save_mp4,
                      writable)
 
 FUTURES = {"true": (90, 200, 120), "teleported": WARM, "random": (240, 90, 90)}  # name: colour
 MIN_JUMP = 15  # tiles between the car and where it is teleported to, so that places differ
-SPEED = list(TELEMETRY).index("speed")
 CELL = 112  # px of a small picture
 TRACE = 150  # judged futures that the graph shows
 GIF_STRIDE, GIF_FRAMES = 5, 120  # recorded frames per frame of the GIF, frames at most
@@ -45,25 +45,33 @@ def arguments():
 
 
 class Elsewhere:
-    """Frames of a car that was teleported: the fast env's twin of a track, placed anew each time."""
+    """Frames of a car that was teleported: the fast env's twin of a track, placed anew each time.
+
+    Only the place differs: offset, heading, speed and yaw rate are those of the real car, and its
+    last actions are played, so that neither the instruments nor the pose give the fake away.
+    """
 
     def __init__(self, track_seed, rng):
         self.env, self.rng = make_env("fast"), rng
         self.env.reset(seed=track_seed)
-        for _ in range(ZOOM):
+        for _ in range(ZOOM_STEPS):
             self.env.step(np.zeros(3, np.float32))
 
-    def frames(self, count, speed, near=None):
-        """(count, 64, 64, 3) consecutive frames at a random tile, MIN_JUMP away from tile `near`."""
+    def frames(self, state, actions, count, near=None):
+        """(count, 64, 64, 3): the last frames of playing `actions` from a random tile on.
+
+        state: {name: value} of the real car's telemetry; near: the tile to stay MIN_JUMP away from.
+        """
         env, track = self.env, self.env.unwrapped.track
         tile = self.rng.integers(len(track))
         if near is not None:
             tile = (near + self.rng.integers(MIN_JUMP, len(track) - MIN_JUMP)) % len(track)
         _, beta, x, y = track[tile]
-        place_car(env, x, y, beta, speed=speed)
-        env.unwrapped.new_lap = False
-        # the twin must not run out of steps: it is stepped without the time limit around it
-        return np.stack([env.unwrapped.step(np.zeros(3, np.float32))[0] for _ in range(count)])
+        off = state["lateral_offset"]
+        place_car(env, x + off * np.cos(beta), y + off * np.sin(beta),
+                  beta - state["heading_error"], state["speed"], state["yaw_rate"])
+        # stepped without the time limit around it: the twin must not run out of steps
+        return np.stack([env.unwrapped.step(a)[0] for a in actions][-count:])
 
 
 class Judge:
@@ -149,23 +157,24 @@ def draw_summary(energy, seconds, path, seconds_ahead):
 
 def main():
     args = arguments()
-    visuals = writable(args.root / "visuals")
+    visuals, stop = writable(args.root / "visuals"), Stop()
     driver, _ = load_driver(args, args)
     env = make_env("official", render_mode="rgb_array")
     rng = np.random.default_rng(args.seed)
     same, other = Elsewhere(args.track_seed, rng), Elsewhere(args.track_seed + 1, rng)
     judge, e = Judge(driver, args.ahead), driver.encoder
-    live = Window.available() and not args.headless
-    window = Window("TinyJEPA: the energy of futures") if live else None
+    window = None if args.headless else Window.open("TinyJEPA: the energy of futures")
+    live = window is not None
     need = (e.history - 1) * e.repeat + 1  # consecutive frames that a latent looks back on
     film, rows, both, trace = [], [], [], deque(maxlen=TRACE)
-    recent = deque(maxlen=need)
+    recent, actions = deque(maxlen=need), deque(maxlen=2 * need)
     paused, canvas = False, None
+    bar = tqdm(total=args.steps, desc="drive", unit="step", disable=live)
 
     obs, _ = env.reset(seed=args.track_seed)
-    driver.reset()
+    driver.reset(args.track_seed)
     total, step, ended = 0.0, 0, False
-    while step < args.steps and not ended:
+    while step < args.steps and not ended and not stop:
         if live and canvas is not None:
             key = window.show(canvas)
             if key == "q":
@@ -177,40 +186,42 @@ def main():
         frame = observe(env, obs)
         recent.append(frame)
         action = driver.act(frame)
-        if step >= ZOOM and (step - ZOOM) % e.repeat == 0:
-            state = telemetry(env)
-            near = int(state[list(TELEMETRY).index("tile_index")])
-            speed = float(state[SPEED])
-            stacks = {"true": np.stack(recent), "teleported": same.frames(need, speed, near),
-                      "random": other.frames(need, speed)}
+        if step >= ZOOM_STEPS and (step - ZOOM_STEPS) % e.repeat == 0:
+            state = dict(zip(TELEMETRY, telemetry(env).tolist()))  # for the fakes, not the driver
+            stacks = {"true": np.stack(recent),
+                      "teleported": same.frames(state, actions, need, int(state["tile_index"])),
+                      "random": other.frames(state, actions, need)}
             latents = {k: judge.encode(f) for k, f in stacks.items()}
             judge.z.append(latents["true"])
             found = judge.energies(latents)
             judge.act.append(action)
             if found:
-                rows.append((step / 50, *(v[0] for v in found.values())))
+                rows.append((step / FPS, *(v[0] for v in found.values())))
                 both.append([v[1] for v in found.values()])
                 trace.append(rows[-1][1:])
             canvas = compose(env, {k: f[-1] for k, f in stacks.items()}, trace, total, step)
             if not live:
                 film.append(canvas)
+        actions.append(action)
         obs, reward, terminated, truncated, _ = env.step(action)
         total, step, ended = total + reward, step + 1, terminated or truncated
+        bar.update()
+    bar.close()
     if not rows:
-        print(f"only {step} steps were driven, nothing was judged: --steps over {ZOOM + 20} shows it")
+        print(f"only {step} steps were driven, nothing was judged: --steps over {ZOOM_STEPS + 20} shows it")
         return 0
     energy = np.array(rows)
     for what, table in (("dream", separation(energy[:, 1:])), ("copy-last", separation(np.array(both)))):
         print(f"{what:10} " + "   ".join(f"{name}: AUROC {a:.4f}, costs more than the true one in "
                                          f"{p:.1%}" for name, (a, p) in table.items()))
-    print(f"{len(energy)} futures judged {args.ahead * e.repeat / 50:.2f} s ahead, return {total:.1f}")
+    print(f"{len(energy)} futures judged {args.ahead * e.repeat / FPS:.2f} s ahead, return {total:.1f}")
     if film:
         save_mp4(visuals / "demo_energy.mp4", film, VIDEO_FPS)
         save_gif(visuals / "demo_energy.gif",
                  [cv2.resize(f, None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA)
                   for f in film[::GIF_STRIDE][:GIF_FRAMES]], 2 * VIDEO_FPS / GIF_STRIDE)
         draw_summary(energy[:, 1:], energy[:, 0], visuals / "demo_energy.png",
-                     args.ahead * e.repeat / 50)
+                     args.ahead * e.repeat / FPS)
         print(f"{visuals}/demo_energy.mp4, .gif, .png")
     return 0
 

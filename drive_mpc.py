@@ -10,8 +10,10 @@ remembers its own actions; scores and tiles are read from the simulator after th
     python drive_mpc.py --episodes 3 --track_seed 100000
 """
 
+import argparse
 import json
 import os
+import sys
 import time
 from collections import deque
 from contextlib import nullcontext
@@ -20,16 +22,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from car_env import ENV_ID, make_env, observe
+from car_env import ENV_ID, FPS, ZOOM_STEPS, make_env, observe
 from collect_race_data import Expert
 from networks import Predictor, fingerprint, latest, load_frozen, stack
-from runtime import (autocast, fail, parser, pick_device, pick_precision, positive,
+from runtime import (Stop, autocast, fail, parser, pick_device, pick_precision, positive,
                      replace_atomically, run, save_gif, save_mp4, versions, writable)
 from train_predictor import load_decoder
 
-ZOOM = 50  # steps of the opening zoom, in which latents mean little: a fixed gentle start
-START_GAS = 0.15
+START_GAS = 0.15  # held through the opening zoom, in which latents mean little
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
 POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
@@ -41,7 +43,7 @@ GIF_FRAMES = 120  # at most, so that a README can show it
 def arguments():
     p = parser(__doc__)
     g = p.add_argument_group("task")
-    g.add_argument("--episodes", type=positive, default=3)
+    g.add_argument("--episodes", type=positive, default=3, help="tracks, one episode each")
     g.add_argument("--track_seed", type=int, default=100_000,
                    help="of the first episode; the next ones follow. 100000 to 100099 are for "
                         "reporting, 200000 to 299999 for choosing")
@@ -60,18 +62,34 @@ def arguments():
     return p.parse_args()
 
 
+def several(text):
+    """argparse type: an integer > 1."""
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: at least 2 futures are needed to choose")
+    return int(text)
+
+
+def correlation(text):
+    """argparse type: a number in [0, 1)."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return float(text)
+
+
 def planning(p):
     """The flags of planner and energy, shared with demo_energy.py."""
     g = p.add_argument_group("planner")
     g.add_argument("--planner", choices=["shooting", "icem", "mppi"], default="mppi",
                    help="shooting: the plan of lowest energy; icem: elites refine mean and spread; "
                         "mppi: the elites' mean weighted by energy")
-    g.add_argument("--energy", choices=["density", "classifier"], default="density")
-    g.add_argument("--samples", type=positive, default=1000, help="futures dreamt in a round")
+    g.add_argument("--energy", choices=["density", "classifier"], default="density",
+                   help="of a latent: distance to the expert's, or the classifier's logit")
+    g.add_argument("--samples", type=several, default=1000, help="futures dreamt in a round")
     g.add_argument("--horizon", type=positive, default=15, help="latents in a future")
     g.add_argument("--rounds", type=positive, default=1, help="of refinement (icem, mppi)")
-    g.add_argument("--elites", type=positive, default=32)
-    g.add_argument("--rho", type=float, default=0.8,
+    g.add_argument("--elites", type=positive, default=32,
+                   help="best plans of a round, from which icem and mppi make the next")
+    g.add_argument("--rho", type=correlation, default=0.8,
                    help="correlation of the noise from step to step (AR(1), variance kept)")
     g.add_argument("--noise", type=float, nargs=2, default=[0.4, 0.5],
                    metavar=("STEER", "THROTTLE"), help="standard deviation, in units of full")
@@ -114,7 +132,7 @@ def plan(z, nets, previous, cfg, generator=None, amp=nullcontext()):
         with amp:
             z_hat = nets["predictor"].rollout(z.expand(N, -1), to_action(u))  # (N, H, D)
         energies = nets["cost"].energy(z_hat.float(), cfg.energy).sum(dim=1)  # (N,)
-        low, order = energies.topk(min(cfg.elites, N), largest=False)
+        low, order = energies.topk(min(cfg.elites, N - 1), largest=False)
         if not energies.max() > energies.min():
             return last, z_hat[0], energies
         if cfg.planner == "shooting":
@@ -138,10 +156,12 @@ class Driver:
     def __init__(self, nets, cfg, device, dtype, seed=0):
         self.nets, self.cfg, self.device, self.dtype = nets, cfg, device, dtype
         self.encoder = nets["encoder"]
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.seed, self.generator = seed, torch.Generator(device)
 
-    def reset(self):
+    def reset(self, track_seed):
+        """A new episode: nothing is remembered; the same track draws the same noise."""
         e = self.encoder
+        self.generator.manual_seed(self.seed + track_seed)
         self.frames = deque(maxlen=(e.history - 1) * e.repeat + 1)
         self.u = torch.zeros(self.cfg.horizon, 2, device=self.device)
         self.t, self.ms, self.energies, self.z_hat = 0, [], None, None
@@ -159,7 +179,7 @@ class Driver:
     def act(self, frame):
         """frame (64, 64, 3) uint8 -> action (3,) float32; plans every `repeat` steps."""
         self.frames.append(frame)
-        if self.t >= ZOOM and (self.t - ZOOM) % self.encoder.repeat == 0:
+        if self.t >= ZOOM_STEPS and (self.t - ZOOM_STEPS) % self.encoder.repeat == 0:
             start = time.perf_counter()
             self.think()
             self.action = to_action(self.u[0]).cpu().numpy()  # waits for the device
@@ -177,8 +197,12 @@ class Driver:
 class NoModelDriver(Driver):
     """Cannot imagine: follows a random plan while the energy of the present falls, else redraws."""
 
+    def reset(self, track_seed):
+        super().reset(track_seed)
+        self.now = None
+
     def think(self):
-        self.z, before = self.encode(), getattr(self, "now", None)
+        self.z, before = self.encode(), self.now
         self.now = float(self.nets["cost"].energy(self.z, self.cfg.energy))
         self.u = torch.cat([self.u[1:], self.u[-1:]])
         if before is None or self.now > before:
@@ -217,26 +241,28 @@ class Blind:
         self.env, self.ms = env, []
         if policy == "expert":
             self.expert = Expert(pace)
-            self.reset = lambda: self.expert.reset(env, None)
+            self.reset = lambda track_seed: self.expert.reset(env)
             self.act = lambda frame: self.expert.act(env)
         else:
-            env.action_space.seed(seed)
-            self.reset = lambda: None
+            self.reset = lambda track_seed: env.action_space.seed(seed + track_seed)
             self.act = lambda frame: env.action_space.sample()
 
 
-def drive(env, driver, track_seed, film=None):
-    """One episode -> its row of the report; `film(env, frame, driver, return)` sees every step."""
+def drive(env, driver, track_seed, watch=lambda *seen: True):
+    """One episode -> its row of the report, or None when it was broken off.
+
+    `watch(env, frame, driver, return)` sees every step and breaks off by returning False.
+    """
     obs, _ = env.reset(seed=track_seed)
-    driver.reset()
+    driver.reset(track_seed)
     total, steps, ended, info = 0.0, 0, False, {}
     while not ended:
         frame = observe(env, obs)
         action = driver.act(frame)
         obs, reward, terminated, truncated, info = env.step(action)
         total, steps, ended = total + reward, steps + 1, terminated or truncated
-        if film is not None:
-            ended = film(env, frame, driver, total) is False or ended
+        if not watch(env, frame, driver, total):
+            return None
     tiles, N = env.unwrapped.tile_visited_count, len(env.unwrapped.track)
     ms = np.percentile(driver.ms, (50, 99)) if driver.ms else (0.0, 0.0)
     return {"track_seed": track_seed, "return": round(float(total), 2), "steps": steps,
@@ -325,7 +351,7 @@ class Film:
             picks = [H // 3 - 1, 2 * H // 3 - 1, H - 1]
             out = self.decoder(driver.z_hat[picks].float()).clamp(0, 1).mul(255).byte().cpu()
             pictures += list(out.permute(0, 2, 3, 1).numpy())
-            names += [f"dreams +{(k + 1) * driver.encoder.repeat / 50:.2f} s" for k in picks]
+            names += [f"dreams +{(k + 1) * driver.encoder.repeat / FPS:.2f} s" for k in picks]
         for i, (picture, name) in enumerate(zip(pictures, names)):
             x, y = VIEW[0] + 10 + (CELL + 8) * (i % 2), 22 + (CELL + 28) * (i // 2)
             canvas[y:y + CELL, x:x + CELL] = cv2.resize(picture, (CELL, CELL),
@@ -349,9 +375,16 @@ class Window:
         pygame.display.init()
 
     @staticmethod
-    def available():
-        """Whether a display is there to open a window on."""
-        return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    def open(title):
+        """A window, or None where there is no display."""
+        if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+                or sys.platform in ("darwin", "win32")):
+            return None
+        try:
+            return Window(title)
+        except Exception as e:  # pygame.error is not a subclass of anything narrower
+            print(f"no window ({e}); files only")
+            return None
 
     def show(self, frame):
         pg = self.pygame
@@ -372,14 +405,10 @@ class Window:
                 found = self.pygame.key.name(event.key)
         return found
 
-    def close(self):
-        self.pygame.display.quit()
-
-
 # ------------------------------------------------------------------ main
 
-def run_policy(args, policy, film):
-    """Drives all episodes with one policy, prints a line each -> its report."""
+def run_policy(args, policy, film, stop):
+    """Drives all episodes with one policy, prints a line each -> its report (None: no episode)."""
     env = make_env(args.env, **({"render_mode": "rgb_array"} if film else {}))
     if policy in ("random", "expert"):
         driver = Blind(env, policy, args.pace, args.seed)
@@ -389,15 +418,24 @@ def run_policy(args, policy, film):
             film.decoder = decoder
     print(f"{policy:>9}: {'track':>7} {'return':>7} {'steps':>5} {'tiles':>5} {'missed':>6} "
           f"{'lap':>4} {'plan ms p50':>11} {'p99':>6}")
-    rows = []
-    for seed in range(args.track_seed, args.track_seed + args.episodes):
-        r = drive(env, driver, seed, film if not rows else None)  # the first one is filmed
+    rows, filming = [], film
+
+    def watch(*seen):
+        return (filming is None or filming(*seen)) and not stop
+
+    for seed in tqdm(range(args.track_seed, args.track_seed + args.episodes), desc=policy,
+                     unit="track", leave=False):
+        r = drive(env, driver, seed, watch)
+        if r is None:  # q or Ctrl-C: what is finished counts
+            stop.requested = True
+            break
         rows.append(r)
-        print(f"{'':10} {seed:7} {r['return']:7.1f} {r['steps']:5} {r['tiles']:5} "
-              f"{r['tiles_missed']:6} {'yes' if r['lap_finished'] else 'no':>4} "
-              f"{r['plan_ms_p50']:11.1f} {r['plan_ms_p99']:6.1f}", flush=True)
+        filming = None  # the first one is filmed
+        tqdm.write(f"{'':10} {seed:7} {r['return']:7.1f} {r['steps']:5} {r['tiles']:5} "
+                   f"{r['tiles_missed']:6} {'yes' if r['lap_finished'] else 'no':>4} "
+                   f"{r['plan_ms_p50']:11.1f} {r['plan_ms_p99']:6.1f}")
     env.close()
-    return summary(policy, rows)
+    return summary(policy, rows) if rows else None
 
 
 def compare(reports, env_name):
@@ -415,22 +453,26 @@ def compare(reports, env_name):
 
 def main():
     args = arguments()
-    visuals = writable(args.root / "visuals")
-    film = None
-    if not args.no_video:
-        film = Film(None, Window("TinyJEPA drives") if Window.available() else None)
-    policies = [p for p in POLICIES if p == args.policy or p in args.compare]
-    reports = [run_policy(args, p, film if p == args.policy else None) for p in policies]
-    main_report = reports[policies.index(args.policy)]
-    print(compare(reports, args.env))
+    visuals, stop = writable(args.root / "visuals"), Stop()
     if args.json:
-        body = main_report | {"rows": {r["policy"]: r for r in reports}}
+        writable(args.json.parent)
+    film = None if args.no_video else Film(None, Window.open("TinyJEPA drives"))
+    reports = {}
+    for policy in POLICIES:
+        if (policy == args.policy or policy in args.compare) and not stop:
+            reports[policy] = run_policy(args, policy, film if policy == args.policy else None, stop)
+    reports = {p: r for p, r in reports.items() if r}
+    if not reports:
+        return 130
+    print(compare(list(reports.values()), args.env))
+    if args.json and args.policy in reports:
+        body = reports[args.policy] | {"rows": reports}
         replace_atomically(args.json, lambda f: f.write(json.dumps(body, indent=1).encode()))
-    if film is not None:
+    if film is not None and film.frames:
         name = "drive_mpc" if args.policy == "mpc" else f"drive_{args.policy}"
         film.save(visuals / name)
         print(f"{visuals / name}.mp4, .gif")
-    return 0
+    return 130 if stop else 0
 
 
 if __name__ == "__main__":

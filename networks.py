@@ -7,6 +7,7 @@ README. `python networks.py FILE` prints what a checkpoint holds.
 import math
 import re
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -227,6 +228,8 @@ def save(path, nets, **state):
 def read(path, made_by="the stage that writes it"):
     """The payload of a checkpoint, refused in one line if it is not one of ours."""
     path = Path(path)
+    root = path.parent.parent
+    made_by += f" --root {root}" if made_by.startswith("python") and root != Path(".") else ""
     if not path.exists():
         fail(f"{path}: not found; `{made_by}` makes it")
     try:
@@ -246,11 +249,11 @@ def build(payload, name, path="checkpoint"):
     if name not in payload["nets"]:
         fail(f"{path}: expected a net named {name}, found {', '.join(payload['nets'])}")
     entry = payload["nets"][name]
-    net = NETS[entry["class"]](**entry["args"])
     try:
+        net = NETS[entry["class"]](**entry["args"])
         net.load_state_dict(entry["weights"])
-    except RuntimeError as e:
-        fail(f"{path}: the weights of {name} do not fit its arguments {entry['args']} "
+    except (RuntimeError, KeyError, TypeError) as e:
+        fail(f"{path}: the weights of {name} do not fit {entry['class']} with {entry['args']} "
              f"({str(e).splitlines()[-1].strip()})")
     return net
 
@@ -272,27 +275,56 @@ def save_run(path, nets, optim, scaler, args, step, **state):
          **state)
 
 
-def resume_run(path, nets, optim, scaler, args):
+def resume_run(path, nets, optim, scaler, args, made, **must):
     """Restores `save_run`'s file into nets and optimiser and returns its payload, or None.
 
-    None: there is no such file, or --fresh. A run with other arguments is refused by name.
+    None: there is nothing to resume, or --fresh; then what an earlier run `made` (patterns beside
+    path, its checkpoints first) is moved to a dated folder, never deleted. A run with other arguments or with other values
+    of `must` (what it was trained on) is refused by name.
     """
+    checkpoints = list(path.parent.glob(made[0]))
+    if checkpoints and not args.fresh and not path.exists():
+        fail(f"{checkpoints[0]}: is there but {path.name} is not, so its training cannot go on; "
+             "--fresh sets it aside and starts again")
     if args.fresh or not path.exists():
+        stale = [p for pattern in (path.name, *made) for p in path.parent.glob(pattern)]
+        if stale and args.fresh:
+            aside = path.parent / time.strftime("replaced-%Y%m%d-%H%M%S")
+            aside.mkdir(exist_ok=True)
+            for p in stale:
+                p.rename(aside / p.name)
         return None
     payload = read(path, "the same command with --fresh")
+    for key, now in must.items():
+        if payload.get(key) != now:
+            fail(f"{path}: was trained on another {key.removesuffix('_key')}; add --fresh to start "
+                 "again")
     for key, now in vars(args).items():
         then = payload["args"].get(key)
         if key not in RUNTIME_ARGS and then != str(now):
             fail(f"{path}: the run to resume had --{key} {then}, this command has {now}; repeat "
                  "its arguments, or add --fresh to start again")
-    for name, net in nets.items():
-        net.load_state_dict(payload["nets"][name]["weights"])
-    optim.load_state_dict(payload["optim"])
-    scaler.load_state_dict(payload["scaler"])
+    try:
+        for name, net in nets.items():
+            net.load_state_dict(payload["nets"][name]["weights"])
+        optim.load_state_dict(payload["optim"])
+    except (RuntimeError, KeyError, ValueError) as e:
+        fail(f"{path}: does not fit these nets ({str(e).splitlines()[-1].strip()}); add --fresh to "
+             "start again")
+    if payload["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(payload["scaler"])
     torch.set_rng_state(payload["rng"])
-    if payload["rng_cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(payload["rng_cuda"])
+    for i, state in enumerate(payload["rng_cuda"][:torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, i)
     return payload
+
+
+def already_trained(path):
+    """Says so when a run's last file is there; refuses when the run ended but the file is gone."""
+    if not path.exists():
+        fail(f"{path}: its training has ended but the file is gone; --fresh trains it again")
+    print(f"already trained: {path}; --fresh starts again")
+    return 0
 
 
 def cosine(step, steps, peak, warmup=0.05):

@@ -50,7 +50,7 @@ def parser(doc, seed=True, device=True, data=False):
                    help="folder that holds data*/, models/ and visuals/: one experiment each "
                         "(default: here)")
     if seed:
-        g.add_argument("--seed", type=int, default=0,
+        g.add_argument("--seed", type=natural, default=0,
                        help="same seed, same machine: same run (default 0)")
     if device:
         g.add_argument("--device", default="auto",
@@ -80,6 +80,13 @@ def positive(text):
     return int(text)
 
 
+def natural(text):
+    """argparse type: an integer >= 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
+
+
 def writable(folder):
     """Makes the folder and returns it; refuses in one line if it cannot be written to."""
     try:
@@ -105,6 +112,8 @@ def pick_device(args):
     try:
         device = torch.device(name)
     except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         fail(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         fail(f"--device {name}: no such GPU, torch {torch.__version__} sees "
@@ -167,11 +176,12 @@ class RunLog:
     """
 
     def __init__(self, args, stage, resumed=False):
-        self.stage, self.start, self.last = stage, time.time(), 0.0
+        self.start, self.last = time.time(), 0.0
         self.path = writable(args.root / "models") / f"{stage}.jsonl"
         self.png = writable(args.root / "visuals") / f"{stage}_curves.png"
         if not resumed:
             self.path.unlink(missing_ok=True)
+        self.step = max([r["step"] for r in self.rows()], default=0)  # where an earlier run ended
         self._write({"command": " ".join(sys.argv), "time": time.strftime("%F %T"),
                      "args": {k: str(v) for k, v in vars(args).items()},
                      "versions": versions(), "commit": git_commit()})
@@ -179,6 +189,16 @@ class RunLog:
     def _write(self, row):
         with open(self.path, "a") as f:
             f.write(json.dumps(row) + "\n")
+
+    def rows(self):
+        """The steps logged so far; a line that a kill tore is passed over."""
+        rows = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return [r for r in rows if "step" in r]
 
     def due(self):
         """True when LOG_EVERY_S have passed since the last line."""
@@ -193,8 +213,7 @@ class RunLog:
 
     def curves(self):
         """Redraws the picture: one panel a quantity, `val_x` over `x`."""
-        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
-        rows = [r for r in rows if "step" in r]
+        rows = self.rows()
         names = [k for k in dict.fromkeys(k for r in rows for k in r)
                  if k not in ("step", "seconds")]
         panels = dict.fromkeys(n.removeprefix("val_") for n in names)

@@ -18,26 +18,27 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from buffer import load_sources
-from networks import CostModel, cosine, latest, load_frozen, optimise, resume_run, save, save_run
+from car_env import ZOOM_STEPS
+from networks import (CostModel, already_trained, cosine, fingerprint, latest, load_frozen,
+                      optimise, resume_run, save, save_run)
 from runtime import (RunLog, Stop, autocast, fail, parser, pick_device, pick_precision, positive,
                      pyplot, run, save_figure)
 from train_predictor import load_latents
 
 EXPERT, RANDOM = "data_race", "data"  # the two classes; recovery is between and trains neither
-ZOOM = 50  # steps of the opening zoom, left out: it would tell the classes apart without driving
+DENSITY_SAMPLE = 200_000  # expert latents that the density is fitted to, at most
 
 
 def arguments():
     p = parser(__doc__, data=True)
     g = p.add_argument_group("model")
-    g.add_argument("--encoder", help="encoder checkpoint (default: the latest of ROOT/models)")
     g.add_argument("--hidden", type=positive, default=256, help="width of the classifier")
     g.add_argument("--shrinkage", type=float, default=0.05,
                    help="density: share of a round covariance mixed into the experts' own")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=positive, default=4)
+    g.add_argument("--epochs", type=positive, default=4, help="held-out AUC after each")
     g.add_argument("--batch_size", type=positive, default=1024, help="latents of each class")
-    g.add_argument("--steps_per_epoch", type=positive, default=250)
+    g.add_argument("--steps_per_epoch", type=positive, default=250, help="the classifier is small")
     g.add_argument("--lr", type=float, default=1e-3, help="peak of the cosine schedule")
     g.add_argument("--weight_decay", type=float, default=1e-2, help="keeps the logits small")
     return p.parse_args()
@@ -51,19 +52,22 @@ def loss_fn(cost, expert, chaos):
 
 
 class Sampler:
-    """Latents of one source and part after the zoom, real ones and ones imagined from them."""
+    """Latents of one source and part, real ones and ones imagined from them.
+
+    Frames of the zoom are left out: they would tell the classes apart without any driving.
+    """
 
     def __init__(self, latents, chunks, predictor, horizon):
         self.latents, self.predictor, self.K = latents, predictor, horizon + 1
-        self.starts = latents.starts(chunks, self.K, skip=ZOOM)
+        self.starts = latents.starts(chunks, self.K, skip=ZOOM_STEPS)
         if len(self.starts) == 0:
-            fail(f"{chunks[0].path.parent}: no episode lasts {ZOOM} steps of zoom and "
+            fail(f"{chunks[0].path.parent}: no episode lasts {ZOOM_STEPS} steps of zoom and "
                  f"{horizon * latents.repeat} more; collect more frames")
 
-    def real(self, count=None, seed=0):
-        """(N, D): `count` random latents, or all."""
-        starts = self.starts if count is None else np.random.default_rng(seed).choice(
-            self.starts, count)
+    def real(self, count, seed=0):
+        """(N, D): at most `count` of the latents, chosen at random."""
+        rng = np.random.default_rng(seed)
+        starts = np.sort(rng.permutation(self.starts)[:count])
         return self.latents.windows(starts, 1)[0][:, 0]
 
     @torch.no_grad()
@@ -124,11 +128,10 @@ def main():
     models = args.root / "models"
     predictor, payload = load_frozen(latest(models, "predictor"), "predictor", device,
                                      "python train_predictor.py")
-    latents, encoder, key = load_latents(args, device, dtype, sources)
+    latents, encoder, key = load_latents(args, device, dtype, sources, stop)
     if payload["encoder_key"] != key:
         fail(f"{latest(models, 'predictor')}: was trained on another encoder than "
-             f"{args.encoder or latest(models, 'encoder_mixed')}; run `python train_predictor.py "
-             "--fresh`")
+             f"{latest(models, 'encoder_mixed')}; run `python train_predictor.py --fresh`")
     parts = [{name: Sampler(latents, split[part], predictor, payload["horizon"])
               for name, split in sources.items()} for part in (0, 1)]
     train, held = parts
@@ -137,16 +140,16 @@ def main():
     cost = CostModel(encoder.dim, args.hidden).to(device)
     optim = torch.optim.AdamW(cost.net.parameters(), args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=False)  # small and in fp32
-    saved = resume_run(models / "cost_model_resume.pth", {"cost": cost}, optim, scaler, args)
-    if saved and saved["encoder_key"] != key:
-        fail(f"{models}/cost_model_resume.pth: was trained on another encoder; add --fresh")
+    keys = dict(encoder_key=key, predictor_key=fingerprint(predictor))
+    saved = resume_run(models / "cost_model_resume.pth", {"cost": cost}, optim, scaler, args,
+                       ("cost_model_final.pth", "cost_model.jsonl"), **keys)
     step = saved["step"] if saved else 0
     if step >= steps:
-        print(f"already trained: {models}/cost_model_final.pth; --fresh starts again")
-        return 0
+        return already_trained(models / "cost_model_final.pth")
     log = RunLog(args, "cost_model", resumed=bool(saved))
-    cost.fit_density(train[EXPERT].real().to(device), args.shrinkage)
-    for step in tqdm(range(step, steps), initial=step, total=steps, desc="cost model", unit="step"):
+    cost.fit_density(train[EXPERT].real(DENSITY_SAMPLE).to(device), args.shrinkage)
+    for step in tqdm(range(step, steps), initial=step, total=steps, desc="cost model", unit="step",
+                     mininterval=1):
         rng = np.random.default_rng([args.seed, step])
         expert, chaos = (train[k].mixed(args.batch_size, rng, device, dtype)
                          for k in (EXPERT, RANDOM))
@@ -161,14 +164,15 @@ def main():
             energies, auc = evaluate(cost, held, device)
             log.log(step, **{f"val_auc_{kind}": a for kind, a in auc.items()})
             log.curves()
+        if step + 1 == steps:
+            save(models / "cost_model_final.pth", {"cost": cost}, **keys, auc=auc)
+            draw_energies(energies, auc, args.root / "visuals" / "energy_histogram.png")
         if stop or (step + 1) % args.steps_per_epoch == 0:
             save_run(models / "cost_model_resume.pth", {"cost": cost}, optim, scaler, args,
-                     step + 1, encoder_key=key)
-        if stop:
+                     step + 1, **keys)
+        if stop and step + 1 < steps:
             print(f"stopped at step {step + 1} of {steps}; the same command goes on")
             return 130
-    save(models / "cost_model_final.pth", {"cost": cost}, encoder_key=key, auc=auc)
-    draw_energies(energies, auc, args.root / "visuals" / "energy_histogram.png")
     print(f"{models}/cost_model_final.pth in {(time.time() - began) / 60:.1f} min; held-out AUC of "
           f"random over expert: classifier {auc['classifier']:.3f}, density {auc['density']:.3f}")
     return 0

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from buffer import Loader, load_sources, sample_frames
+from car_env import ZOOM_STEPS
 from networks import (TinyDecoder, build, epoch_of, fingerprint, latest, optimise, read, save, stack)
 from runtime import (Refusal, RunLog, Stop, autocast, fail, parser, pick_device, pick_precision,
                      positive, pyplot, run, save_figure)
 
 PICTURES = 4  # held-out frames of each source on the sheet
 POLL_S = 2.0  # seconds between two looks for new checkpoints
-ZOOM = 50  # steps of the opening zoom, which the sheet leaves out
 
 
 def arguments():
@@ -30,13 +30,13 @@ def arguments():
     g = p.add_argument_group("watching")
     g.add_argument("--once", action="store_true", help="draw what is there, do not wait for more")
     g.add_argument("--newest", action="store_true",
-                   help="of the checkpoints that wait, only the newest")
+                   help="draw only the newest of the checkpoints there are")
     g = p.add_argument_group("model")
     g.add_argument("--width", type=positive, default=64, help="channels of the decoder's last but "
                                                               "one map, times 4 in its first")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=positive, default=600, help="on each checkpoint")
-    g.add_argument("--batch_size", type=positive, default=128)
+    g.add_argument("--batch_size", type=positive, default=128, help="frames in a step")
     g.add_argument("--lr", type=float, default=2e-3, help="falls to a tenth over the steps")
     return p.parse_args()
 
@@ -53,17 +53,25 @@ def loss_fn(decoder, z, target):
     return mse + 0.1 * F.l1_loss(out, target), {"mse": mse.detach()}
 
 
-def waiting(models, visuals, given_up):
+def stamp(path):
+    """When a file was last written, in ns; 0 if it is gone."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def waiting(models, visuals, given_up, newest):
     """Encoder checkpoints that are not drawn yet, in numeric order: [(epoch, path)]."""
     found = sorted((epoch_of(p), p) for p in models.glob("encoder_mixed_ep*.pth"))
-    return [(n, p) for n, p in found if (n, p.stat().st_mtime_ns) not in given_up
+    return [(n, p) for n, p in found[-1 if newest else 0:] if (n, stamp(p)) not in given_up
             and not drawn(n, p, models, visuals)]
 
 
 def drawn(epoch, path, models, visuals):
     """Whether decoder and sheet of this checkpoint exist and are younger than it."""
     made = (models / f"decoder_ep{epoch}.pth", visuals / f"reconstruct_ep{epoch}.png")
-    return all(m.exists() and m.stat().st_mtime >= path.stat().st_mtime for m in made)
+    return all(stamp(m) >= stamp(path) for m in made)
 
 
 @torch.no_grad()
@@ -105,20 +113,21 @@ def main():
     if args.once and not list(models.glob("encoder_mixed_ep*.pth")):
         fail(f"{models}/encoder_mixed_ep1.pth: not found; `python train_encoder.py` makes it")
     log = RunLog(args, "decoder", resumed=not args.fresh)
-    decoder, optim, given_up, step, last = None, None, set(), 0, None
+    decoder, optim, given_up, step, last, idle = None, None, set(), log.step, None, False
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     while not stop:
-        todo = waiting(models, visuals, given_up)
+        todo = waiting(models, visuals, given_up, args.newest)
         if not todo:
-            if args.once or last is not None and last["done"] or finished(models, visuals):
+            if args.once or last and last["done"] or not idle and finished(models, visuals):
                 break
+            if not idle:
+                print(f"waiting for {models}/encoder_mixed_ep*.pth; Ctrl-C ends", flush=True)
+            idle = True
             time.sleep(POLL_S)
             continue
-        epoch, path = todo[-1 if args.newest else 0]
+        (epoch, path), idle = todo[0], False
+        given_up.add((epoch, stamp(path)))  # drawn or bad: this version of the file once only
         try:
-            stamp = path.stat().st_mtime_ns
-            given_up.update((n, p.stat().st_mtime_ns) for n, p in todo if args.newest)
-            given_up.add((epoch, stamp))  # drawn or bad: this version of the file once only
             payload = read(path, "python train_encoder.py")
             encoder = build(payload, "encoder", path).to(device).eval().requires_grad_(False)
         except (Refusal, OSError) as e:
@@ -154,7 +163,7 @@ def main():
         decoder.eval()
         names = list(sources)
         obs = torch.cat([sample_frames(s[1], encoder.history, encoder.repeat, PICTURES, 3,
-                                       fields=(), skip=ZOOM)[0] for s in sources.values()])
+                                       fields=(), skip=ZOOM_STEPS)[0] for s in sources.values()])
         error = draw_sheet(newest_frame(obs), reconstruct(encoder, decoder, obs, device, dtype),
                            names, epoch, visuals / f"reconstruct_ep{epoch}.png")
         save(models / f"decoder_ep{epoch}.pth", {"decoder": decoder}, epoch=epoch,
@@ -171,7 +180,10 @@ def main():
 def finished(models, visuals):
     """Whether the encoder's training has ended and all that it wrote is drawn."""
     path = latest(models, "encoder_mixed")
-    return path.exists() and read(path)["done"] and drawn(epoch_of(path), path, models, visuals)
+    try:
+        return read(path)["done"] and drawn(epoch_of(path), path, models, visuals)
+    except (Refusal, OSError):
+        return False
 
 
 def warm_start(models, dim, width):

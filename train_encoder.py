@@ -18,9 +18,9 @@ from sklearn.linear_model import Ridge
 from tqdm import tqdm
 
 from buffer import Loader, load_sources, sample_frames
-from car_env import TELEMETRY
-from networks import (InverseModel, Predictor, Projector, TinyEncoder, cosine, optimise, resume_run,
-                      save, save_run, stack, unit_act)
+from car_env import TELEMETRY, ZOOM_STEPS
+from networks import (InverseModel, Predictor, Projector, TinyEncoder, already_trained, cosine,
+                      optimise, resume_run, save, save_run, stack, unit_act)
 from runtime import (RunLog, Stop, autocast, fail, parser, pick_device, pick_precision, positive,
                      run)
 from vicreg import covariance, effective_rank, variance, vicreg_loss
@@ -30,6 +30,8 @@ HUD_ROW = 56  # rows from here on are instruments: augmentation leaves them alon
 JITTER = 0.3  # brightness and contrast are scaled by 1 ± this
 COLLAPSED = 0.02  # mean standard deviation of a latent's dimensions; a healthy one has about 1
 SAVE_EVERY_S = 900
+CHECK_EVERY = 50  # steps between two looks for collapse
+MADE = ("encoder_mixed_ep*.pth", "encoder.jsonl", "decoder_ep*.pth")  # a fresh run sets it aside
 
 
 def arguments():
@@ -54,12 +56,12 @@ def arguments():
                    help="joint: weight of the similarity of neighbours in time")
     g.add_argument("--sim", type=float, default=25.0, help="vicreg: weight of the invariance")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=positive, default=50)
+    g.add_argument("--epochs", type=positive, default=50, help="a checkpoint and a picture each")
     g.add_argument("--batch_size", type=positive, default=256, help="windows in a step")
     g.add_argument("--steps_per_epoch", type=int, default=0,
                    help="0: as many as show each frame about once")
     g.add_argument("--lr", type=float, default=1e-3, help="peak of the cosine schedule")
-    g.add_argument("--weight_decay", type=float, default=1e-4)
+    g.add_argument("--weight_decay", type=float, default=1e-4, help="of AdamW")
     args = p.parse_args()
     args.std = args.std if args.std is not None else {"joint": 16.0, "vicreg": 25.0}[args.objective]
     return args
@@ -135,7 +137,8 @@ class Probe:
         self.parts = []
         for part in (0, 1):
             chunks = [c for split in sources.values() for c in split[part]]
-            obs, rows = sample_frames(chunks, args.history, args.repeat, count, args.seed, skip=50)
+            obs, rows = sample_frames(chunks, args.history, args.repeat, count, args.seed,
+                                      skip=ZOOM_STEPS)
             col = lambda name: rows["telemetry"][:, list(TELEMETRY).index(name)]
             seen = (abs(col("lateral_offset")) < 7) & (abs(col("heading_error")) < 1)
             self.parts.append((obs, seen, np.stack([col(k) for k in PROBED], 1)))
@@ -197,15 +200,11 @@ def main():
                               weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     models = args.root / "models"
-    saved = resume_run(models / "encoder_resume.pth", nets, optim, scaler, args)
+    saved = resume_run(models / "encoder_resume.pth", nets, optim, scaler, args, MADE)
     step = saved["step"] if saved else 0
     if step >= steps:
-        print(f"already trained: {models}/encoder_mixed_ep{args.epochs}.pth; --fresh starts again")
-        return 0
+        return already_trained(models / f"encoder_mixed_ep{args.epochs}.pth")
     log = RunLog(args, "encoder", resumed=bool(saved))
-    if not saved:  # files of an earlier run would be taken for this one's
-        for old in models.glob("encoder_mixed_ep*.pth"):
-            old.unlink()
     probe = Probe(sources, args)
     size = sum(p.numel() for p in nets["encoder"].parameters()) / 1e6
     print(f"{size:.2f}M encoder on {device} in {str(dtype).removeprefix('torch.')}, {steps} steps "
@@ -225,18 +224,18 @@ def main():
         generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
         with autocast(device, dtype):
             loss, logs, z = loss_fn(nets, batch, args, generator)
-        lr = cosine(step, steps, args.lr)
-        if log.due():
-            spread = z.std(dim=0).mean()
-            shown = log.log(step, loss=loss, lr=lr, spread=spread, rank=effective_rank(z), **logs)
-            bar.set_postfix(loss=f"{shown['loss']:.3f}", rank=f"{shown['rank']:.0f}")
-            if step > 100 and spread < COLLAPSED:
-                fail(f"step {step}: the latents collapsed (spread {spread:.4f}, expected about 1);"
-                     f" nothing was saved since {models}/encoder_resume.pth; raise --std or lower "
-                     "--lr")
         if not torch.isfinite(loss):
             fail(f"step {step}: the loss is {loss.item()}; nothing was saved over the last good "
-                 "file; lower --lr, or use --precision fp32")
+                 "file; use --precision fp32, or a lower --lr with --fresh")
+        spread = z.std(dim=0).mean()
+        if step % CHECK_EVERY == 0 and step > 0 and spread < COLLAPSED:
+            fail(f"step {step}: the latents collapsed (spread {spread:.4f}, expected about 1); "
+                 "nothing was saved over the last good file; raise --std or lower --lr, with "
+                 "--fresh")
+        lr = cosine(step, steps, args.lr)
+        if log.due():
+            shown = log.log(step, loss=loss, lr=lr, spread=spread, rank=effective_rank(z), **logs)
+            bar.set_postfix(loss=f"{shown['loss']:.3f}", rank=f"{shown['rank']:.0f}")
         optimise(loss, nets.values(), optim, scaler, lr)
         step += 1
         bar.update()

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from buffer import Latents, Loader, load_sources, shares_of
-from networks import (Predictor, build, cosine, fingerprint, latest, load_frozen, optimise, read,
-                      resume_run, save, save_run, stack)
+from car_env import FPS
+from networks import (Predictor, already_trained, build, cosine, epoch_of, fingerprint, latest,
+                      load_frozen, optimise, read, resume_run, save, save_run, stack)
 from runtime import (RunLog, Stop, autocast, fail, parser, pick_device, pick_precision, positive,
                      pyplot, run, save_figure, save_gif)
 
@@ -32,25 +33,24 @@ GIF_FPS = 8
 def arguments():
     p = parser(__doc__, data=True)
     g = p.add_argument_group("model")
-    g.add_argument("--encoder", help="encoder checkpoint (default: the latest of ROOT/models)")
     g.add_argument("--hidden", type=positive, default=512, help="width; planning time grows with it")
     g.add_argument("--depth", type=positive, default=2, help="residual blocks")
     g.add_argument("--dropout", type=float, default=0.0, help="in each block, while training")
     g.add_argument("--horizon", type=positive, default=15, help="steps that are imagined")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=positive, default=50)
+    g.add_argument("--epochs", type=positive, default=50, help="a checkpoint and a dream each")
     g.add_argument("--batch_size", type=positive, default=1024, help="windows in a step")
     g.add_argument("--steps_per_epoch", type=int, default=0,
                    help="0: as many as start a window at each frame once")
     g.add_argument("--lr", type=float, default=1e-3, help="peak of the cosine schedule")
-    g.add_argument("--weight_decay", type=float, default=1e-4)
+    g.add_argument("--weight_decay", type=float, default=1e-4, help="of AdamW")
     return p.parse_args()
 
 
-def load_latents(args, device, dtype, sources):
+def load_latents(args, device, dtype, sources, stop):
     """(latents of all chunks, frozen encoder, its key): encodes what the cache lacks."""
-    path = args.encoder or latest(args.root / "models", "encoder_mixed")
-    encoder, _ = load_frozen(path, "encoder", device, "python train_encoder.py")
+    encoder, _ = load_frozen(latest(args.root / "models", "encoder_mixed"), "encoder", device,
+                             "python train_encoder.py")
     key = fingerprint(encoder)
 
     def encode(obs):
@@ -61,7 +61,7 @@ def load_latents(args, device, dtype, sources):
     bar = lambda items: tqdm(items, desc="encode", unit="episode")
     version = chunks[0].meta["preprocess"]
     latents = Latents(args.root, f"{key}-p{version}", encoder.dim, encoder.history, encoder.repeat,
-                      encode, chunks, bar)
+                      encode, chunks, bar, stop)
     return latents, encoder, key
 
 
@@ -95,12 +95,14 @@ def loss_fn(nets, z, act):
 @torch.no_grad()
 def evaluate(predictor, sampler, device, dtype, batches=4):
     """{row: error per step (H,)} on held-out tracks: this predictor and its trivial baselines."""
-    torch.manual_seed(0)
-    untrained = Predictor(**predictor.args).to(device).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        untrained = Predictor(**predictor.args).to(device).eval()
     rows = {}
     for i in range(batches):
         z, act = (x.to(device) for x in sampler(i))
-        other = act.roll(len(act) // 2 + 1, dims=0)  # of another episode
+        other = torch.cat([a.roll(len(a) // 2, dims=0)  # of another window of the same source
+                           for a in act.split(sampler.counts.tolist())])
         with autocast(device, dtype):
             dreams = {"predictor": predictor.rollout(z[:, 0], act),
                       "copy-last": z[:, :1].expand_as(z[:, 1:]),
@@ -124,9 +126,8 @@ def table(rows):
 
 def load_decoder(root, key, device):
     """The newest decoder that was trained on this encoder, or None with a line that says so."""
-    path = latest(root / "models", "decoder")
-    if path.exists():
-        payload = read(path)
+    for path in sorted((root / "models").glob("decoder_ep*.pth"), key=epoch_of, reverse=True):
+        payload = read(path, "python train_decoder.py")
         if payload["encoder_key"] == key:
             return build(payload, "decoder", path).to(device).eval().requires_grad_(False)
     print("no decoder of this encoder, so no picture of dreams; `python train_decoder.py --once` "
@@ -193,7 +194,7 @@ def main():
     dtype = pick_precision(args.precision, device)
     torch.manual_seed(args.seed)
     sources = load_sources(args)
-    latents, encoder, key = load_latents(args, device, dtype, sources)
+    latents, encoder, key = load_latents(args, device, dtype, sources, stop)
     decoder = load_decoder(args.root, key, device)
     sampler = Sampler(latents, sources, 0, args.batch_size, args.horizon, args.shares, args.seed)
     held = Sampler(latents, sources, 1, 512, args.horizon, seed=args.seed)
@@ -207,17 +208,12 @@ def main():
     optim = torch.optim.AdamW(predictor.parameters(), args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     models, visuals = args.root / "models", args.root / "visuals"
-    saved = resume_run(models / "predictor_resume.pth", nets, optim, scaler, args)
-    if saved and saved["encoder_key"] != key:
-        fail(f"{models}/predictor_resume.pth: was trained on another encoder; add --fresh")
+    saved = resume_run(models / "predictor_resume.pth", nets, optim, scaler, args,
+                       ("predictor_ep*.pth", "predictor.jsonl"), encoder_key=key)
     step = saved["step"] if saved else 0
     if step >= steps:
-        print(f"already trained: {models}/predictor_ep{args.epochs}.pth; --fresh starts again")
-        return 0
+        return already_trained(models / f"predictor_ep{args.epochs}.pth")
     log = RunLog(args, "predictor", resumed=bool(saved))
-    if not saved:
-        for old in models.glob("predictor_ep*.pth"):
-            old.unlink()
     print(f"{sum(p.numel() for p in predictor.parameters()) / 1e6:.2f}M predictor on {device}, "
           f"{len(latents.z):,} latents, {steps} steps from {step}")
 
@@ -231,7 +227,7 @@ def main():
         lr = cosine(step, steps, args.lr)
         if not torch.isfinite(loss):
             fail(f"step {step}: the loss is {loss.item()}; nothing was saved over the last good "
-                 "file; lower --lr, or use --precision fp32")
+                 "file; use --precision fp32, or a lower --lr with --fresh")
         if log.due():
             bar.set_postfix(loss=f"{log.log(step, loss=loss, lr=lr, **logs)['loss']:.3f}")
         optimise(loss, nets.values(), optim, scaler, lr)
@@ -251,7 +247,7 @@ def main():
             if decoder is not None:
                 real, dreamt = dream(encoder, predictor, decoder, *windows, device)
                 draw_dream(real, dreamt, names, visuals / f"dream_ep{epoch}.png",
-                           encoder.repeat / 50)
+                           encoder.repeat / FPS)
                 animate_dream(real, dreamt, visuals / "output_dream.gif")
         if step % per_epoch == 0 or stop or time.time() - last_save > SAVE_EVERY_S:
             save_run(models / "predictor_resume.pth", nets, optim, scaler, args, step,

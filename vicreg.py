@@ -1,24 +1,15 @@
 """VICReg (Bardes, Ponce, LeCun 2021, arXiv:2105.04906): the loss and its three terms.
 
 Statistics are float32 whatever autocast says: in half precision the covariance overflows or
-rounds. Under `torchrun` they are taken over the global batch, with gradients through the gather.
+rounds.
 """
 
 from functools import wraps
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 STD_EPS = 1e-4  # the paper's epsilon, inside the square root
-
-
-def gather(z):
-    """Rows of all ranks, (N, D) -> (world * N, D), differentiable; the identity on one process."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return z
-    from torch.distributed.nn import all_gather
-    return torch.cat(all_gather(z.contiguous()))
 
 
 def in_float32(term):
@@ -39,14 +30,12 @@ def invariance(za, zb):
 @in_float32
 def variance(z):
     """Hinge that asks a standard deviation of 1 in each dimension, (N, D) -> scalar. Eq. 1, 2."""
-    z = gather(z)
     return F.relu(1.0 - torch.sqrt(z.var(dim=0) + STD_EPS)).mean()
 
 
 @in_float32
 def covariance(z):
     """Squared off-diagonal covariances, summed and divided by D, (N, D) -> scalar. Eq. 3, 4."""
-    z = gather(z)
     N, D = z.shape
     z = z - z.mean(dim=0)
     cov = z.T @ z / (N - 1)  # (D, D)

@@ -15,7 +15,7 @@ CHAIN = {  # stage: the README's command, small
     "collect_race_data.py": ["--frames", "2500", "--workers", "2"],
     "collect_recovery_data.py": ["--frames", "2500", "--workers", "2"],
     "collect_data.py": ["--frames", "3200", "--workers", "2"],
-    "train_encoder.py": [*SMALL, "--epochs", "2", "--steps_per_epoch", "12"],
+    "train_encoder.py": [*SMALL, "--epochs", "2", "--steps_per_epoch", "20"],
     "train_decoder.py": ["--once", "--steps", "20", "--batch_size", "16", "--width", "16"],
     "train_predictor.py": ["--epochs", "2", "--steps_per_epoch", "20", "--batch_size", "32",
                            "--hidden", "64"],

@@ -1,5 +1,6 @@
 """Chunks, split, windows and batches: properties seen through the public face."""
 
+import argparse
 import json
 import zipfile
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 import buffer
-from buffer import Chunk, Latents, Loader, index, read_chunk, triplets, write_chunk
+from buffer import Latents, Loader, index, read_chunk, triplets, write_chunk
+from runtime import Refusal
 
 
 def make(folder, uid, T, number, track_seed=10_000_001, **meta):
@@ -104,12 +106,14 @@ def test_a_flipped_byte_is_found(tmp_path):
         read_chunk(path)
 
 
-def test_no_track_is_in_both_halves():
-    seeds = np.random.default_rng(0).integers(10**7, 2**62, 1000)
-    chunks = [Chunk(None, {"track_seed": int(s)}) for s in np.r_[seeds, seeds]]
-    train = {c.meta["track_seed"] for c in chunks if not c.held_out}
-    held = {c.meta["track_seed"] for c in chunks if c.held_out}
-    assert not train & held and 60 < len(held) < 140
+def test_no_track_is_in_both_halves(tmp_path):
+    for name in "ab":  # both folders drove the same tracks
+        for i in range(20):
+            make(tmp_path / name, f"{name}{i}", 3, 0, track_seed=10_000_000 + i)
+    sources = buffer.load_sources(argparse.Namespace(root=tmp_path, data=["a", "b"]))
+    train, held = ({c.meta["track_seed"] for split in sources.values() for c in split[part]}
+                   for part in (0, 1))
+    assert not train & held and len(train | held) == 20 and len(held) == 2
 
 
 @pytest.mark.parametrize("latents,history,repeat", [(2, 1, 1), (4, 3, 2), (16, 2, 1), (1, 3, 2)])
@@ -183,8 +187,19 @@ def test_latent_cache_encodes_only_what_is_new(tmp_path, folders):
     assert {p.stem for p in (tmp_path / "models").iterdir()} == {"latents_other"}
 
 
-def test_sources_are_refused_in_one_line(tmp_path, folders):
-    import argparse
-    args = argparse.Namespace(root=tmp_path, data=["a"])
-    with pytest.raises(buffer.fail.__globals__["Refusal"], match="held-out"):
-        buffer.load_sources(args)
+def test_a_source_without_held_out_tracks_is_refused(tmp_path, folders):
+    with pytest.raises(Refusal, match="held-out"):
+        buffer.load_sources(argparse.Namespace(root=tmp_path, data=["a"]))
+
+
+def test_a_payload_damaged_behind_a_good_header_is_refused_by_the_loader(tmp_path, folders):
+    path = folders[0][1].path
+    raw = bytearray(path.read_bytes())
+    at = raw.find(b"obs.npy") + 200
+    raw[at:at + 40] = bytes(40)
+    path.write_bytes(raw)
+    assert not index(path.parent)[1]  # the headers are whole
+    stream = Loader(folders, 8, latents=2).batches()
+    with pytest.raises(Refusal, match=path.name):
+        for _ in range(40):
+            next(stream)

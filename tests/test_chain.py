@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -93,7 +94,8 @@ def test_driving_writes_scores_and_films(chain, tmp_path):
     assert row["track_seed"] == 200000 and row["plan_ms_p50"] > 0
     assert report["mean"] == row["return"] and report["laps_finished"] == row["lap_finished"]
     N = row["tiles"] + row["tiles_missed"]
-    assert row["return"] <= 1000 * (row["tiles"] - 1) / (N - 1) - 0.1 * row["steps"] + 10
+    expected = 1000 * (row["tiles"]) / N - 0.1 * row["steps"]  # the score, from its own parts
+    assert row["steps"] < 1000 and not row["lap_finished"] or abs(row["return"] - expected) < 5
     video = cv2.VideoCapture(str(root / "visuals" / "drive_mpc.mp4"))
     ok, frame = video.read()
     assert ok and frame.std() > 5 and video.get(cv2.CAP_PROP_FRAME_COUNT) >= row["steps"] // 2 - 1
@@ -133,7 +135,7 @@ def test_resume_equals_no_interruption(chain, tmp_path):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "goes on" in said, said
     step = torch.load(tmp_path / "models" / "encoder_resume.pth", weights_only=True)["step"]
-    assert 0 < step < 24, step
+    assert 0 < step < 40, step
     done = script("train_encoder.py", *CHAIN["train_encoder.py"], root=tmp_path)
     assert done.returncode == 0 and f"from {step}" in done.stdout
     for a, b in zip(*(weights(r / "models" / "encoder_mixed_ep2.pth").values()
@@ -141,6 +143,48 @@ def test_resume_equals_no_interruption(chain, tmp_path):
         assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
     other = script("train_encoder.py", *CHAIN["train_encoder.py"], "--lr", "0.5", root=tmp_path)
     assert other.returncode == 2 and "--lr" in other.stderr
+
+
+def test_the_watcher_draws_what_is_good_in_order_names_the_bad_and_ends(chain, tmp_path):
+    for name in ("data", "data_race", "data_recovery"):
+        (tmp_path / name).symlink_to(chain[0] / name)
+    process = subprocess.Popen([sys.executable, str(REPO / "train_decoder.py"), "--steps", "4",
+                                "--width", "8", "--batch_size", "8", "--root", str(tmp_path)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    models = tmp_path / "models"
+    while process.poll() is None and not (models / "decoder.jsonl").exists():
+        time.sleep(0.1)  # it started before there was any checkpoint
+    (models / "encoder_mixed_ep0.pth").write_text("garbage")
+    for epoch in (1, 2):
+        whole = tmp_path / "copied"
+        shutil.copy(chain[0] / "models" / f"encoder_mixed_ep{epoch}.pth", whole)
+        whole.rename(models / f"encoder_mixed_ep{epoch}.pth")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "skipped" in out and "encoder_mixed_ep0.pth" in out
+    assert out.index("reconstruct_ep1.png") < out.index("reconstruct_ep2.png")
+    for epoch in (1, 2):
+        picture(tmp_path / "visuals" / f"reconstruct_ep{epoch}.png")
+
+
+def test_plain_vicreg_trains_too(chain, tmp_path):
+    for name in ("data", "data_race", "data_recovery"):
+        (tmp_path / name).symlink_to(chain[0] / name)
+    done = script("train_encoder.py", *SMALL, "--objective", "vicreg", "--epochs", "1",
+                  "--steps_per_epoch", "6", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "projector" in weights(tmp_path / "models" / "encoder_mixed_ep1.pth")
+    explode = script("train_encoder.py", *SMALL, "--epochs", "9", "--steps_per_epoch", "40", "--lr",
+                     "1e12", "--fresh", root=tmp_path)
+    refused(explode, "nothing was saved over the last good file")
+    aside = list((tmp_path / "models").glob("replaced-*/encoder_mixed_ep1.pth"))
+    assert len(aside) == 1  # --fresh deletes nothing
+
+
+def test_the_fast_env_is_at_least_eight_times_the_stock_one(tmp_path):
+    done = script("benchmark.py", "env", "--rounds", "1", "--steps", "250", root=tmp_path)
+    ratio = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("fast env  ")]
+    assert float(ratio[0]) >= 8, done.stdout
 
 
 # ------------------------------------------------------------------ bad input: one line, exit 2
@@ -222,12 +266,20 @@ def test_zero_frames(tmp_path):
     assert done.returncode == 2 and "positive" in done.stderr
 
 
-def test_help_gives_a_reason_for_every_flag():
-    for path in sorted(REPO.glob("*.py")):
-        if path.name in ("vicreg.py", "runtime.py", "networks.py", "car_env.py"):
-            continue
-        done = script(path.name, "--help")
-        assert done.returncode == 0 and "usage" in done.stdout, path
+SCRIPTS = sorted(p.name for p in REPO.glob("*.py")
+                 if p.name not in ("vicreg.py", "runtime.py", "networks.py", "car_env.py"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_gives_a_reason_for_every_flag(name):
+    done = script(name, "--help")
+    assert done.returncode == 0, done.stderr
+    options = re.split(r"\n(?=  -)", done.stdout)[1:]
+    assert len(options) > 1
+    for option in options:
+        head, *more = option.splitlines()
+        reason = re.split(r"\s{2,}", head.strip())[1:] + [m.strip() for m in more if m[:20].isspace()]
+        assert len(" ".join(reason)) > 8, option
 
 
 # ------------------------------------------------------------------ collectors that are killed
@@ -241,11 +293,9 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path):
     while process.poll() is None and time.time() < deadline:
         time.sleep(0.3)
         if killed < 3 and len(list(folder.glob("*.npz"))) > 2 * killed:
-            workers = subprocess.run(["pgrep", "-f", "multiprocessing.forkserver"], text=True,
-                                     capture_output=True).stdout.split()
-            children = [p for p in workers if _parent(p) in workers]
-            if children:
-                os.kill(int(children[-1]), signal.SIGKILL)
+            workers = [w for child in children(process.pid) for w in children(child)]
+            if workers:  # of the fork server
+                os.kill(workers[-1], signal.SIGKILL)
                 killed += 1
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0 and killed > 0, err
@@ -256,8 +306,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path):
     assert not list(folder.glob(".*"))
 
 
-def _parent(pid):
-    try:
-        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[1]
-    except OSError:
-        return None
+def children(pid):
+    """Pids of the processes that this one started."""
+    out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(p) for p in out.stdout.split()]
