@@ -1,4 +1,4 @@
-"""The only door to data on disk: chunks are written, checked, indexed, split, mixed and cached here.
+"""The only door to data on disk: chunks are written, checked, indexed, split, mixed and cached.
 
 A chunk is one whole episode of T steps in one .npz. How frames, actions and latents line up
 (`repeat` = R environment steps between two latents, `history` = 3 frames in each):
@@ -107,7 +107,7 @@ def _member(z, name):
 
 
 BROKEN = (ValueError, KeyError, IndexError, TypeError, OSError, EOFError, RuntimeError,
-          zipfile.BadZipFile, zlib.error)  # what zipfile and numpy raise on damaged or hostile files
+          zipfile.BadZipFile, zlib.error)  # raised by zipfile and numpy on damaged or hostile files
 
 
 def read_meta(path):
@@ -185,7 +185,7 @@ MADE_BY = {"data": "python collect_data.py", "data_race": "python collect_race_d
 
 
 def load_sources(args):
-    """{folder name: (train chunks, held-out chunks)} for --data; refuses what cannot be trained on."""
+    """{folder name: (train chunks, held-out chunks)} for --data; refuses what cannot be learned."""
     out, seen = {}, set()
     for name in args.data:
         made_by = MADE_BY.get(name, "a collector")

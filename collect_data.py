@@ -66,7 +66,7 @@ class RandomDriver:
 
 
 def run_episode(env, policy, track_seed, rng):
-    """One whole episode -> (arrays of a chunk, {"lap_finished"}); the policy may start elsewhere."""
+    """One whole episode -> (arrays of a chunk, {"lap_finished"}); a policy may start elsewhere."""
     obs, _ = env.reset(seed=track_seed)
     policy.reset(env, rng)
     if hasattr(policy, "start") and policy.start(env, rng):
@@ -155,10 +155,10 @@ def collect(args, source, make_policy):
     print(f"{folder}: {have:,} frames in {len(chunks)} episodes, target {args.frames:,}")
     run_no = 1 + max((int(r) for p in folder.glob("*.npz")
                       for r in re.findall(r"r(\d+)-\w+-e\d+$", p.stem)), default=-1)
-    host = socket.gethostname()
+    host, token = socket.gethostname(), secrets.token_hex(3)
     job = dict(source=source, folder=folder, make_policy=make_policy, seed=args.seed, run=run_no,
                machine_id=args.machine_id, paces=getattr(args, "pace", None),
-               stem=f"{source}-{host}-s{args.seed}m{args.machine_id}r{run_no:03d}-{secrets.token_hex(3)}",
+               stem=f"{source}-{host}-s{args.seed}m{args.machine_id}r{run_no:03d}-{token}",
                meta=dict(source=source, run=run_no, host=host, env="CarRacing-v3 fast",
                          preprocess=PREPROCESS_VERSION, telemetry=list(TELEMETRY),
                          versions=versions(), commit=git_commit()))
@@ -232,9 +232,10 @@ def report(done, seconds):
         return
     frames = sum(d["frames"] for d in done)
     returns = np.array([d["return"] for d in done])
+    laps = sum(d["lap_finished"] for d in done)
     print(f"{len(done)} episodes, {frames:,} frames, {frames / seconds:,.0f} frames/s, return "
-          f"{returns.mean():.1f} ± {returns.std():.1f}, laps {sum(d['lap_finished'] for d in done)}"
-          f", frames on grass {sum(d['grass'] for d in done) / frames:.1%}")
+          f"{returns.mean():.1f} ± {returns.std():.1f}, laps {laps}, frames on grass "
+          f"{sum(d['grass'] for d in done) / frames:.1%}")
     kinds = {}
     for d in done:
         for kind, (count, recovered) in d["mistakes"].items():

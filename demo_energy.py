@@ -1,11 +1,11 @@
 """Day 4, the demo: the car drives, and a graph shows which futures its world model finds possible.
 
 The energy of a proposed future is its distance from the dream: the predictor imagines from the
-latent of --ahead steps ago, with the actions taken since, and the mean squared error to the proposal
-is the energy. Proposed are the true frames, frames of the same car teleported on the same track, and
-frames of a random place on another track. Live in a window (space pauses, s or right steps, q quits);
-without a display, or with --headless, it writes ROOT/visuals/demo_energy.mp4, .gif and .png. Prints
-how well the energy separates them, beside copy-last (the distance from the old latent itself).
+latent of --ahead steps ago, with the actions taken since, and the mean squared error to the
+proposal is the energy. Proposed are the true frames, frames of the same car teleported on the same
+track, and of a random place on another track. Live in a window (space pauses, s or right steps, q
+quits); without a display, or with --headless, it writes ROOT/visuals/demo_energy.mp4, .gif and
+.png. Prints how well the energy separates them, beside copy-last (the old latent itself).
 
     python demo_energy.py
 """
@@ -208,20 +208,21 @@ def main():
         bar.update()
     bar.close()
     if not rows:
-        print(f"only {step} steps were driven, nothing was judged: --steps over {ZOOM_STEPS + 20} shows it")
+        print(f"only {step} steps were driven, nothing was judged: drive over {ZOOM_STEPS + 20}")
         return 0
     energy = np.array(rows)
-    for what, table in (("dream", separation(energy[:, 1:])), ("copy-last", separation(np.array(both)))):
+    for what, found in (("dream", energy[:, 1:]), ("copy-last", np.array(both))):
+        table = separation(found)
         print(f"{what:10} " + "   ".join(f"{name}: AUROC {a:.4f}, costs more than the true one in "
                                          f"{p:.1%}" for name, (a, p) in table.items()))
-    print(f"{len(energy)} futures judged {args.ahead * e.repeat / FPS:.2f} s ahead, return {total:.1f}")
+    ahead_s = args.ahead * e.repeat / FPS
+    print(f"{len(energy)} futures judged {ahead_s:.2f} s ahead, return {total:.1f}")
     if film:
         save_mp4(visuals / "demo_energy.mp4", film, VIDEO_FPS)
         save_gif(visuals / "demo_energy.gif",
                  [cv2.resize(f, None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA)
                   for f in film[::GIF_STRIDE][:GIF_FRAMES]], 2 * VIDEO_FPS / GIF_STRIDE)
-        draw_summary(energy[:, 1:], energy[:, 0], visuals / "demo_energy.png",
-                     args.ahead * e.repeat / FPS)
+        draw_summary(energy[:, 1:], energy[:, 0], visuals / "demo_energy.png", ahead_s)
         print(f"{visuals}/demo_energy.mp4, .gif, .png")
     return 0
 

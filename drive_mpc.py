@@ -27,8 +27,8 @@ from tqdm import tqdm
 from car_env import ENV_ID, FPS, ZOOM_STEPS, make_env, observe
 from collect_race_data import Expert
 from networks import Predictor, fingerprint, latest, load_frozen, stack
-from runtime import (Stop, autocast, fail, parser, pick_device, pick_precision, positive,
-                     replace_atomically, run, save_gif, save_mp4, versions, writable)
+from runtime import (Stop, autocast, fail, parser, positive, replace_atomically, run, save_gif,
+                     save_mp4, set_up, versions, writable)
 from train_predictor import load_decoder
 
 START_GAS = 0.15  # held through the opening zoom, in which latents mean little
@@ -169,7 +169,7 @@ class Driver:
 
     @torch.inference_mode()
     def encode(self):
-        """The present latent (1, D) from the frames so far; the first one stands for earlier ones."""
+        """The present latent (1, D) from the frames so far; the first stands for earlier ones."""
         e, seen = self.encoder, list(self.frames)
         picked = [seen[max(0, len(seen) - 1 - k * e.repeat)] for k in reversed(range(e.history))]
         obs = torch.from_numpy(np.stack(picked)).permute(0, 3, 1, 2)[None].to(self.device)
@@ -212,8 +212,7 @@ class NoModelDriver(Driver):
 
 def load_driver(args, cfg, policy="mpc"):
     """(driver, decoder or None): the nets of ROOT/models, checked to belong together."""
-    device = pick_device(args)
-    dtype = pick_precision(args.precision, device)
+    device, dtype = set_up(args)
     models = args.root / "models"
     encoder, _ = load_frozen(latest(models, "encoder_mixed"), "encoder", device,
                              "python train_encoder.py")
@@ -344,7 +343,7 @@ class Film:
 
     @torch.inference_mode()
     def cells(self, canvas, frame, driver):
-        """Four small pictures: the frame, and the chosen plan's dream at a third, two, and the end."""
+        """Four small pictures: the frame, and three of the chosen plan's dream, up to its end."""
         pictures, names = [frame], ["the driver sees"]
         if self.decoder is not None and getattr(driver, "z_hat", None) is not None:
             H = len(driver.z_hat)
@@ -367,7 +366,7 @@ class Film:
 
 
 class Window:
-    """A window for frames, where there is a display; `show` returns the key pressed since, or ''."""
+    """A window for frames, where there is a display; `show` returns the key pressed or ''."""
 
     def __init__(self, title):
         import pygame
@@ -441,8 +440,9 @@ def run_policy(args, policy, film, stop):
 def compare(reports, env_name):
     """The table of several policies on the same tracks."""
     first = reports[0]["episodes"]
-    lines = [f"{'driver':10} {'mean ± std':>15} {'laps':>5} {'missed':>6} {'steps':>6} {'plan ms':>7}"
-             f"   tracks {first[0]['track_seed']} to {first[-1]['track_seed']}, {env_name} env"]
+    lines = [f"{'driver':10} {'mean ± std':>15} {'laps':>5} {'missed':>6} {'steps':>6} "
+             f"{'plan ms':>7}   tracks {first[0]['track_seed']} to {first[-1]['track_seed']}, "
+             f"{env_name} env"]
     for r in reports:
         of = lambda key: np.mean([e[key] for e in r["episodes"]])
         lines.append(f"{r['policy']:10} {r['mean']:7.1f} ± {r['std']:5.1f} "
@@ -460,7 +460,8 @@ def main():
     reports = {}
     for policy in POLICIES:
         if (policy == args.policy or policy in args.compare) and not stop:
-            reports[policy] = run_policy(args, policy, film if policy == args.policy else None, stop)
+            filmed = film if policy == args.policy else None
+            reports[policy] = run_policy(args, policy, filmed, stop)
     reports = {p: r for p, r in reports.items() if r}
     if not reports:
         return 130

@@ -192,12 +192,13 @@ class CostModel(nn.Module):
 
     @torch.no_grad()
     def fit_density(self, z, shrinkage=0.05):
-        """Mean and covariance of expert latents (N, D), shrunk to a round one (Ledoit-Wolf form)."""
+        """Mean and covariance of expert latents (N, D), shrunk to a round one (Ledoit-Wolf)."""
         z = z.double()
         cov = torch.cov(z.T)
-        cov = (1 - shrinkage) * cov + shrinkage * cov.diagonal().mean() * torch.eye(len(cov)).to(cov)
+        cov *= 1 - shrinkage
+        cov += shrinkage / (1 - shrinkage) * cov.diagonal().mean() * torch.eye(len(cov)).to(cov)
         self.mu.copy_(z.mean(dim=0))
-        self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))  # (z - mu) @ whiten is white
+        self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))  # white: (z - mu) @ it
 
     def energy(self, z, kind="density"):
         """(..., D) -> (...): low where an expert would be."""
@@ -279,8 +280,8 @@ def resume_run(path, nets, optim, scaler, args, made, **must):
     """Restores `save_run`'s file into nets and optimiser and returns its payload, or None.
 
     None: there is nothing to resume, or --fresh; then what an earlier run `made` (patterns beside
-    path, its checkpoints first) is moved to a dated folder, never deleted. A run with other arguments or with other values
-    of `must` (what it was trained on) is refused by name.
+    path, its checkpoints first) is moved to a dated folder, never deleted. A run with other
+    arguments, or other values of `must` (what it was trained on), is refused by name.
     """
     checkpoints = list(path.parent.glob(made[0]))
     if checkpoints and not args.fresh and not path.exists():

@@ -134,6 +134,13 @@ def pick_precision(name, device):
     return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
 
 
+def set_up(args):
+    """(device, dtype of autocast) of a stage; seeds torch and sets its threads."""
+    device = pick_device(args)
+    torch.manual_seed(args.seed)
+    return device, pick_precision(args.precision, device)
+
+
 def autocast(device, dtype):
     """The autocast context of this device and dtype; none in fp32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

@@ -21,8 +21,8 @@ from buffer import load_sources
 from car_env import ZOOM_STEPS
 from networks import (CostModel, already_trained, cosine, fingerprint, latest, load_frozen,
                       optimise, resume_run, save, save_run)
-from runtime import (RunLog, Stop, autocast, fail, parser, pick_device, pick_precision, positive,
-                     pyplot, run, save_figure)
+from runtime import (RunLog, Stop, autocast, fail, parser, positive, pyplot, run, save_figure,
+                     set_up)
 from train_predictor import load_latents
 
 EXPERT, RANDOM = "data_race", "data"  # the two classes; recovery is between and trains neither
@@ -84,7 +84,7 @@ class Sampler:
 
 @torch.no_grad()
 def evaluate(cost, held, device):
-    """Held-out (N,) energies {(kind, source): array} and AUC of random over expert {kind: float}."""
+    """Held-out energies {(kind, source): (N,)} and AUC of random over expert {kind: float}."""
     energies = {(kind, name): cost.energy(s.real(4000, 1).to(device), kind).cpu().numpy()
                 for name, s in held.items() for kind in ("classifier", "density")}
     auc = {}
@@ -118,9 +118,7 @@ def draw_energies(energies, auc, path):
 def main():
     args = arguments()
     began, stop = time.time(), Stop()
-    device = pick_device(args)
-    dtype = pick_precision(args.precision, device)
-    torch.manual_seed(args.seed)
+    device, dtype = set_up(args)
     for name in (EXPERT, RANDOM):
         if name not in args.data:
             fail(f"--data {' '.join(args.data)}: the cost model needs {EXPERT} and {RANDOM}")

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from buffer import Loader, load_sources, sample_frames
 from car_env import ZOOM_STEPS
-from networks import (TinyDecoder, build, epoch_of, fingerprint, latest, optimise, read, save, stack)
-from runtime import (Refusal, RunLog, Stop, autocast, fail, parser, pick_device, pick_precision,
-                     positive, pyplot, run, save_figure)
+from networks import (TinyDecoder, build, epoch_of, fingerprint, latest, optimise, read, save,
+                      stack)
+from runtime import (Refusal, RunLog, Stop, autocast, fail, parser, positive, pyplot, run,
+                     save_figure, set_up)
 
 PICTURES = 4  # held-out frames of each source on the sheet
 POLL_S = 2.0  # seconds between two looks for new checkpoints
@@ -105,9 +106,7 @@ def draw_sheet(real, painted, names, epoch, path):
 def main():
     args = arguments()
     began, stop = time.time(), Stop()
-    device = pick_device(args)
-    dtype = pick_precision(args.precision, device)
-    torch.manual_seed(args.seed)
+    device, dtype = set_up(args)
     models, visuals = args.root / "models", args.root / "visuals"
     sources = load_sources(args)
     if args.once and not list(models.glob("encoder_mixed_ep*.pth")):

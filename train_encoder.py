@@ -21,8 +21,7 @@ from buffer import Loader, load_sources, sample_frames
 from car_env import TELEMETRY, ZOOM_STEPS
 from networks import (InverseModel, Predictor, Projector, TinyEncoder, already_trained, cosine,
                       optimise, resume_run, save, save_run, stack, unit_act)
-from runtime import (RunLog, Stop, autocast, fail, parser, pick_device, pick_precision, positive,
-                     run)
+from runtime import (RunLog, Stop, autocast, fail, parser, positive, run, set_up)
 from vicreg import covariance, effective_rank, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
@@ -144,7 +143,7 @@ class Probe:
             self.parts.append((obs, seen, np.stack([col(k) for k in PROBED], 1)))
 
     def __call__(self, encoder, device, dtype):
-        """Sets the encoder's standardisation, returns {quantity: R²}, rank and spread of latents."""
+        """Sets the encoder's standardisation; returns {quantity: R²}, rank, spread of latents."""
         encoder.eval()
         (za, ma, ya), (zb, mb, yb) = [(features_of(encoder, obs, device, dtype), seen, y)
                                       for obs, seen, y in self.parts]
@@ -183,9 +182,7 @@ def table(values):
 def main():
     args = arguments()
     began, stop = time.time(), Stop()
-    device = pick_device(args)
-    dtype = pick_precision(args.precision, device)
-    torch.manual_seed(args.seed)
+    device, dtype = set_up(args)
     sources = load_sources(args)
     window = dict(latents=args.latents if args.objective == "joint" else 1, history=args.history,
                   repeat=args.repeat, shares=args.shares)

@@ -13,15 +13,14 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from buffer import Latents, Loader, load_sources, shares_of
 from car_env import FPS
 from networks import (Predictor, already_trained, build, cosine, epoch_of, fingerprint, latest,
                       load_frozen, optimise, read, resume_run, save, save_run, stack)
-from runtime import (RunLog, Stop, autocast, fail, parser, pick_device, pick_precision, positive,
-                     pyplot, run, save_figure, save_gif)
+from runtime import (RunLog, Stop, autocast, fail, parser, positive, pyplot, run, save_figure,
+                     set_up, save_gif)
 
 SAVE_EVERY_S = 900
 SHOWN = (0, 1, 5, 10, 15)  # steps of a dream that the picture shows
@@ -33,7 +32,7 @@ GIF_FPS = 8
 def arguments():
     p = parser(__doc__, data=True)
     g = p.add_argument_group("model")
-    g.add_argument("--hidden", type=positive, default=512, help="width; planning time grows with it")
+    g.add_argument("--hidden", type=positive, default=512, help="width; plans take longer with it")
     g.add_argument("--depth", type=positive, default=2, help="residual blocks")
     g.add_argument("--dropout", type=float, default=0.0, help="in each block, while training")
     g.add_argument("--horizon", type=positive, default=15, help="steps that are imagined")
@@ -147,7 +146,7 @@ def dream_windows(sources, encoder, horizon, seed=0):
 
 @torch.no_grad()
 def dream(encoder, predictor, decoder, obs, act, device):
-    """Real frames and decoded dreams, both (n, H + 1, 64, 64, 3) uint8; step 0 is a reconstruction."""
+    """Real frames, decoded dreams, both (n, H + 1, 64, 64, 3) uint8; step 0 is reconstructed."""
     n, h = len(obs), encoder.history
     z0 = encoder(stack(obs[:, :h].to(device), h))
     z = torch.cat([z0[:, None], predictor.rollout(z0, act.to(device))], dim=1)  # (n, H + 1, D)
@@ -190,9 +189,7 @@ def animate_dream(real, dreamt, path):
 def main():
     args = arguments()
     began, stop = time.time(), Stop()
-    device = pick_device(args)
-    dtype = pick_precision(args.precision, device)
-    torch.manual_seed(args.seed)
+    device, dtype = set_up(args)
     sources = load_sources(args)
     latents, encoder, key = load_latents(args, device, dtype, sources, stop)
     decoder = load_decoder(args.root, key, device)

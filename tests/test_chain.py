@@ -53,7 +53,8 @@ def test_seeds_of_collectors_are_never_for_evaluation(chain):
     chunks = [c for f in ("data", "data_race", "data_recovery") for c in index(chain[0] / f)[0]]
     seeds = [c.meta["track_seed"] for c in chunks]
     assert min(seeds) >= 10_000_000 and len(set(seeds)) == len(seeds)
-    assert {c.meta["policy"].get("pace") for c in chunks if c.meta["source"] == "data_race"} <= {0.1, 0.2}
+    paces = {c.meta["policy"].get("pace") for c in chunks if c.meta["source"] == "data_race"}
+    assert paces == {0.1, 0.2}
 
 
 def test_training_leaves_checkpoints_logs_and_pictures(chain):
@@ -278,7 +279,8 @@ def test_help_gives_a_reason_for_every_flag(name):
     assert len(options) > 1
     for option in options:
         head, *more = option.splitlines()
-        reason = re.split(r"\s{2,}", head.strip())[1:] + [m.strip() for m in more if m[:20].isspace()]
+        reason = re.split(r"\s{2,}", head.strip())[1:]
+        reason += [line.strip() for line in more if line[:20].isspace()]
         assert len(" ".join(reason)) > 8, option
 
 
