@@ -366,7 +366,7 @@ def widen(quads, side, ahead, behind):
 
 
 def unit(v):
-    return v / np.linalg.norm(v, axis=-1, keepdims=True)
+    return v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-9)
 
 
 def square(x, y, side):

@@ -214,7 +214,8 @@ class RunLog:
     def log(self, step, **values):
         """One line; tensors and numpy numbers become floats (this is where the device waits)."""
         self.last = time.time()
-        values = {k: round(float(v), 6) for k, v in values.items()}
+        values = {k: round(v.item() if isinstance(v, torch.Tensor) else float(v), 6)
+                  for k, v in values.items()}
         self._write({"step": int(step), "seconds": round(self.last - self.start, 1), **values})
         return values
 

@@ -196,7 +196,6 @@ def main():
     sampler = Sampler(latents, sources, 0, args.batch_size, args.horizon, args.shares, args.seed)
     held = Sampler(latents, sources, 1, 512, args.horizon, seed=args.seed)
     windows = dream_windows(sources, encoder, args.horizon)
-    names = [name for name in sources for _ in range(2)]
     per_epoch = args.steps_per_epoch or sampler.steps_per_epoch
     steps = args.epochs * per_epoch
 
@@ -243,8 +242,8 @@ def main():
                  encoder_key=key, horizon=args.horizon, done=epoch == args.epochs)
             if decoder is not None:
                 real, dreamt = dream(encoder, predictor, decoder, *windows, device)
-                draw_dream(real, dreamt, names, visuals / f"dream_ep{epoch}.png",
-                           encoder.repeat / FPS)
+                draw_dream(real[::2], dreamt[::2], list(sources), visuals / f"dream_ep{epoch}.png",
+                           encoder.repeat / FPS)  # one window of the two of each source
                 animate_dream(real, dreamt, visuals / "output_dream.gif")
         if step % per_epoch == 0 or stop or time.time() - last_save > SAVE_EVERY_S:
             save_run(models / "predictor_resume.pth", nets, optim, scaler, args, step,
