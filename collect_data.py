@@ -153,6 +153,9 @@ def collect(args, source, make_policy):
         print(f"not counted: {line}")
     have = sum(c.frames for c in chunks)
     print(f"{folder}: {have:,} frames in {len(chunks)} episodes, target {args.frames:,}")
+    if have >= args.frames:
+        print("nothing to do: the target is reached")
+        return 0
     run_no = 1 + max((int(r) for p in folder.glob("*.npz")
                       for r in re.findall(r"r(\d+)-\w+-e\d+$", p.stem)), default=-1)
     host, token = socket.gethostname(), secrets.token_hex(3)

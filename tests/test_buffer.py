@@ -196,7 +196,7 @@ def test_a_payload_damaged_behind_a_good_header_is_refused_by_the_loader(tmp_pat
     path = folders[0][1].path
     raw = bytearray(path.read_bytes())
     at = raw.find(b"obs.npy") + 200
-    raw[at:at + 40] = bytes(40)
+    raw[at:at + 40] = bytes(b ^ 0xFF for b in raw[at:at + 40])
     path.write_bytes(raw)
     assert not index(path.parent)[1]  # the headers are whole
     stream = Loader(folders, 8, latents=2).batches()
