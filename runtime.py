@@ -289,7 +289,7 @@ def save_figure(fig, path):
 def save_gif(path, frames, fps):
     """Frames (H, W, 3) uint8 as an endless GIF, whole or not at all."""
     from PIL import Image
-    palette = Image.fromarray(np.concatenate(frames[::max(1, len(frames) // 8)])).quantize(128)
+    palette = Image.fromarray(np.concatenate(frames[::max(1, len(frames) // 8)])).quantize(255)
     pictures = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE)
                 for f in frames]
     replace_atomically(path, lambda f: pictures[0].save(

@@ -12,6 +12,7 @@ after the laptop's 2 minutes on two CPU cores expect under 0.3 of copy-last's at
 
 import time
 
+import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -181,6 +182,9 @@ def animate_dream(real, dreamt, path):
         picture = np.concatenate(rows, axis=0).repeat(GIF_SCALE, 0).repeat(GIF_SCALE, 1)
         bar = np.full((8, picture.shape[1], 3), 40, np.uint8)
         bar[:, :int(picture.shape[1] * t / (real.shape[1] - 1))] = 230
+        for i, word in enumerate(("real", "dreamt")):
+            cv2.putText(picture, word, (6, 64 * GIF_SCALE * i + 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5,
+                        (255, 255, 255), 1, cv2.LINE_AA)
         frames.append(np.concatenate([picture[:64 * GIF_SCALE], bar, picture[64 * GIF_SCALE:]]))
     save_gif(path, [frames[0]] * 4 + frames + [frames[-1]] * 4, GIF_FPS)
 
