@@ -213,39 +213,50 @@ LOST = 12.0  # units off the centre line beyond which another part of the track 
 LOOK_AHEAD = (3, 6, 10)  # tiles of 3.5 units: about 10, 20 and 35 units
 
 
+class Nearest:
+    """Finds the point of a closed path (N, 2) nearest to (x, y), given that the car moves on.
+
+    Called with x, y: the index, downhill from the last one, from all where that ends more than
+    `lost` units off. `last` = None makes the next call look at all.
+    """
+
+    def __init__(self, path, lost):
+        self.path, self.limit, self.last = path, lost**2, None
+        self.x, self.y = path.T.tolist()
+
+    def __call__(self, x, y):
+        if self.last is not None:
+            best, i = self._descend(x, y, self.last)
+            if best < self.limit:
+                self.last = i
+                return i
+        self.last = int(((self.path - (x, y)) ** 2).sum(1).argmin())
+        return self.last
+
+    def _descend(self, x, y, i):
+        xs, ys, n = self.x, self.y, len(self.x)
+        best = (xs[i] - x) ** 2 + (ys[i] - y) ** 2
+        for way in (1, -1):
+            while True:
+                j = (i + way) % n
+                distance = (xs[j] - x) ** 2 + (ys[j] - y) ** 2
+                if distance >= best:
+                    break
+                i, best = j, distance
+        return best, i
+
+
 class CentreLine:
-    """The track as flat lists, and the tile that was last the nearest."""
+    """The track as flat lists; `nearest(x, y)` is the index of the nearest tile."""
 
     def __init__(self, track):
         self.track = track
         _, beta, x, y = np.array(track).T
         turn = np.roll(beta, -1) - np.roll(beta, 1)
         turn = (turn + np.pi) % (2 * np.pi) - np.pi
-        self.xy = np.stack((x, y), 1)
-        self.x, self.y, self.beta = x.tolist(), y.tolist(), beta.tolist()
+        self.nearest = Nearest(np.stack((x, y), 1), LOST)
+        self.x, self.y, self.beta = self.nearest.x, self.nearest.y, beta.tolist()
         self.curvature = (turn / (2 * cr.TRACK_DETAIL_STEP)).tolist()
-        self.nearest = None
-
-    def find(self, x, y):
-        """Index of the tile nearest to (x, y): downhill from the last one, from all if far off."""
-        if self.nearest is not None:
-            d, i = self._descend(x, y, self.nearest)
-            if d < LOST**2:
-                self.nearest = i
-                return i
-        self.nearest = int(np.square(self.xy - (x, y)).sum(1).argmin())
-        return self.nearest
-
-    def _descend(self, x, y, i):
-        best = self._distance(x, y, i)
-        for way in (1, -1):
-            while (d := self._distance(x, y, i + way)) < best:
-                best, i = d, (i + way) % len(self.x)
-        return best, i
-
-    def _distance(self, x, y, i):
-        i %= len(self.x)
-        return (self.x[i] - x) ** 2 + (self.y[i] - y) ** 2
 
 
 def centre_line(env):
@@ -263,7 +274,7 @@ def telemetry(env):
     (x, y), v, angle = hull.position, hull.linearVelocity, hull.angle
     vx, vy = v.x, v.y
     c, s = math.cos(angle), math.sin(angle)
-    i, n = line.find(x, y), len(line.x)
+    i, n = line.nearest(x, y), len(line.x)
     beta = line.beta[i]
     offset = (x - line.x[i]) * math.cos(beta) + (y - line.y[i]) * math.sin(beta)
     return np.array(
@@ -308,7 +319,7 @@ def place_car(env, x, y, angle, speed=0.0, yaw_rate=0.0):
         rx, ry = w.position - centre
         w.linearVelocity = (vx - yaw_rate * ry, vy + yaw_rate * rx)
         w.omega = speed / w.wheel_rad
-    centre_line(env).nearest = None
+    centre_line(env).nearest.last = None
     return env._render("state_pixels")
 
 

@@ -14,6 +14,7 @@ import math
 import numpy as np
 
 from buffer import HELD_OUT_MOD
+from car_env import Nearest
 from collect_data import collect, collector_parser
 from runtime import run
 
@@ -145,10 +146,9 @@ class Expert:
         path, speed = np.vstack([path, path[:1]]), np.append(speed, speed[0])
         along = np.append(0.0, np.cumsum(np.hypot(*np.diff(path, axis=0).T)))
         s = np.arange(0.0, along[-1], SPACING)
-        self.points = np.column_stack([np.interp(s, along, c) for c in path.T])
-        self.x, self.y = self.points.T.tolist()
+        self.nearest = Nearest(np.column_stack([np.interp(s, along, c) for c in path.T]), LOST)
+        self.x, self.y = self.nearest.x, self.nearest.y
         self.speed = np.interp(s, along, speed).tolist()
-        self.near = 0
 
     def act(self, env):
         """The action (3,) float32 for now: steer right in -0.4..0.4, gas and brake in 0..1."""
@@ -160,7 +160,7 @@ class Expert:
         forward, side, v = vy * cos - vx * sin, -vx * cos - vy * sin, math.hypot(vx, vy)
         slide = abs(side - AXLE * yaw_rate)  # units/s, the rear tyres' sideways
 
-        near = self.near = self._nearest(x, y)
+        near = self.nearest(x, y)
         ahead = (near + int((self.look + self.look_v * v) / SPACING)) % n
         slip = math.atan2(side, forward) if v > SLOW else 0.0
         arc = pursuit_arc(self.x[ahead] - x, self.y[ahead] - y, angle + self.slip_aim * slip)
@@ -188,24 +188,9 @@ class Expert:
 
     def heading_error(self, env):
         """Radians from the line's direction to the car's, in -pi..pi, as of the last `act`."""
-        i, j = self.near, (self.near + 1) % len(self.x)
+        i, j = self.nearest.last, (self.nearest.last + 1) % len(self.x)
         line = math.atan2(self.x[i] - self.x[j], self.y[j] - self.y[i])
         return wrap(env.unwrapped.car.hull.angle - line)
-
-    def _nearest(self, x, y):
-        """Index of the line's point nearest to the car: downhill from the last one, both ways."""
-        i = self.near
-        best = (self.x[i] - x) ** 2 + (self.y[i] - y) ** 2
-        for way in (1, -1):
-            while True:
-                j = (i + way) % len(self.x)
-                distance = (self.x[j] - x) ** 2 + (self.y[j] - y) ** 2
-                if distance >= best:
-                    break
-                i, best = j, distance
-        if best > LOST**2:
-            i = int(((self.points - (x, y)) ** 2).sum(1).argmin())
-        return i
 
 
 def pace_of(job, episode):

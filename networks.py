@@ -55,7 +55,7 @@ class TinyEncoder(nn.Module):
     def features(self, x):
         """(N, 3 * history, 64, 64) uint8 or float in 0..255 -> raw latents (N, D)."""
         assert x.shape[1:] == (3 * self.history, 64, 64), tuple(x.shape)
-        x = (x.float() / 127.5 - 1.0).contiguous(memory_format=torch.channels_last)
+        x = torch.sub(x, 127.5).div_(127.5).contiguous(memory_format=torch.channels_last)
         return self.head(self.body(x).flatten(1)).float()
 
     def forward(self, x):
@@ -76,8 +76,9 @@ def stack(obs, history):
     """
     B, L, C, H, W = obs.shape
     T = L - history + 1
-    x = torch.cat([obs[:, i:i + T] for i in range(history)], dim=2)  # (B, T, 3 * history, 64, 64)
-    return x.reshape(B * T, C * history, H, W)
+    obs = obs.permute(0, 1, 3, 4, 2)  # as it lies in memory: the result is channels_last for free
+    x = torch.cat([obs[:, i:i + T] for i in range(history)], dim=-1)  # (B, T, 64, 64, 3 * history)
+    return x.reshape(B * T, H, W, C * history).permute(0, 3, 1, 2)
 
 
 def mlp(*dims, norm=nn.LayerNorm):

@@ -74,6 +74,19 @@ def parser(doc, seed=True, device=True, data=False):
     return p
 
 
+def optimisation(p, batch_size, epochs=50, steps_per_epoch=0, lr=1e-3, weight_decay=1e-4):
+    """The flags of a training loop, with a stage's own defaults; `batch_size` is in its units."""
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=positive, default=epochs,
+                   help="each ends with a look at held-out tracks, and a checkpoint")
+    g.add_argument("--batch_size", type=positive, default=batch_size,
+                   help="of a step: windows, or latents of each class for the cost model")
+    g.add_argument("--steps_per_epoch", type=natural, default=steps_per_epoch,
+                   help="0: as many as show the data about once")
+    g.add_argument("--lr", type=float, default=lr, help="peak of the cosine schedule")
+    g.add_argument("--weight_decay", type=float, default=weight_decay, help="AdamW's, decoupled")
+
+
 def positive(text):
     """argparse type: an integer > 0."""
     if int(text) <= 0:

@@ -23,8 +23,8 @@ from buffer import load_sources
 from car_env import ZOOM_STEPS
 from networks import (CostModel, already_trained, cosine, fingerprint, latest, load_frozen,
                       optimise, resume_run, save, save_run)
-from runtime import (RunLog, Stop, autocast, fail, parser, positive, pyplot, run, save_figure,
-                     set_up)
+from runtime import (RunLog, Stop, autocast, fail, optimisation, parser, positive, pyplot, run,
+                     save_figure, set_up)
 from train_predictor import load_latents
 
 EXPERT, RANDOM = "data_race", "data"  # the two classes; recovery is between and trains neither
@@ -37,12 +37,7 @@ def arguments():
     g.add_argument("--hidden", type=positive, default=256, help="width of the classifier")
     g.add_argument("--shrinkage", type=float, default=0.05,
                    help="density: share of a round covariance mixed into the experts' own")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=positive, default=4, help="held-out AUC after each")
-    g.add_argument("--batch_size", type=positive, default=1024, help="latents of each class")
-    g.add_argument("--steps_per_epoch", type=positive, default=250, help="the classifier is small")
-    g.add_argument("--lr", type=float, default=1e-3, help="peak of the cosine schedule")
-    g.add_argument("--weight_decay", type=float, default=1e-2, help="keeps the logits small")
+    optimisation(p, batch_size=1024, epochs=4, steps_per_epoch=250, weight_decay=1e-2)
     return p.parse_args()
 
 

@@ -23,7 +23,7 @@ from buffer import Loader, load_sources, sample_frames
 from car_env import TELEMETRY, ZOOM_STEPS
 from networks import (InverseModel, Predictor, Projector, TinyEncoder, already_trained, cosine,
                       optimise, resume_run, save, save_run, stack, unit_act)
-from runtime import (RunLog, Stop, autocast, fail, parser, positive, run, set_up)
+from runtime import (RunLog, Stop, autocast, fail, optimisation, parser, positive, run, set_up)
 from vicreg import covariance, effective_rank, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
@@ -56,13 +56,7 @@ def arguments():
     g.add_argument("--temporal", type=float, default=1.0,
                    help="joint: weight of the similarity of neighbours in time")
     g.add_argument("--sim", type=float, default=25.0, help="vicreg: weight of the invariance")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=positive, default=50, help="a checkpoint and a picture each")
-    g.add_argument("--batch_size", type=positive, default=256, help="windows in a step")
-    g.add_argument("--steps_per_epoch", type=int, default=0,
-                   help="0: as many as show each frame about once")
-    g.add_argument("--lr", type=float, default=1e-3, help="peak of the cosine schedule")
-    g.add_argument("--weight_decay", type=float, default=1e-4, help="AdamW's, decoupled")
+    optimisation(p, batch_size=256)
     args = p.parse_args()
     args.std = args.std if args.std is not None else {"joint": 16.0, "vicreg": 25.0}[args.objective]
     return args
@@ -75,7 +69,7 @@ def jitter(obs, generator):
                                          device=x.device) - 1))
     scene = x[..., :HUD_ROW, :]
     mean = scene.mean(dim=(1, 2, 3, 4), keepdim=True)
-    x[..., :HUD_ROW, :] = (((scene - mean) * c + mean) * b).clamp(0, 255)
+    scene.mul_(b * c).add_(b * (1 - c) * mean).clamp_(0, 255)  # ((scene - mean) c + mean) b
     return x
 
 
@@ -226,14 +220,14 @@ def main():
         if not torch.isfinite(loss):
             fail(f"step {step}: the loss is {loss.item()}; nothing was saved over the last good "
                  "file; use --precision fp32, or a lower --lr with --fresh")
-        spread = z.std(dim=0).mean()
-        if step % CHECK_EVERY == 0 and step > 0 and spread < COLLAPSED:
-            fail(f"step {step}: the latents collapsed (spread {spread:.4f}, expected about 1); "
-                 "nothing was saved over the last good file; raise --std or lower --lr, with "
-                 "--fresh")
+        if step % CHECK_EVERY == 0 and step > 0 and z.std(dim=0).mean() < COLLAPSED:
+            fail(f"step {step}: the latents collapsed (spread {z.std(dim=0).mean():.4f}, expected "
+                 "about 1); nothing was saved over the last good file; raise --std or lower --lr, "
+                 "with --fresh")
         lr = cosine(step, steps, args.lr)
         if log.due():
-            shown = log.log(step, loss=loss, lr=lr, spread=spread, rank=effective_rank(z), **logs)
+            shown = log.log(step, loss=loss, lr=lr, spread=z.std(dim=0).mean(),
+                            rank=effective_rank(z), **logs)
             bar.set_postfix(loss=f"{shown['loss']:.3f}", rank=f"{shown['rank']:.0f}")
         optimise(loss, nets.values(), optim, scaler, lr)
         step += 1

@@ -21,8 +21,8 @@ from buffer import Latents, Loader, load_sources, shares_of
 from car_env import FPS
 from networks import (Predictor, already_trained, build, cosine, epoch_of, fingerprint, latest,
                       load_frozen, optimise, read, resume_run, save, save_run, stack)
-from runtime import (RunLog, Stop, autocast, fail, parser, positive, pyplot, run, save_figure,
-                     set_up, save_gif)
+from runtime import (RunLog, Stop, autocast, fail, optimisation, parser, positive, pyplot, run,
+                     save_figure, save_gif, set_up)
 
 SAVE_EVERY_S = 900
 SHOWN = (0, 1, 5, 10, 15)  # steps of a dream that the picture shows
@@ -38,13 +38,7 @@ def arguments():
     g.add_argument("--depth", type=positive, default=2, help="residual blocks")
     g.add_argument("--dropout", type=float, default=0.0, help="in each block, while training")
     g.add_argument("--horizon", type=positive, default=15, help="steps that are imagined")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=positive, default=50, help="a checkpoint and a dream each")
-    g.add_argument("--batch_size", type=positive, default=1024, help="windows in a step")
-    g.add_argument("--steps_per_epoch", type=int, default=0,
-                   help="0: as many as start a window at each frame once")
-    g.add_argument("--lr", type=float, default=1e-3, help="peak of the cosine schedule")
-    g.add_argument("--weight_decay", type=float, default=1e-4, help="AdamW's, decoupled")
+    optimisation(p, batch_size=1024)
     return p.parse_args()
 
 
