@@ -33,6 +33,7 @@ from train_predictor import load_decoder
 
 START_GAS = 0.15  # held through the opening zoom, in which latents mean little
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
+GAS = 0.4  # gas of u = 1: more breaks the rear wheels loose in a bend, and the plans never catch it
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
 POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
 VIDEO_FPS = 25
@@ -108,7 +109,8 @@ def colored_noise(N, H, rho, generator=None, device="cpu"):
 def to_action(u):
     """Plans u (..., 2) in -1..1 (steer, throttle) -> actions (..., 3): steer, gas, brake."""
     steer, throttle = u.unbind(-1)
-    return torch.stack([STEER * steer, throttle.clamp_min(0), BRAKE * (-throttle).clamp_min(0)], -1)
+    return torch.stack([STEER * steer, GAS * throttle.clamp_min(0),
+                        BRAKE * (-throttle).clamp_min(0)], -1)
 
 
 @torch.inference_mode()

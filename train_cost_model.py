@@ -130,7 +130,8 @@ def main():
     parts = [{name: Sampler(latents, split[part], predictor, payload["horizon"])
               for name, split in sources.items()} for part in (0, 1)]
     train, held = parts
-    steps = args.epochs * args.steps_per_epoch
+    per_epoch = args.steps_per_epoch or max(1, len(train[EXPERT].starts) // args.batch_size)
+    steps = args.epochs * per_epoch
 
     cost = CostModel(encoder.dim, args.hidden).to(device)
     optim = torch.optim.AdamW(cost.net.parameters(), args.lr, weight_decay=args.weight_decay)
@@ -155,14 +156,14 @@ def main():
         if step % 20 == 0:
             log.log(step, loss=loss, lr=lr, **logs)
         optimise(loss, [cost.net], optim, scaler, lr)
-        if (step + 1) % args.steps_per_epoch == 0:
+        if (step + 1) % per_epoch == 0:
             energies, auc = evaluate(cost, held, device)
             log.log(step, **{f"val_auc_{kind}": a for kind, a in auc.items()})
             log.curves()
         if step + 1 == steps:
             save(models / "cost_model_final.pth", {"cost": cost}, **keys, auc=auc)
             draw_energies(energies, auc, args.root / "visuals" / "energy_histogram.png")
-        if stop or (step + 1) % args.steps_per_epoch == 0:
+        if stop or (step + 1) % per_epoch == 0:
             save_run(models / "cost_model_resume.pth", {"cost": cost}, optim, scaler, args,
                      step + 1, **keys)
         if stop and step + 1 < steps:
