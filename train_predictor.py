@@ -4,10 +4,10 @@ Reads ROOT/models/encoder_mixed_ep*.pth and the data, encodes the data once into
 writes models/predictor_ep{N}.pth, models/predictor.jsonl, visuals/predictor_curves.png,
 visuals/dream_ep{N}.png and visuals/output_dream.gif (real above dreamt, by the decoder). Prints the
 held-out error of each step beside copy-last, another episode's actions and an untrained predictor:
-after the laptop's 2 minutes on two CPU cores expect under 0.3 of copy-last's at step 15.
+after the laptop's 3 minutes on two CPU cores expect under 0.4 of copy-last's at step 15.
 
     python train_predictor.py --epochs 50
-    python train_predictor.py --epochs 4 --steps_per_epoch 200 --batch_size 512      a laptop
+    python train_predictor.py --hidden 256 --epochs 3 --steps_per_epoch 150 --batch_size 512  a laptop
 """
 
 import time
