@@ -4,7 +4,7 @@ Reads ROOT/data_race, data_recovery, data; writes ROOT/models/encoder_mixed_ep{N
 models/encoder.jsonl and visuals/encoder_curves.png. `--objective joint` (default) asks that latents
 be predictable from actions, tell the action, vary, and be uncorrelated; `--objective vicreg` is
 plain VICReg on two photometric views. Each epoch prints a linear probe of what the latents know:
-after the laptop's 3 to 7 minutes on two CPU cores expect R² over 0.93 for speed and lateral offset.
+after the laptop's 3 to 7 minutes on two CPU cores expect R² over 0.93 for speed and offset.
 
     python train_encoder.py --epochs 50 --batch_size 256
     python train_encoder.py --width 0.25 --dim 256 --epochs 4 --steps_per_epoch 80 \\

@@ -7,7 +7,8 @@ held-out error of each step beside copy-last, another episode's actions and an u
 after the laptop's 3 minutes on two CPU cores expect under 0.4 of copy-last's at step 15.
 
     python train_predictor.py --epochs 50
-    python train_predictor.py --hidden 256 --epochs 3 --steps_per_epoch 150 --batch_size 512  a laptop
+    # a laptop:
+    python train_predictor.py --hidden 256 --epochs 3 --steps_per_epoch 150 --batch_size 512
 """
 
 import time
