@@ -33,7 +33,7 @@ from train_predictor import load_decoder
 
 START_GAS = 0.15  # held through the opening zoom, in which latents mean little
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
-GAS = 0.47  # gas of u = 1: more breaks the rear wheels loose in a bend, and the plans never catch it
+GAS = 0.47  # gas of u = 1: more spins the car in bends, and no plan catches it (LOG.md)
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
 POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
 VIDEO_FPS = 25
