@@ -73,6 +73,11 @@ def jitter(obs, generator):
     return x
 
 
+def spread(z):
+    """Mean standard deviation of the dimensions of latents (N, D): near 0 they have collapsed."""
+    return z.std(dim=0).mean()
+
+
 def joint_loss(nets, obs, act, args, generator):
     """Prediction, inverse dynamics, temporal similarity, variance and covariance of a window.
 
@@ -150,7 +155,7 @@ class Probe:
         y = (yb[mb] - mean) / std
         error = ((fit.predict((zb / scale)[mb]) - y) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)
         return {"val_r2_" + k: 1 - e for k, e in zip(PROBED, error)} | {
-            "val_rank": effective_rank(zb), "val_spread": float(zb.std(0).mean())}
+            "val_rank": effective_rank(zb), "val_spread": float(spread(zb))}
 
 
 @torch.no_grad()
@@ -220,14 +225,14 @@ def main():
         if not torch.isfinite(loss):
             fail(f"step {step}: the loss is {loss.item()}; nothing was saved over the last good "
                  "file; use --precision fp32, or a lower --lr with --fresh")
-        if step % CHECK_EVERY == 0 and step > 0 and z.std(dim=0).mean() < COLLAPSED:
-            fail(f"step {step}: the latents collapsed (spread {z.std(dim=0).mean():.4f}, expected "
-                 "about 1); nothing was saved over the last good file; raise --std or lower --lr, "
-                 "with --fresh")
+        if step % CHECK_EVERY == 0 and step > 0 and spread(z) < COLLAPSED:
+            fail(f"step {step}: the latents collapsed (spread {spread(z):.4f}, expected about 1); "
+                 "nothing was saved over the last good file; raise --std or lower --lr, with "
+                 "--fresh")
         lr = cosine(step, steps, args.lr)
         if log.due():
-            shown = log.log(step, loss=loss, lr=lr, spread=z.std(dim=0).mean(),
-                            rank=effective_rank(z), **logs)
+            shown = log.log(step, loss=loss, lr=lr, spread=spread(z), rank=effective_rank(z),
+                            **logs)
             bar.set_postfix(loss=f"{shown['loss']:.3f}", rank=f"{shown['rank']:.0f}")
         optimise(loss, nets.values(), optim, scaler, lr)
         step += 1

@@ -89,6 +89,7 @@ def test_actions_cover_full_lock_and_braking():
     assert torch.allclose(to_action(u), torch.tensor([[STEER, GAS, 0.0], [-STEER, 0.0, BRAKE],
                                                       [0.0, 0.0, 0.0]]))
     assert STEER >= 0.4 and BRAKE >= 0.3  # the joint's stop; enough to lock up at speed
+    assert 0.4 <= GAS < 0.55  # the limits that were driven without and with spins
 
 
 def test_density_is_the_mahalanobis_distance():
