@@ -25,6 +25,7 @@ NOISE = 0.05               # standard deviation of steer and gas noise, always o
 NOISE_MEMORY = 0.9         # AR(1) coefficient per step
 BEND = 0.05                # radians of steering that show a bend
 START_SHARE = 0.5          # of the episodes begin perturbed
+OFFSET, ASKEW, SPIN = 10.0, 0.8, 2.0  # units, rad, rad/s: standard deviations of such a start
 
 
 def spoil(kind, strength, sign, action):
@@ -69,10 +70,9 @@ class FaultyExpert:
             return False
         track = env.unwrapped.track
         _, beta, x, y = track[rng.integers(len(track))]
-        offset, askew = rng.uniform(-12, 12), rng.normal(0, 0.6)
-        askew, speed = max(-1.5, min(1.5, askew)), rng.uniform(0, 60)
+        offset, askew, yaw_rate = rng.normal(0, (OFFSET, ASKEW, SPIN))
         place_car(env, x + offset * math.cos(beta), y + offset * math.sin(beta), beta + askew,
-                  speed, rng.normal(0, 1.0))
+                  speed=rng.uniform(0, 60), yaw_rate=yaw_rate)
         self.mistakes["start"][0] += 1
         self._judge("start")
         return True

@@ -168,14 +168,14 @@ def main():
     need = (e.history - 1) * e.repeat + 1  # consecutive frames that a latent looks back on
     film, rows, both, trace = [], [], [], deque(maxlen=TRACE)
     recent, actions = deque(maxlen=need), deque(maxlen=2 * need)
-    paused, canvas = False, None
+    paused, canvas, new = False, None, False  # new: not shown yet
     bar = tqdm(total=args.steps, desc="drive", unit="step", disable=live)
 
     obs, _ = env.reset(seed=args.track_seed)
     driver.reset(args.track_seed)
     total, step, ended = 0.0, 0, False
     while step < args.steps and not ended and not stop:
-        if live and canvas is not None:
+        if live and new:  # a step of the viewer goes to the next picture
             key = window.show(canvas)
             if key == "q":
                 break
@@ -183,6 +183,7 @@ def main():
             if paused and key not in ("s", "right"):
                 time.sleep(0.02)
                 continue
+            new = False
         frame = observe(env, obs)
         recent.append(frame)
         action = driver.act(frame)
@@ -200,6 +201,7 @@ def main():
                 both.append([v[1] for v in found.values()])
                 trace.append(rows[-1][1:])
             canvas = compose(env, {k: f[-1] for k, f in stacks.items()}, trace, total, step)
+            new = True
             if not live:
                 film.append(canvas)
         actions.append(action)

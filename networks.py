@@ -69,16 +69,17 @@ class TinyEncoder(nn.Module):
         self.std.copy_(z.std(dim=0).clamp_min(1e-4))
 
 
-def stack(obs, history):
+def stack(obs, history, at=None):
     """Windows of frames -> encoder inputs, oldest first.
 
-    obs (B, T + history - 1, 3, 64, 64) -> (B * T, 3 * history, 64, 64), T latents a window.
+    obs (B, L, 3, 64, 64) -> (B * T, 3 * history, 64, 64), T latents a window: all
+    L - history + 1 that there are, or those `at` these indices.
     """
     B, L, C, H, W = obs.shape
-    T = L - history + 1
+    at = range(L - history + 1) if at is None else at
     obs = obs.permute(0, 1, 3, 4, 2)  # as it lies in memory: the result is channels_last for free
-    x = torch.cat([obs[:, i:i + T] for i in range(history)], dim=-1)  # (B, T, 64, 64, 3 * history)
-    return x.reshape(B * T, H, W, C * history).permute(0, 3, 1, 2)
+    x = torch.cat([obs[:, [t + i for t in at]] for i in range(history)], dim=-1)
+    return x.reshape(-1, H, W, C * history).permute(0, 3, 1, 2)  # from (B, T, 64, 64, 3 * history)
 
 
 def mlp(*dims, norm=nn.LayerNorm):
@@ -155,6 +156,9 @@ class Predictor(nn.Module):
         self.acts = nn.ModuleList(nn.Linear(ACT, hidden) for _ in range(depth))
         self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
         self.head = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, dim))
+        with torch.no_grad():  # a fresh predictor nearly copies the last latent
+            for p in self.head[1].parameters():
+                p.mul_(0.1)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, z, act):

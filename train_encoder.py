@@ -48,7 +48,9 @@ def arguments():
     g = p.add_argument_group("objective")
     g.add_argument("--objective", choices=["joint", "vicreg"], default="joint",
                    help="joint drives; vicreg is the plain two-view loss")
-    g.add_argument("--latents", type=positive, default=4, help="joint: latents in a window")
+    g.add_argument("--targets", type=positive, nargs="+", default=[1, 3, 8],
+                   help="joint: steps of the dream that are compared with encoded frames; each "
+                        "costs as much as the window's first, the steps between nearly nothing")
     g.add_argument("--pred", type=float, default=10.0, help="joint: weight of the prediction")
     g.add_argument("--std", type=float, help="weight of the variance hinge (joint 16, vicreg 25)")
     g.add_argument("--cov", type=float, default=1.0, help="weight of the covariance term")
@@ -58,6 +60,8 @@ def arguments():
     g.add_argument("--sim", type=float, default=25.0, help="vicreg: weight of the invariance")
     optimisation(p, batch_size=256)
     args = p.parse_args()
+    if args.targets != sorted(set(args.targets)) or args.targets[0] != 1:
+        p.error(f"--targets {args.targets}: expected rising steps from 1 on, such as 1 3 8")
     args.std = args.std if args.std is not None else {"joint": 16.0, "vicreg": 25.0}[args.objective]
     return args
 
@@ -81,16 +85,21 @@ def spread(z):
 def joint_loss(nets, obs, act, args, generator):
     """Prediction, inverse dynamics, temporal similarity, variance and covariance of a window.
 
-    obs (B, K + history - 1, 3, 64, 64), act (B, K - 1, 3) -> (loss, logs, raw latents (B * K, D)).
+    obs (B, H + history, 3, 64, 64), act (B, H, 3), H the last of --targets; K latents are encoded,
+    the first and one for each target -> (loss, logs, raw latents (B * K, D)).
     """
-    B, K = len(obs), args.latents
-    flat = nets["encoder"].features(stack(jitter(obs, generator), args.history))  # (B * K, D)
+    at = [0, *args.targets]
+    B, K = len(obs), len(at)
+    flat = nets["encoder"].features(stack(jitter(obs, generator), args.history, at))  # (B * K, D)
     z = flat.view(B, K, -1)
-    z_hat = nets["predictor"].rollout(z[:, 0], act)
-    told = nets["inverse"](z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1))
+    z_hat = nets["predictor"].rollout(z[:, 0], act)[:, [t - 1 for t in args.targets]]
+    next_to = [k for k in range(K - 1) if at[k + 1] == at[k] + 1]  # neighbours in time
+    pair = z[:, next_to].flatten(0, 1), z[:, [k + 1 for k in next_to]].flatten(0, 1)
+    told = nets["inverse"](*pair)
+    done = unit_act(act[:, [at[k] for k in next_to]]).flatten(0, 1)
     logs = {"pred": F.mse_loss(z_hat.float(), z[:, 1:]),
-            "inverse": F.mse_loss(told.float(), unit_act(act).flatten(0, 1)),
-            "temporal": F.mse_loss(z[:, 1:], z[:, :-1]),
+            "inverse": F.mse_loss(told.float(), done),
+            "temporal": F.mse_loss(*pair),
             "std": variance(flat), "cov": covariance(flat)}
     loss = sum(getattr(args, name) * term for name, term in logs.items())
     return loss, {k: v.detach() for k, v in logs.items()}, flat.detach()
@@ -185,7 +194,8 @@ def main():
     began, stop = time.time(), Stop()
     device, dtype = set_up(args)
     sources = load_sources(args)
-    window = dict(latents=args.latents if args.objective == "joint" else 1, history=args.history,
+    window = dict(latents=1 + args.targets[-1] if args.objective == "joint" else 1,
+                  history=args.history,
                   repeat=args.repeat, shares=args.shares)
     loader = Loader([s[0] for s in sources.values()], args.batch_size, seed=args.seed, **window)
     held = Loader([s[1] for s in sources.values()], min(args.batch_size, 96), seed=1, **window)
@@ -206,7 +216,7 @@ def main():
     probe = Probe(sources, args)
     size = sum(p.numel() for p in nets["encoder"].parameters()) / 1e6
     print(f"{size:.2f}M encoder on {device} in {str(dtype).removeprefix('torch.')}, {steps} steps "
-          f"from {step}, {args.batch_size} windows of {window['latents']} latents")
+          f"from {step}, {args.batch_size} windows")
     if not saved:
         print("untrained:", table(probe(nets["encoder"], device, dtype)))
 

@@ -1,10 +1,12 @@
 """What goes into the encoder: stacked windows and photometric views, against plain references."""
 
+import argparse
+
 import pytest
 import torch
 
-from networks import TinyEncoder, stack
-from train_encoder import HUD_ROW, JITTER, jitter
+from networks import InverseModel, Predictor, TinyEncoder, stack, unit_act
+from train_encoder import HUD_ROW, JITTER, jitter, loss_fn
 
 
 @pytest.fixture
@@ -28,6 +30,8 @@ def test_a_stack_holds_its_frames_oldest_first(obs, history, packed):
         for t in range(T):
             want = torch.cat([obs[b, t + i] for i in range(history)])
             assert torch.equal(x[b * T + t], want)
+    some = x.view(B, T, *x.shape[1:])[:, [0, 2]].flatten(0, 1)
+    assert torch.equal(stack(obs, history, [0, 2]), some)
 
 
 def test_a_view_changes_brightness_and_contrast_of_the_scene_only(obs):
@@ -52,3 +56,33 @@ def test_uint8_and_float_frames_are_the_same_to_the_encoder(obs):
     kept = as_float.clone()
     assert torch.equal(encoder(x), encoder(as_float))
     assert torch.equal(as_float, kept)  # normalisation does not write into its input
+
+def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
+    """Terms of the joint objective with gaps between targets, against plain loops."""
+    torch.manual_seed(0)
+    args = argparse.Namespace(objective="joint", targets=[1, 3, 4], history=2, pred=10.0, std=16.0,
+                              cov=1.0, inverse=2.0, temporal=1.0)
+    nets = {"encoder": TinyEncoder(0.125, history=2, dim=16), "predictor": Predictor(16, 8),
+            "inverse": InverseModel(16, 8)}
+    obs = obs.repeat(2, 2, 1, 1, 1)[:, :6]  # 4 steps and a frame of history
+    act = torch.randn(6, 4, 3)
+    loss, logs, flat = loss_fn(nets, (obs, act), args, torch.Generator().manual_seed(1))
+    seen = jitter(obs, torch.Generator().manual_seed(1))
+    at = [0, 1, 3, 4]
+    x = torch.stack([torch.cat([seen[b, t], seen[b, t + 1]]) for b in range(6) for t in at])
+    z = nets["encoder"].features(x).view(6, 4, 16)
+    assert torch.allclose(flat, z.flatten(0, 1), atol=1e-5)
+    z_hat, pred = z[:, 0], 0.0
+    for t in range(4):
+        z_hat = nets["predictor"](z_hat, act[:, t])
+        if t + 1 in at:
+            pred += (z_hat - z[:, at.index(t + 1)]).pow(2).mean() / 3
+    assert torch.allclose(logs["pred"], pred, rtol=1e-3)
+    told, same = 0.0, 0.0
+    for a, b, t in ((0, 1, 0), (2, 3, 3)):  # steps 0 to 1 and 3 to 4 are neighbours, 1 and 3 not
+        told += (nets["inverse"](z[:, a], z[:, b]) - unit_act(act[:, t])).pow(2).mean() / 2
+        same += (z[:, a] - z[:, b]).pow(2).mean() / 2
+    assert torch.allclose(logs["inverse"], told, rtol=1e-3)
+    assert torch.allclose(logs["temporal"], same, rtol=1e-3)
+    total = sum(getattr(args, k) * v for k, v in logs.items())
+    assert torch.allclose(loss, total, rtol=1e-5)
