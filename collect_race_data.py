@@ -203,14 +203,15 @@ def make_expert(job, episode):
     return Expert(pace), {"name": "expert", "pace": pace}
 
 
-def pace_parser(doc, frames):
-    """The collectors' flags and --pace."""
+def pace_parser(doc, frames, pace, reason):
+    """The collectors' flags and --pace with its default and the reason for it."""
     p = collector_parser(doc, frames)
-    p.add_argument("--pace", type=float, nargs="+", default=[0.1, 0.2],
-                   help="0 calm (about 58 units/s) to 1 full; several take turns. A model of full "
-                        "pace alone drives worse: its data rarely shows leaving the limit")
+    p.add_argument("--pace", type=float, nargs="+", default=pace,
+                   help="0 calm (about 58 units/s) to 1 full; several take turns. " + reason)
     return p
 
 
 if __name__ == "__main__":
-    run(lambda: collect(pace_parser(__doc__, 1_900_000).parse_args(), "data_race", make_expert))
+    args = pace_parser(__doc__, 1_900_000, [0.1, 0.2],
+                       "The driver aims at what the expert does: full pace asks too much of it")
+    run(lambda: collect(args.parse_args(), "data_race", make_expert))

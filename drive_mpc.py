@@ -31,7 +31,7 @@ from runtime import (Stop, autocast, fail, parser, positive, replace_atomically,
                      save_mp4, set_up, versions, writable)
 from train_predictor import load_decoder
 
-START_GAS = 0.15  # held through the opening zoom, in which latents mean little
+START_GAS = 0.25  # held through the opening zoom, in which latents mean little
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
 GAS = 0.47  # gas of u = 1: more spins the car in bends, and no plan catches it (LOG.md)
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
