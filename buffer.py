@@ -14,6 +14,7 @@ Frames before the first are the first, repeated; nothing ever crosses an episode
 """
 
 import argparse
+import hashlib
 import io
 import json
 import queue
@@ -162,7 +163,10 @@ def held_out(track_seed):
 
 
 def index(folder):
-    """(chunks, damaged, duplicates) of a folder: lists of Chunk, str, str, in order of names."""
+    """(chunks, damaged, duplicates) of a folder: lists of Chunk, str, str, in order of names.
+
+    Twice is an episode of the same uid, or of the same track, length and return.
+    """
     chunks, damaged, duplicates, seen = [], [], [], {}
     for path in sorted(Path(folder).glob("*.npz")):
         if path.name.startswith("."):
@@ -172,12 +176,20 @@ def index(folder):
         except Refusal as e:
             damaged.append(str(e))
             continue
-        if meta["uid"] in seen:
-            duplicates.append(f"{path}: the same episode as {seen[meta['uid']].name}")
+        keys = meta["uid"], (meta["track_seed"], meta["frames"], meta["return_"])
+        first = next((seen[k] for k in keys if k in seen), None)
+        if first is not None:
+            duplicates.append(f"{path}: the same episode as {first.name}")
             continue
-        seen[meta["uid"]] = path
+        seen |= dict.fromkeys(keys, path)
         chunks.append(Chunk(path, meta))
     return chunks, damaged, duplicates
+
+
+def data_key(sources):
+    """16 hex digits that change with the episodes of load_sources' result."""
+    uids = sorted(c.meta["uid"] for split in sources.values() for part in split for c in part)
+    return hashlib.sha256("\n".join(uids).encode()).hexdigest()[:16]
 
 
 MADE_BY = {"data": "python collect_data.py", "data_race": "python collect_race_data.py",
@@ -238,11 +250,10 @@ class Loader:
         self.latents, self.history, self.repeat = latents, history, repeat
         self.counts = shares_of(sources, batch_size, shares)
         windows = [sum(self._windows(c) for c in chunks) for chunks in sources]
+        self.windows = sum(windows)
         for chunks, n in zip(sources, windows):
             if n == 0:
                 fail(f"{chunks[0].path.parent}: no episode is as long as {self._span()} steps")
-        frames = sum(windows)
-        self.steps_per_epoch = max(1, frames // (batch_size * latents))  # each frame about once
 
     def _span(self):
         return (self.latents - 1) * self.repeat  # steps from the first latent to the last
@@ -449,8 +460,8 @@ def main():
     p.add_argument("--verify", action="store_true",
                    help="inflate everything and check each CRC, not only the headers")
     args = p.parse_args()
-    print(f"{'folder':24} {'chunks':>7} {'held out':>8} {'frames':>10} {'MB':>8} {'B/frame':>7} "
-          f"{'return':>15} {'laps':>5} {'twice':>5} {'damaged':>7}")
+    print(f"{'folder':24} {'chunks':>7} {'episodes':>8} {'held out':>8} {'frames':>10} {'MB':>8} "
+          f"{'B/frame':>7} {'return':>15} {'laps':>5} {'twice':>5} {'damaged':>7}")
     bad = 0
     for folder in args.folders:
         if not folder.is_dir():
@@ -468,9 +479,10 @@ def main():
         frames = sum(c.frames for c in chunks)
         r = np.array([c.meta["return_"] for c in chunks] or [np.nan])
         laps = sum(bool(c.meta.get("lap_finished")) for c in chunks)
-        print(f"{str(folder):24} {len(chunks):7} {sum(c.held_out for c in chunks):8} {frames:10,} "
-              f"{size / 1e6:8.1f} {size / max(1, frames):7.0f} {r.mean():8.1f} ± {r.std():4.0f} "
-              f"{laps:5} {len(duplicates):5} {len(damaged):7}")
+        files = len(chunks) + len(damaged) + len(duplicates)
+        print(f"{str(folder):24} {files:7} {len(chunks):8} {sum(c.held_out for c in chunks):8} "
+              f"{frames:10,} {size / 1e6:8.1f} {size / max(1, frames):7.0f} {r.mean():8.1f} "
+              f"± {r.std():4.0f} {laps:5} {len(duplicates):5} {len(damaged):7}")
         for line in duplicates + damaged:
             print(f"  {line}")
         bad += len(damaged)

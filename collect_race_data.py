@@ -16,7 +16,7 @@ import numpy as np
 from buffer import HELD_OUT_MOD
 from car_env import Nearest
 from collect_data import collect, collector_parser
-from runtime import run
+from runtime import fraction, run
 
 SPACING = 1.0       # units between the points of the resampled racing line
 AXLE = 1.62         # units from the car's centre to either axle
@@ -206,7 +206,7 @@ def make_expert(job, episode):
 def pace_parser(doc, frames, pace, reason):
     """The collectors' flags and --pace with its default and the reason for it."""
     p = collector_parser(doc, frames)
-    p.add_argument("--pace", type=float, nargs="+", default=pace,
+    p.add_argument("--pace", type=fraction, nargs="+", default=pace,
                    help="0 calm (about 58 units/s) to 1 full; several take turns. " + reason)
     return p
 

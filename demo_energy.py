@@ -23,8 +23,8 @@ from car_env import FPS, TELEMETRY, ZOOM_STEPS, make_env, observe, place_car, te
 from drive_mpc import (DIM, INK, PAPER, SIDE, STRIP, VIDEO_FPS, VIEW, WARM, Window,
                        load_driver, planning, plot, write)
 from networks import stack
-from runtime import (Stop, autocast, parser, positive, pyplot, run, save_figure, save_gif, save_mp4,
-                     writable)
+from runtime import (Stop, autocast, natural, parser, positive, pyplot, run, save_figure, save_gif,
+                     save_mp4, writable)
 
 FUTURES = {"true": (90, 200, 120), "teleported": WARM, "random": (240, 90, 90)}  # name: colour
 MIN_JUMP = 15  # tiles between the car and where it is teleported to, so that places differ
@@ -36,7 +36,7 @@ GIF_STRIDE, GIF_FRAMES = 5, 120  # recorded frames per frame of the GIF, frames 
 def arguments():
     p = parser(__doc__)
     g = p.add_argument_group("task")
-    g.add_argument("--track_seed", type=int, default=100_000, help="of the drive")
+    g.add_argument("--track_seed", type=natural, default=100_000, help="of the drive")
     g.add_argument("--steps", type=positive, default=1000, help="environment steps, at most 1000")
     g.add_argument("--ahead", type=positive, default=5, help="latents between dream and proposal")
     g.add_argument("--headless", action="store_true", help="files instead of a window")
@@ -117,14 +117,13 @@ def compose(env, pictures, trace, total, step):
           12, h + 20, DIM)
     if len(trace) > 1:
         t = np.log10(np.array(trace))  # (n, 3)
-        t = np.concatenate([np.repeat(t[:1], TRACE - len(t), axis=0), t])
         low, high = np.floor(t.min()), np.ceil(t.max())
         box = (44, h + 32, w + SIDE - 60, STRIP - 8)
         for decade in np.arange(low, high + 0.5):
             y = int(box[1] + box[3] - (decade - low) / (high - low) * box[3])
             cv2.line(canvas, (box[0], y), (box[0] + box[2], y), (50, 50, 54), 1)
             write(canvas, f"{10.0 ** decade:g}", 6, y + 4, DIM, 0.36)
-        plot(canvas, box, t.T, FUTURES.values(), low, high)
+        plot(canvas, box, t.T, FUTURES.values(), low, high, TRACE)
     return canvas
 
 

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from car_env import ENV_ID, FPS, ZOOM_STEPS, make_env, observe
 from collect_race_data import Expert
 from networks import Predictor, fingerprint, latest, load_frozen, stack
-from runtime import (Stop, autocast, fail, parser, positive, replace_atomically, run, save_gif,
-                     save_mp4, set_up, versions, writable)
+from runtime import (Stop, autocast, fail, fraction, natural, parser, positive, replace_atomically,
+                     run, save_gif, save_mp4, set_up, versions, writable)
 from train_predictor import load_decoder
 
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little
@@ -37,6 +37,7 @@ GAS = 0.47  # gas of u = 1: more spins the car in bends, and no plan catches it 
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
 POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
 VIDEO_FPS = 25
+WORST = 1e9  # energy of a future that overflowed
 GIF_STRIDE = 6  # recorded frames per frame of the GIF
 GIF_FRAMES = 120  # at most, so that a README can show it
 
@@ -45,7 +46,7 @@ def arguments():
     p = parser(__doc__)
     g = p.add_argument_group("task")
     g.add_argument("--episodes", type=positive, default=3, help="tracks, one episode each")
-    g.add_argument("--track_seed", type=int, default=100_000,
+    g.add_argument("--track_seed", type=natural, default=100_000,
                    help="of the first episode; the next ones follow. 100000 to 100099 are for "
                         "reporting, 200000 to 299999 for choosing")
     g.add_argument("--policy", default="mpc",
@@ -55,7 +56,7 @@ def arguments():
                    help="also drive these policies on the same tracks, for the rows of a table")
     g.add_argument("--env", choices=["official", "fast"], default="official",
                    help="scores are the official environment's; fast is for experiments")
-    g.add_argument("--pace", type=float, default=0.0, help="of --policy expert")
+    g.add_argument("--pace", type=fraction, default=0.0, help="of --policy expert")
     planning(p)
     g = p.add_argument_group("output")
     g.add_argument("--json", type=Path, help="write the scores there")
@@ -134,9 +135,13 @@ def plan(z, nets, previous, cfg, generator=None, amp=nullcontext()):
         with amp:
             z_hat = nets["predictor"].rollout(z.expand(N, -1), to_action(u))  # (N, H, D)
         energies = nets["cost"].energy(z_hat.float(), cfg.energy).sum(dim=1)  # (N,)
+        energies = energies.nan_to_num(nan=WORST, posinf=WORST)
+        if energies.min() >= WORST:
+            fail("every dreamt future has an energy that is not a number; use --precision fp32, or "
+                 "train the predictor again")
         low, order = energies.topk(min(cfg.elites, N - 1), largest=False)
         if not energies.max() > energies.min():
-            return last, z_hat[0], energies
+            return mean, z_hat[0], energies  # in the first round the last plan
         if cfg.planner == "shooting":
             return u[order[0]], z_hat[order[0]], energies
         kept = u[order]
@@ -272,10 +277,11 @@ def drive(env, driver, track_seed, watch=lambda *seen: True):
             "plan_ms_p50": round(float(ms[0]), 2), "plan_ms_p99": round(float(ms[1]), 2)}
 
 
-def summary(policy, episodes):
+def summary(policy, episodes, kind="official"):
     """The report of --json: the rows, their mean and spread, and what produced them."""
     returns = [e["return"] for e in episodes]
-    return {"env_id": ENV_ID, "policy": policy, "versions": versions(), "episodes": episodes,
+    env_id = ENV_ID if kind == "official" else f"{ENV_ID} {kind}"
+    return {"env_id": env_id, "policy": policy, "versions": versions(), "episodes": episodes,
             "mean": round(float(np.mean(returns)), 2), "std": round(float(np.std(returns)), 2),
             "laps_finished": sum(e["lap_finished"] for e in episodes)}
 
@@ -291,12 +297,13 @@ def write(canvas, text, x, y, color=INK, size=0.45):
     cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, color, 1, cv2.LINE_AA)
 
 
-def plot(canvas, box, series, colors, low, high):
-    """Lines of the series (equal lengths, newest last) in box (x, y, w, h), scaled to low..high."""
+def plot(canvas, box, series, colors, low, high, length):
+    """Lines of the series (`length` points at most, newest at the right) in box (x, y, w, h)."""
     x, y, w, h = box
     for values, color in zip(series, colors):
         v = (np.clip(values, low, high) - low) / max(1e-6, high - low)
-        pts = np.stack([x + np.linspace(0, w, len(v)), y + h - v * h], 1).round().astype(np.int32)
+        across = x + w * (np.arange(len(v)) + length - len(v)) / (length - 1)
+        pts = np.stack([across, y + h - v * h], 1).round().astype(np.int32)
         cv2.polylines(canvas, [pts], False, color, 1, cv2.LINE_AA)
 
 
@@ -337,10 +344,8 @@ class Film:
         write(canvas, "lowest", 262, h + 40, WARM, 0.4)
         if len(self.trace) > 1:
             t = np.array(self.trace)
-            pad = np.repeat(t[:1], self.TRACE - len(t), axis=0)
-            t = np.concatenate([pad, t])
             plot(canvas, (12, h + 48, w + SIDE - 24, STRIP - 58), t[:, ::-1].T, (DIM, WARM),
-                 t.min() - 0.05, t.max() + 0.05)
+                 t.min() - 0.05, t.max() + 0.05, self.TRACE)
         return canvas
 
     @torch.inference_mode()
@@ -436,7 +441,7 @@ def run_policy(args, policy, film, stop):
                    f"{r['tiles_missed']:6} {'yes' if r['lap_finished'] else 'no':>4} "
                    f"{r['plan_ms_p50']:11.1f} {r['plan_ms_p99']:6.1f}")
     env.close()
-    return summary(policy, rows) if rows else None
+    return summary(policy, rows, args.env) if rows else None
 
 
 def compare(reports, env_name):

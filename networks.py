@@ -19,6 +19,7 @@ from runtime import fail, git_commit, replace_atomically, run, versions
 
 SCHEMA = 1  # of checkpoints; a newer one is refused
 ACT = 3  # steer, gas, brake
+INITIAL_STEP = 0.1  # of a linear layer's usual first weights: a fresh predictor nearly copies z
 ACT_SCALE = (0.15, 0.3, 0.1)  # about their standard deviations: nets see actions of unit size
 
 
@@ -156,9 +157,9 @@ class Predictor(nn.Module):
         self.acts = nn.ModuleList(nn.Linear(ACT, hidden) for _ in range(depth))
         self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
         self.head = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, dim))
-        with torch.no_grad():  # a fresh predictor nearly copies the last latent
+        with torch.no_grad():
             for p in self.head[1].parameters():
-                p.mul_(0.1)
+                p.mul_(INITIAL_STEP)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, z, act):
@@ -281,24 +282,31 @@ def save_run(path, nets, optim, scaler, args, step, **state):
          **state)
 
 
-def resume_run(path, nets, optim, scaler, args, made, **must):
+def set_aside(folder, patterns):
+    """Moves what an earlier run made to a dated folder beside it; nothing is deleted."""
+    stale = [p for pattern in patterns for p in folder.glob(pattern)]
+    if stale:
+        aside = folder / time.strftime("replaced-%Y%m%d-%H%M%S")
+        aside.mkdir(exist_ok=True)
+        for p in stale:
+            p.rename(aside / p.name)
+
+
+def resume_run(path, nets, optim, scaler, args, made, data_key, **must):
     """Restores `save_run`'s file into nets and optimiser and returns its payload, or None.
 
     None: there is nothing to resume, or --fresh; then what an earlier run `made` (patterns beside
-    path, its checkpoints first) is moved to a dated folder, never deleted. A run with other
-    arguments, or other values of `must` (what it was trained on), is refused by name.
+    path, its checkpoints first) is set aside. A run with other arguments, or other values of `must`
+    (the nets it was trained on), is refused by name; of other data it says so and goes on, with
+    epochs as long as they were.
     """
     checkpoints = list(path.parent.glob(made[0]))
     if checkpoints and not args.fresh and not path.exists():
         fail(f"{checkpoints[0]}: is there but {path.name} is not, so its training cannot go on; "
              "--fresh sets it aside and starts again")
-    if args.fresh or not path.exists():
-        stale = [p for pattern in (path.name, *made) for p in path.parent.glob(pattern)]
-        if stale and args.fresh:
-            aside = path.parent / time.strftime("replaced-%Y%m%d-%H%M%S")
-            aside.mkdir(exist_ok=True)
-            for p in stale:
-                p.rename(aside / p.name)
+    if args.fresh:
+        set_aside(path.parent, (path.name, *made))
+    if not path.exists():
         return None
     payload = read(path, "the same command with --fresh")
     for key, now in must.items():
@@ -317,6 +325,9 @@ def resume_run(path, nets, optim, scaler, args, made, **must):
     except (RuntimeError, KeyError, ValueError) as e:
         fail(f"{path}: does not fit these nets ({str(e).splitlines()[-1].strip()}); add --fresh to "
              "start again")
+    if payload["data_key"] != data_key:
+        print(f"{path}: the data has changed since; epochs stay as long as they were, --fresh "
+              "starts again")
     if payload["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(payload["scaler"])
     torch.set_rng_state(payload["rng"])
@@ -342,13 +353,19 @@ def cosine(step, steps, peak, warmup=0.05):
 
 
 def optimise(loss, nets, optim, scaler, lr, clip=1.0):
-    """One step of the optimiser on a finite loss, gradients clipped to norm `clip`."""
+    """One step of the optimiser on a finite loss, gradients clipped to norm `clip`.
+
+    Refuses gradients that are not finite before they reach a weight; fp16's scaler skips them.
+    """
     for group in optim.param_groups:
         group["lr"] = lr
     optim.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     scaler.unscale_(optim)
-    nn.utils.clip_grad_norm_([p for net in nets for p in net.parameters()], clip)
+    norm = nn.utils.clip_grad_norm_([p for net in nets for p in net.parameters()], clip)
+    if not scaler.is_enabled() and not torch.isfinite(norm):
+        fail(f"the gradient's norm is {norm.item()}; nothing was saved over the last good file; "
+             "use --precision fp32, or a lower --lr with --fresh")
     scaler.step(optim)
     scaler.update()
 

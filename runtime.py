@@ -42,7 +42,7 @@ def run(main):
         sys.exit(130)
 
 
-def parser(doc, seed=True, device=True, data=False):
+def parser(doc, seed=True, device=True, data=False, shares=True):
     """An ArgumentParser with the flags that stages share; `doc` is the script's docstring."""
     p = argparse.ArgumentParser(description=doc,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,15 +60,15 @@ def parser(doc, seed=True, device=True, data=False):
         g.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
                        help="auto: bf16 where the hardware has it, fp16 on other GPUs, fp32 on "
                             "other CPUs; losses are fp32 always")
-        g.add_argument("--threads", type=int, default=0,
+        g.add_argument("--threads", type=natural, default=0,
                        help="CPU threads (0: all cores); lower it beside another heavy job")
     if data:
         g.add_argument("--data", nargs="+", default=["data_race", "data_recovery", "data"],
-                       help="folders under --root to learn from; each one's frames are an equal "
-                            "share of a batch unless --shares says otherwise")
-        g.add_argument("--shares", type=float, nargs="+",
-                       help="share of each folder of --data in a batch, in the same order "
-                            "(default: equal)")
+                       help="folders under --root to learn from")
+        if shares:
+            g.add_argument("--shares", type=float, nargs="+",
+                           help="share of each folder of --data in a batch, in the same order "
+                                "(default: equal)")
         g.add_argument("--fresh", action="store_true",
                        help="start again although a half-finished run could be resumed")
     return p
@@ -99,6 +99,13 @@ def natural(text):
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return int(text)
+
+
+def fraction(text):
+    """argparse type: a number in [0, 1]."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
+    return float(text)
 
 
 def writable(folder):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from buffer import load_sources
+from buffer import data_key, load_sources
 from car_env import ZOOM_STEPS
 from networks import (CostModel, already_trained, cosine, fingerprint, latest, load_frozen,
                       optimise, resume_run, save, save_run)
@@ -32,7 +32,7 @@ DENSITY_SAMPLE = 200_000  # expert latents that the density is fitted to, at mos
 
 
 def arguments():
-    p = parser(__doc__, data=True)
+    p = parser(__doc__, data=True, shares=False)
     g = p.add_argument_group("model")
     g.add_argument("--hidden", type=positive, default=256, help="width of the classifier")
     g.add_argument("--shrinkage", type=float, default=0.05,
@@ -69,9 +69,9 @@ class Sampler:
 
     @torch.no_grad()
     def mixed(self, count, rng, device, dtype):
-        """(count, D) on the device: half real, half imagined up to the whole horizon."""
+        """About (count, D) on the device: half real, half imagined up to the whole horizon."""
         z, act = (x.to(device) for x in self.latents.windows(
-            rng.choice(self.starts, count // 8), self.K))
+            rng.choice(self.starts, max(1, count // 8)), self.K))
         with autocast(device, dtype):
             dreamt = self.predictor.rollout(z[:, 0], act).float()
         pick = torch.from_numpy(rng.integers(self.K - 1, size=(4, len(z)))).to(device)
@@ -130,16 +130,18 @@ def main():
     parts = [{name: Sampler(latents, split[part], predictor, payload["horizon"])
               for name, split in sources.items()} for part in (0, 1)]
     train, held = parts
-    per_epoch = args.steps_per_epoch or max(1, len(train[EXPERT].starts) // args.batch_size)
-    steps = args.epochs * per_epoch
 
     cost = CostModel(encoder.dim, args.hidden).to(device)
     optim = torch.optim.AdamW(cost.net.parameters(), args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=False)  # small and in fp32
     keys = dict(encoder_key=key, predictor_key=fingerprint(predictor))
+    data = data_key(sources)
     saved = resume_run(models / "cost_model_resume.pth", {"cost": cost}, optim, scaler, args,
-                       ("cost_model_final.pth", "cost_model.jsonl"), **keys)
+                       ("cost_model_final.pth", "cost_model.jsonl"), data, **keys)
     step = saved["step"] if saved else 0
+    per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or max(
+        1, len(train[EXPERT].starts) // args.batch_size)
+    steps = args.epochs * per_epoch
     if step >= steps:
         return already_trained(models / "cost_model_final.pth")
     log = RunLog(args, "cost_model", resumed=bool(saved))
@@ -165,7 +167,7 @@ def main():
             draw_energies(energies, auc, args.root / "visuals" / "energy_histogram.png")
         if stop or (step + 1) % per_epoch == 0:
             save_run(models / "cost_model_resume.pth", {"cost": cost}, optim, scaler, args,
-                     step + 1, **keys)
+                     step + 1, data_key=data, per_epoch=per_epoch, **keys)
         if stop and step + 1 < steps:
             print(f"stopped at step {step + 1} of {steps}; the same command goes on")
             return 130

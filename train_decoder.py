@@ -19,11 +19,12 @@ from tqdm import tqdm
 from buffer import Loader, load_sources, sample_frames
 from car_env import ZOOM_STEPS
 from networks import (TinyDecoder, build, epoch_of, fingerprint, latest, optimise, read, save,
-                      stack)
+                      set_aside, stack)
 from runtime import (Refusal, RunLog, Stop, autocast, fail, parser, positive, pyplot, run,
                      save_figure, set_up)
 
 PICTURES = 4  # held-out frames of each source on the sheet
+MADE = ("decoder_ep*.pth", "decoder_resume.pth", "decoder.jsonl")  # --fresh sets them aside
 POLL_S = 2.0  # seconds between two looks for new checkpoints
 
 
@@ -109,10 +110,14 @@ def main():
     began, stop = time.time(), Stop()
     device, dtype = set_up(args)
     models, visuals = args.root / "models", args.root / "visuals"
+    resume = models / "decoder_resume.pth"
     sources = load_sources(args)
     if args.once and not list(models.glob("encoder_mixed_ep*.pth")):
         fail(f"{models}/encoder_mixed_ep1.pth: not found; `python train_encoder.py` makes it")
-    log = RunLog(args, "decoder", resumed=not args.fresh)
+    if args.fresh:
+        set_aside(models, MADE)
+        set_aside(visuals, ("reconstruct_ep*.png",))
+    log = RunLog(args, "decoder", resumed=True)  # one log for all checkpoints, the present one last
     decoder, optim, given_up, step, last, idle = None, None, set(), log.step, None, False
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     while not stop:
@@ -140,9 +145,15 @@ def main():
         loader = Loader([s[0] for s in sources.values()], args.batch_size, 1, encoder.history,
                         encoder.repeat, args.shares, args.seed + epoch)
         decoder.train()
-        batches = loader.batches()
-        for i in tqdm(range(args.steps), desc=f"decoder, epoch {epoch}", unit="step",
-                      mininterval=1):
+        key, i = fingerprint(encoder), 0
+        half = read(resume) if resume.exists() else None
+        if half and half["encoder_key"] == key and half["nets"]["decoder"]["args"] == decoder.args:
+            decoder.load_state_dict(half["nets"]["decoder"]["weights"])  # stopped in this one
+            optim.load_state_dict(half["optim"])
+            i = half["done"]
+        batches = loader.batches(i)
+        for i in tqdm(range(i, args.steps), desc=f"decoder, epoch {epoch}", unit="step",
+                      initial=i, total=args.steps, mininterval=1):
             obs = next(batches)[0].to(device)
             with autocast(device, dtype):
                 with torch.no_grad():
@@ -158,8 +169,11 @@ def main():
             if stop:
                 break
         batches.close()
-        if stop:
-            break  # this checkpoint is drawn when the command runs again
+        if stop:  # the same command goes on here
+            save(resume, {"decoder": decoder}, encoder_key=key, optim=optim.state_dict(),
+                 done=i + 1)
+            break
+        resume.unlink(missing_ok=True)
         decoder.eval()
         names = list(sources)
         obs = torch.cat([sample_frames(s[1], encoder.history, encoder.repeat, PICTURES, 3,
@@ -167,7 +181,7 @@ def main():
         error = draw_sheet(newest_frame(obs), reconstruct(encoder, decoder, obs, device, dtype),
                            names, epoch, visuals / f"reconstruct_ep{epoch}.png")
         save(models / f"decoder_ep{epoch}.pth", {"decoder": decoder}, epoch=epoch,
-             encoder_key=fingerprint(encoder))
+             encoder_key=key)
         log.log(step, val_error=error)
         log.curves()
         print(f"{visuals}/reconstruct_ep{epoch}.png: mean error {error:.2f} of 255")

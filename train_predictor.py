@@ -4,7 +4,7 @@ Reads ROOT/models/encoder_mixed_ep*.pth and the data, encodes the data once into
 writes models/predictor_ep{N}.pth, models/predictor.jsonl, visuals/predictor_curves.png,
 visuals/dream_ep{N}.png and visuals/output_dream.gif (real above dreamt, by the decoder). Prints the
 held-out error of each step beside copy-last, another episode's actions and an untrained predictor:
-after the laptop's 3 minutes on two CPU cores expect under 0.4 of copy-last's at step 15.
+after the laptop's 3 minutes on two CPU cores expect under 0.3 of copy-last's at step 15.
 
     python train_predictor.py --epochs 50
     # a laptop:
@@ -12,13 +12,14 @@ after the laptop's 3 minutes on two CPU cores expect under 0.4 of copy-last's at
 """
 
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from buffer import Latents, Loader, load_sources, shares_of
+from buffer import Latents, Loader, data_key, load_sources, shares_of
 from car_env import FPS
 from networks import (Predictor, already_trained, build, cosine, epoch_of, fingerprint, latest,
                       load_frozen, optimise, read, resume_run, save, save_run, stack)
@@ -75,9 +76,10 @@ class Sampler:
         self.steps_per_epoch = max(1, sum(map(len, self.starts)) // batch_size)
 
     def __call__(self, step):
-        """(z (B, K, D), act (B, K - 1, 3)) of this step, sources one after another."""
+        """(z (B, K, D), act (B, K - 1, 3)) of this step; sources, in each episodes, in order."""
         rng = np.random.default_rng([self.seed, step])
-        starts = [s[rng.integers(len(s), size=n)] for s, n in zip(self.starts, self.counts)]
+        starts = [np.sort(s[rng.integers(len(s), size=n)])
+                  for s, n in zip(self.starts, self.counts)]
         return self.latents.windows(np.concatenate(starts), self.K)
 
 
@@ -97,7 +99,7 @@ def evaluate(predictor, sampler, device, dtype, batches=4):
     rows = {}
     for i in range(batches):
         z, act = (x.to(device) for x in sampler(i))
-        other = torch.cat([a.roll(len(a) // 2, dims=0)  # of another window of the same source
+        other = torch.cat([a.roll(len(a) // 2, dims=0)  # in order: of another episode of the source
                            for a in act.split(sampler.counts.tolist())])
         with autocast(device, dtype):
             dreams = {"predictor": predictor.rollout(z[:, 0], act),
@@ -126,8 +128,9 @@ def load_decoder(root, key, device):
         payload = read(path, "python train_decoder.py")
         if payload["encoder_key"] == key:
             return build(payload, "decoder", path).to(device).eval().requires_grad_(False)
-    print("no decoder of this encoder, so no picture of dreams; `python train_decoder.py --once` "
-          "makes it")
+    where = "" if root == Path(".") else f" --root {root}"
+    print(f"no decoder of this encoder, so no picture of dreams; `python train_decoder.py --once"
+          f"{where}` makes it, this command again then draws them")
     return None
 
 
@@ -192,22 +195,33 @@ def main():
     device, dtype = set_up(args)
     sources = load_sources(args)
     latents, encoder, key = load_latents(args, device, dtype, sources, stop)
-    decoder = load_decoder(args.root, key, device)
     sampler = Sampler(latents, sources, 0, args.batch_size, args.horizon, args.shares, args.seed)
     held = Sampler(latents, sources, 1, 512, args.horizon, seed=args.seed)
     windows = dream_windows(sources, encoder, args.horizon)
-    per_epoch = args.steps_per_epoch or sampler.steps_per_epoch
-    steps = args.epochs * per_epoch
 
     predictor = Predictor(encoder.dim, args.hidden, args.depth, args.dropout).to(device)
     nets = {"predictor": predictor}
     optim = torch.optim.AdamW(predictor.parameters(), args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     models, visuals = args.root / "models", args.root / "visuals"
+    data = data_key(sources)
     saved = resume_run(models / "predictor_resume.pth", nets, optim, scaler, args,
-                       ("predictor_ep*.pth", "predictor.jsonl"), encoder_key=key)
+                       ("predictor_ep*.pth", "predictor.jsonl"), data, encoder_key=key)
     step = saved["step"] if saved else 0
+    per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or sampler.steps_per_epoch
+    steps = args.epochs * per_epoch
+
+    def paint(epoch):  # the decoder may come later than the first epochs
+        decoder = load_decoder(args.root, key, device)
+        if decoder is not None:
+            real, dreamt = dream(encoder, predictor.eval(), decoder, *windows, device)
+            draw_dream(real[::2], dreamt[::2], list(sources), visuals / f"dream_ep{epoch}.png",
+                       encoder.repeat / FPS)  # one window of the two of each source
+            animate_dream(real, dreamt, visuals / "output_dream.gif")
+
     if step >= steps:
+        if not (visuals / f"dream_ep{args.epochs}.png").exists():
+            paint(args.epochs)
         return already_trained(models / f"predictor_ep{args.epochs}.pth")
     log = RunLog(args, "predictor", resumed=bool(saved))
     print(f"{sum(p.numel() for p in predictor.parameters()) / 1e6:.2f}M predictor on {device}, "
@@ -240,14 +254,10 @@ def main():
             log.curves()
             save(models / f"predictor_ep{epoch}.pth", nets, epoch=epoch, epochs=args.epochs,
                  encoder_key=key, horizon=args.horizon, done=epoch == args.epochs)
-            if decoder is not None:
-                real, dreamt = dream(encoder, predictor, decoder, *windows, device)
-                draw_dream(real[::2], dreamt[::2], list(sources), visuals / f"dream_ep{epoch}.png",
-                           encoder.repeat / FPS)  # one window of the two of each source
-                animate_dream(real, dreamt, visuals / "output_dream.gif")
+            paint(epoch)
         if step % per_epoch == 0 or stop or time.time() - last_save > SAVE_EVERY_S:
             save_run(models / "predictor_resume.pth", nets, optim, scaler, args, step,
-                     encoder_key=key)
+                     data_key=data, per_epoch=per_epoch, encoder_key=key)
             last_save = time.time()
         if stop:
             bar.close()

@@ -106,6 +106,14 @@ def test_a_flipped_byte_is_found(tmp_path):
         read_chunk(path)
 
 
+def test_an_episode_under_two_names_counts_once(tmp_path):
+    for uid, T, seed in (("one", 9, 10_000_001), ("two", 9, 10_000_001), ("more", 9, 10_000_002)):
+        make(tmp_path, uid, T, 0, track_seed=seed)
+    chunks, damaged, duplicates = index(tmp_path)
+    assert len(chunks) == 2 and not damaged
+    assert len(duplicates) == 1 and "one.npz" in duplicates[0] and "two.npz" in duplicates[0]
+
+
 def test_no_track_is_in_both_halves(tmp_path):
     for name in "ab":  # both folders drove the same tracks
         for i in range(20):

@@ -42,7 +42,7 @@ def test_collectors_reach_their_targets_and_say_so(chain):
         done = script("buffer.py", root / folder, "--verify")
         assert done.returncode == 0, done.stdout
         row = done.stdout.splitlines()[1].split()
-        assert int(row[3].replace(",", "")) >= frames and int(row[2]) >= 1
+        assert int(row[4].replace(",", "")) >= frames and int(row[3]) >= 1
     assert "recovered" in said["collect_recovery_data.py"]
     again = script("collect_data.py", *CHAIN["collect_data.py"], root=root)
     assert "target is reached" in again.stdout
@@ -113,6 +113,18 @@ def test_the_expert_is_far_above_random(chain):
     assert scores["expert"] > 850 and scores["random"] < 100
 
 
+def test_rows_to_compare_with_come_from_the_same_code(chain, tmp_path):
+    root, _ = chain
+    done = script("drive_mpc.py", *DRIVE, "--policy", "no_model", "--compare", "untrained", "--env",
+                  "fast", "--no_video", "--json", tmp_path / "s.json", root=root)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "s.json").read_text())
+    assert report["policy"] == "no_model" and set(report["rows"]) == {"no_model", "untrained"}
+    assert report["env_id"] == "CarRacing-v3 fast"  # not to be taken for the official one's
+    assert all(r["mean"] < 500 and r["episodes"][0]["plan_ms_p50"] > 0
+               for r in report["rows"].values())
+
+
 def test_demo_energy_writes_its_pictures(chain):
     root, _ = chain
     done = script("demo_energy.py", "--headless", "--steps", "140", "--samples", "16", "--horizon",
@@ -166,6 +178,43 @@ def test_the_watcher_draws_what_is_good_in_order_names_the_bad_and_ends(chain, t
     assert out.index("reconstruct_ep1.png") < out.index("reconstruct_ep2.png")
     for epoch in (1, 2):
         picture(tmp_path / "visuals" / f"reconstruct_ep{epoch}.png")
+
+
+def test_a_stopped_decoder_goes_on_where_it_was(chain, tmp_path):
+    for name in ("data", "data_race", "data_recovery"):
+        (tmp_path / name).symlink_to(chain[0] / name)
+    models = tmp_path / "models"
+    models.mkdir()
+    shutil.copy(chain[0] / "models" / "encoder_mixed_ep2.pth", models)
+    args = [sys.executable, str(REPO / "train_decoder.py"), "--once", "--steps", "300", "--width",
+            "8", "--batch_size", "8", "--root", str(tmp_path)]
+    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log, deadline = models / "decoder.jsonl", time.time() + 120
+    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 1):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    half = torch.load(models / "decoder_resume.pth", weights_only=True)
+    assert process.returncode == 130 and 0 < half["done"] < 300
+    again = subprocess.run(args, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and f"{half['done']}/300" in again.stderr, again.stderr
+    picture(tmp_path / "visuals" / "reconstruct_ep2.png")
+    assert not (models / "decoder_resume.pth").exists()
+    subprocess.run([*args[:-2], "--fresh", *args[-2:]], check=True, capture_output=True)
+    aside = {p.name for p in models.glob("replaced-*/*")}
+    assert {"decoder_ep2.pth", "decoder.jsonl"} <= aside  # nothing is deleted
+    assert (models / "decoder_ep2.pth").exists()
+
+
+def test_more_data_does_not_renumber_what_is_trained(chain, tmp_path):
+    shutil.copytree(chain[0] / "models", tmp_path / "models")
+    for name in ("data", "data_race", "data_recovery"):
+        (tmp_path / name).mkdir()
+        for p in sorted((chain[0] / name).glob("*.npz"))[name == "data":]:  # one less of `data`
+            (tmp_path / name / p.name).symlink_to(p)
+    done = script("train_encoder.py", *CHAIN["train_encoder.py"], root=tmp_path)
+    assert done.returncode == 0 and "the data has changed" in done.stdout, done.stderr
+    assert "already trained" in done.stdout
 
 
 def test_plain_vicreg_trains_too(chain, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from networks import InverseModel, Predictor, TinyEncoder, stack, unit_act
-from train_encoder import HUD_ROW, JITTER, jitter, loss_fn
+from runtime import Refusal
+from train_encoder import HUD_ROW, JITTER, jitter, loss_fn, refuse_collapse
 
 
 @pytest.fixture
@@ -56,6 +57,17 @@ def test_uint8_and_float_frames_are_the_same_to_the_encoder(obs):
     kept = as_float.clone()
     assert torch.equal(encoder(x), encoder(as_float))
     assert torch.equal(as_float, kept)  # normalisation does not write into its input
+
+
+def test_collapsed_latents_stop_the_training():
+    torch.manual_seed(0)
+    healthy = torch.randn(64, 32)
+    refuse_collapse(healthy, "step 50")
+    point, line = 3 + 1e-3 * healthy, healthy[:, :1] * torch.randn(32) + 1e-3 * healthy
+    for z in (point, line):
+        with pytest.raises(Refusal, match="step 50: the latents collapsed"):
+            refuse_collapse(z, "step 50")
+
 
 def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     """Terms of the joint objective with gaps between targets, against plain loops."""
