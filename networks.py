@@ -309,6 +309,8 @@ def resume_run(path, nets, optim, scaler, args, made, data_key, **must):
     if not path.exists():
         return None
     payload = read(path, "the same command with --fresh")
+    if "per_epoch" not in payload:
+        fail(f"{path}: was written by an older version of this code; add --fresh to start again")
     for key, now in must.items():
         if payload.get(key) != now:
             fail(f"{path}: was trained on another {key.removesuffix('_key')}; add --fresh to start "
