@@ -212,6 +212,6 @@ def pace_parser(doc, frames, pace, reason):
 
 
 if __name__ == "__main__":
-    args = pace_parser(__doc__, 1_900_000, [0.1, 0.2],
-                       "The driver aims at what the expert does: full pace asks too much of it")
-    run(lambda: collect(args.parse_args(), "data_race", make_expert))
+    p = pace_parser(__doc__, 1_900_000, [0.1, 0.2],
+                    "The driver aims at what the expert does: full pace asks too much of it")
+    run(lambda: collect(p.parse_args(), "data_race", make_expert))

@@ -134,6 +134,6 @@ def make_faulty(job, episode):
 
 
 if __name__ == "__main__":
-    args = pace_parser(__doc__, 2_400_000, [0.1, 0.3, 0.6, 1.0],
-                       "All of them: the predictor has to know what too fast leads to")
-    run(lambda: collect(args.parse_args(), "data_recovery", make_faulty))
+    p = pace_parser(__doc__, 2_400_000, [0.1, 0.3, 0.6, 1.0],
+                    "All of them: the predictor has to know what too fast leads to")
+    run(lambda: collect(p.parse_args(), "data_recovery", make_faulty))

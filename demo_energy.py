@@ -167,7 +167,7 @@ def main():
     need = (e.history - 1) * e.repeat + 1  # consecutive frames that a latent looks back on
     film, rows, both, trace = [], [], [], deque(maxlen=TRACE)
     recent, actions = deque(maxlen=need), deque(maxlen=2 * need)
-    paused, canvas, new = False, None, False  # new: not shown yet
+    paused, new = False, False  # new: the picture was not shown yet
     bar = tqdm(total=args.steps, desc="drive", unit="step", disable=live)
 
     obs, _ = env.reset(seed=args.track_seed)

@@ -298,7 +298,9 @@ def write(canvas, text, x, y, color=INK, size=0.45):
 
 
 def plot(canvas, box, series, colors, low, high, length):
-    """Lines of the series (`length` points at most, newest at the right) in box (x, y, w, h)."""
+    """Lines of the series in box (x, y, w, h), scaled to low..high: equally many points each, the
+    newest at the right; `length` of them fill the box.
+    """
     x, y, w, h = box
     for values, color in zip(series, colors):
         v = (np.clip(values, low, high) - low) / max(1e-6, high - low)

@@ -204,12 +204,10 @@ def main():
     began, stop = time.time(), Stop()
     device, dtype = set_up(args)
     sources = load_sources(args)
-    window = dict(latents=1 + args.targets[-1] if args.objective == "joint" else 1,
-                  history=args.history,
-                  repeat=args.repeat, shares=args.shares)
+    at = [0, *args.targets] if args.objective == "joint" else [0]  # latents encoded of a window
+    window = dict(latents=at[-1] + 1, history=args.history, repeat=args.repeat, shares=args.shares)
     loader = Loader([s[0] for s in sources.values()], args.batch_size, seed=args.seed, **window)
     held = Loader([s[1] for s in sources.values()], min(args.batch_size, 96), seed=1, **window)
-    encoded = 1 + len(args.targets) if args.objective == "joint" else 1  # latents of a window
 
     nets = {k: n.to(device, memory_format=torch.channels_last)
             for k, n in make_nets(args).items()}
@@ -221,7 +219,7 @@ def main():
     saved = resume_run(models / "encoder_resume.pth", nets, optim, scaler, args, MADE, key)
     step = saved["step"] if saved else 0
     per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or max(
-        1, loader.windows // (args.batch_size * encoded))
+        1, loader.windows // (args.batch_size * len(at)))
     steps = args.epochs * per_epoch
     if step >= steps:
         return already_trained(models / f"encoder_mixed_ep{args.epochs}.pth")
