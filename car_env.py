@@ -13,7 +13,8 @@ then the same area average to 64x56; the HUD's bars are axis-aligned: their area
 """
 
 import math
-from functools import lru_cache, partial
+from functools import lru_cache
+from typing import NamedTuple
 
 import cv2
 import gymnasium as gym
@@ -26,7 +27,7 @@ from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
 ENV_ID = "CarRacing-v3"
 OBS_SIZE = 64  # px
-PREPROCESS_VERSION = 1  # goes up whenever the same world would look different
+PREPROCESS_VERSION = 2  # goes up whenever the same world would look different
 MAX_STEPS = 1000  # per episode, as registered for ENV_ID
 FPS = 50  # steps a second
 ZOOM_STEPS = 50  # the camera zooms in over the first second: what drives and judges leaves it out
@@ -34,6 +35,8 @@ PLAYFIELD = cr.PLAYFIELD  # units from the centre to the edge: crossing it ends 
 
 SCENE_H = 56  # rows of the 64-pixel frame above the HUD
 DIGIT_COLS = 8  # the score covers 12 of 96 columns: 8 of 64
+
+cv2.setNumThreads(0)  # pictures this small gain nothing from threads, which spin while they wait
 
 
 def make_env(kind="fast", **kw):
@@ -128,11 +131,45 @@ def leave_skid(car, w, skids, grass):
         w.skid_start = None
 
 
+class Contacts(cr.FrictionDetector):
+    """FrictionDetector that gives a tile its new colour, and notes it, at the first touch only."""
+
+    def _contact(self, contact, begin):
+        tile, other = contact.fixtureA.body.userData, contact.fixtureB.body.userData
+        if not is_tile(tile):
+            tile, other = other, tile
+            if not is_tile(tile):
+                return
+        env = self.env
+        if tile.idx not in env.touched:
+            env.touched.add(tile.idx)
+            env.fresh.append(tile.idx)
+            tile.color[:] = env.road_color
+        if other is None or "tiles" not in other.__dict__:
+            return  # the hull
+        if not begin:
+            other.tiles.remove(tile)
+            return
+        other.tiles.add(tile)
+        if not tile.road_visited:
+            tile.road_visited = True
+            env.reward += 1000.0 / len(env.track)
+            env.tile_visited_count += 1
+            lap = env.tile_visited_count / len(env.track) > self.lap_complete_percent
+            env.new_lap = env.new_lap or (tile.idx == 0 and lap)
+
+
+def is_tile(data):
+    """Whether the user data of a body are those of a tile of the road."""
+    return data is not None and "road_friction" in data.__dict__
+
+
 class PhysicsCarRacing(cr.CarRacing):
     """CarRacing that draws no observation (zeros): for tuning drivers that read `telemetry`."""
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
+        self.touched, self.fresh = set(), []  # tiles touched so far, and since the last picture
         self.observation_space = gym.spaces.Box(0, 255, (OBS_SIZE, OBS_SIZE, 3), np.uint8)
 
     def step(self, action):
@@ -149,6 +186,14 @@ class PhysicsCarRacing(cr.CarRacing):
         if self.render_mode == "human":
             self.render()
         return self.state, reward, terminated, False, info
+
+    def _create_track(self):
+        if not super()._create_track():
+            return False
+        self.touched, self.fresh = set(), []
+        listener = Contacts(self, self.lap_complete_percent)
+        self.world.contactListener_bug_workaround = self.world.contactListener = listener
+        return True
 
     def _act(self, action):
         if not self.continuous:
@@ -271,11 +316,11 @@ def telemetry(env):
     """State of the car in any kind of env -> (K,) float32, names and units in TELEMETRY."""
     env = env.unwrapped
     hull, wheels, line = env.car.hull, env.car.wheels, centre_line(env)
-    (x, y), v, angle = hull.position, hull.linearVelocity, hull.angle
-    vx, vy = v.x, v.y
+    at, v, angle = hull.position, hull.linearVelocity, hull.angle
+    x, y, vx, vy = at.x, at.y, v.x, v.y
     c, s = math.cos(angle), math.sin(angle)
     i, n = line.nearest(x, y), len(line.x)
-    beta = line.beta[i]
+    beta, curvature = line.beta[i], line.curvature
     offset = (x - line.x[i]) * math.cos(beta) + (y - line.y[i]) * math.sin(beta)
     return np.array(
         (
@@ -285,12 +330,12 @@ def telemetry(env):
             hull.angularVelocity,
             offset,
             (beta - angle + math.pi) % (2 * math.pi) - math.pi,
-            *(line.curvature[(i + k) % n] for k in LOOK_AHEAD),
-            sum(not w.tiles for w in wheels),
+            *[curvature[(i + k) % n] for k in LOOK_AHEAD],
+            sum([not w.tiles for w in wheels]),
             i,
             env.tile_visited_count / n,
             wheels[0].joint.angle,
-            *(w.omega for w in wheels),
+            *[w.omega for w in wheels],
             x,
             y,
             angle,
@@ -333,6 +378,8 @@ MARGIN = 2.0  # units of black kept around the playfield
 HALF = cr.PLAYFIELD + MARGIN  # units from the texture's centre to its sides
 # (texels a unit, least zoom in px a unit drawn from it, zoom whose polygon growth it shows)
 LEVELS = ((3.5, 8.0, 16.2), (2.0, 4.0, 6.0), (1.0, 2.0, 3.0), (0.5, 0.0, 1.3))
+FULL_ZOOM = cr.ZOOM * cr.SCALE  # px a unit, once the camera has arrived
+BATCH = 16  # frames painted together
 FRAC = 8  # fractional bits of polygon vertices
 INVERSE = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 
@@ -376,6 +423,14 @@ def widen(quads, side, ahead, behind):
     )
 
 
+def boxes_of(polys, side, run=8):
+    """Slices of a texture of `side` texels, each around `run` of the polygons (n, 4, 2)."""
+    firsts = np.arange(0, len(polys), run)
+    low = np.maximum((np.minimum.reduceat(polys.min(1), firsts) >> FRAC) - 3, 0).tolist()
+    high = np.minimum((np.maximum.reduceat(polys.max(1), firsts) >> FRAC) + 4, side).tolist()
+    return [(slice(y0, y1), slice(x0, x1)) for (x0, y0), (x1, y1) in zip(low, high)]
+
+
 def unit(v):
     return v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-9)
 
@@ -387,14 +442,15 @@ def square(x, y, side):
 class World:
     """One track as antialiased textures, one for each range of zoom, indexed by world position.
 
-    Reused from track to track: 32 MB of textures, and as much for the same without the road.
+    Reused from track to track: 32 MB of textures, and as much for the same without the road, from
+    which the last road is wiped out box by box.
     """
 
     def __init__(self):
         sides = [math.ceil(2 * HALF * scale) for scale, _, _ in LEVELS]
         self.textures = [np.zeros((n, n, 4), np.uint8) for n in sides]
         self.lawns = [np.zeros((n, n, 4), np.uint8) for n in sides]  # the world without its road
-        self.lawn_colors = None
+        self.lawn_colors, self.boxes = None, [[] for _ in LEVELS]
 
     def draw(self, env):
         """Rasterise the track that `env` has just created."""
@@ -402,18 +458,23 @@ class World:
         if lawn_colors != self.lawn_colors:
             self.lawn_colors = lawn_colors
             self._draw_lawns(*lawn_colors)
+            self.boxes = [[(slice(None), slice(None))] for _ in LEVELS]
         quads = np.array([quad for quad, _ in env.road_poly])
-        colors = [shown(color) for _, color in env.road_poly]
+        colors = np.array([color for _, color in env.road_poly]).astype(int)
+        colors = np.pad(level_table()[colors], ((0, 0), (0, 1))).tolist()  # as `shown`
         kerb = np.array([isinstance(color, tuple) for _, color in env.road_poly])
         last = kerb & ~np.roll(kerb, -2)  # of its row of kerbs: they alternate with tiles
         self.flat = [texels(widen(quads[~kerb], -1 / n, 0, 0), n) for n, _, _ in LEVELS]
-        for texture, lawn, (scale, _, zoom) in zip(self.textures, self.lawns, LEVELS):
-            np.copyto(texture, lawn)
+        for k, (scale, _, zoom) in enumerate(LEVELS):
+            texture, lawn = self.textures[k], self.lawns[k]
+            for box in self.boxes[k]:
+                texture[box] = lawn[box]
             grow = GROWTH / zoom - AA_GROWTH / scale
             # The next quad is drawn over the end of this: without 1 texel more, grass would show
             # through two half-covered edges.
             ahead = np.where(last, grow, 1 / scale)[:, None]
             polys = texels(widen(quads, grow, ahead, grow), scale)
+            self.boxes[k] = boxes_of(polys, len(texture))
             for poly, color in zip(polys, colors):
                 cv2.fillConvexPoly(texture, poly, color, cv2.LINE_AA, FRAC)
 
@@ -439,7 +500,8 @@ class World:
 CAR_ROWS, CAR_COLS = slice(66, 78), slice(45, 51)  # of the 96-pixel frame: all that the car covers
 CROP_X, CROP_Y, CROP_W, CROP_H = 460, 140, 80, 120  # the same in window px, y up, with a margin
 ANGLE_STEP = 0.05  # rad of steering per cached sprite
-PHASE_STEPS = 64  # cached sprites per turn of a wheel
+PHASE_STEPS = 32  # cached sprites per turn of a wheel
+PHASES_A_RAD = PHASE_STEPS / (2 * math.pi)
 ROWS_96 = area_weights(96, 800)[CAR_ROWS, 800 - CROP_Y - CROP_H : 800 - CROP_Y]
 COLS_96 = area_weights(96, 1000)[CAR_COLS, CROP_X : CROP_X + CROP_W]
 RGBA_MASKS = (0xFF, 0xFF00, 0xFF0000, 0xFF000000)  # bytes in the order R, G, B, A
@@ -521,46 +583,53 @@ BARS = (
     (9, (51, 0, 255), 25),
     (10, (51, 0, 255), 26),
 )
+LEVEL_AT = (20, 30)  # places of the level bars: steering, green, and gyro, red
+# Columns of the 64 that the bars reach; a gyro bar would reach the wheels' at 24 rad/s.
+SPEED_COLS, WHEEL_COLS, LEVEL_COLS = slice(8, 10), slice(10, 18), slice(18, 64)
 
 
 class Hud:
-    """The last 8 rows of the frame: a sum of 7 bars, each the outer product of the shares of the
-    rows (8) and of the columns (64, RGB) that it covers. Speed, 4 wheels, steering, gyro."""
+    """The last 8 rows of the frame: bars, tabulated by the window pixel at which they end."""
 
     def __init__(self):
         shrink = area_weights(64, 96)
         y_share = (shrink @ area_weights(96, 800))[SCENE_H:, HUD_Y:]  # (8, 100)
         x_share = shrink @ area_weights(96, 1000)  # (64, 1000)
         ends = [sorted((row, BASE_Y)) for row in range(NO_BAR)]  # backward spin hangs below
-        tall = [y_share[:, a : b + 1].sum(1) for a, b in ends] + [np.zeros(8)]
-        self.tall = np.array(tall, np.float32)  # (101, 8)
-        self.across = np.zeros((cr.WINDOW_W + 1, OBS_SIZE), np.float32)
-        self.across[1:] = x_share.T.cumsum(0)
-        self.rows, self.cols = np.ones((8, 8), np.float32), np.zeros((8, 64, 3), np.float32)
-        for i, (place, color, width) in enumerate(BARS):
+        tall = np.array([y_share[:, a : b + 1].sum(1) for a, b in ends] + [np.zeros(8)])
+        bars = []
+        for place, color, width in BARS:
             cover = x_share[:, place * BAR_X : place * BAR_X + width].sum(1)
-            self.cols[i] = np.outer(cover, shown(color)[:3])
-        self.rows[5:7] = y_share[:, BAR_Y : 3 * BAR_Y + 1].sum(1)
-        self.cols[7] = 0.5  # everywhere: the cast to uint8 then rounds
-        self.green, self.red = shown((0, 255, 0))[1], shown((255, 0, 0))[0]
+            bars.append(np.einsum("er,x,c->erxc", tall, cover, shown(color)[:3]))
+        # (101, 8, columns, 3); half a level: the cast to uint8 then rounds
+        self.speed = (bars[0][:, :, SPEED_COLS] + 0.5).astype(np.uint8)
+        spins = [bar[:, :, WHEEL_COLS] for bar in bars[1:]]
+        self.wheels = lru_cache(maxsize=4096)(
+            lambda *ends: (sum(bar[end] for bar, end in zip(spins, ends)) + 0.5).astype(np.uint8)
+        )
+        thick = y_share[:, BAR_Y : 3 * BAR_Y + 1].sum(1)
+        across = np.concatenate((np.zeros((1, 64)), x_share.T.cumsum(0)))
+        self.level = []  # of the steering and the gyro bar: (1001, 8, columns)
+        for place, level in zip(LEVEL_AT, (shown((0, 255, 0))[1], shown((255, 0, 0))[0])):
+            ends = [sorted((place * BAR_X, end)) for end in range(cr.WINDOW_W)]
+            cover = np.array([across[b + 1] - across[a] for a, b in ends] + [np.zeros(64)])
+            bars = np.einsum("ex,r->erx", cover[:, LEVEL_COLS] * level, thick)
+            self.level.append((bars + 0.5).astype(np.uint8))
 
-    def draw(self, car, out):
-        """Fill out (8, 64, 3) uint8."""
-        v, gyro = car.hull.linearVelocity, car.hull.angularVelocity
-        steer = car.wheels[0].joint.angle
-        speed = math.sqrt(v.x * v.x + v.y * v.y)
-        ends = [vertical_end(speed, 0.02)] + [vertical_end(w.omega, 0.01) for w in car.wheels]
-        self.rows[:5] = self.tall[ends]
-        self.cols[5, :, 1] = self._horizontal(20, steer, -10.0) * self.green
-        self.cols[6, :, 0] = self._horizontal(30, gyro, -0.8) * self.red
-        out[:] = (self.rows.T @ self.cols.reshape(8, -1)).reshape(out.shape)
+    def draw(self, sight, out):
+        """Fill out (8, 64, 3) uint8, zeros so far. Speed, 4 wheels, steering, gyro."""
+        wheels, (steer, gyro) = sight.wheels, self.level
+        out[:, SPEED_COLS] = self.speed[vertical_end(sight.speed, 0.02)]
+        out[:, WHEEL_COLS] = self.wheels(*[vertical_end(omega, 0.01) for omega, _, _ in wheels])
+        out[:, LEVEL_COLS, 1] = steer[level_end(LEVEL_AT[0], wheels[0][2], -10.0)]
+        out[:, LEVEL_COLS, 0] = gyro[level_end(LEVEL_AT[1], sight.yaw_rate, -0.8)]
 
-    def _horizontal(self, place, value, length):
-        if abs(value) <= MIN_VALUE:
-            return 0.0
-        end = int(min(max((place + length * value) * BAR_X, 0), cr.WINDOW_W - 1))
-        a, b = sorted((place * BAR_X, end))
-        return self.across[b + 1] - self.across[a]
+
+def level_end(place, value, length):
+    """Column of the window where the bar of `value` from `place` ends, `length` grid cells a unit."""
+    if abs(value) <= MIN_VALUE:
+        return cr.WINDOW_W  # none
+    return int(min(max((place + length * value) * BAR_X, 0), cr.WINDOW_W - 1))
 
 
 def vertical_end(value, height):
@@ -573,95 +642,145 @@ def vertical_end(value, height):
 # ---- the fast env --------------------------------------------------------------------------------
 
 
-class Paint:
-    """A tile's colour that reports its first change: FrictionDetector writes into it at a touch."""
+@lru_cache(maxsize=256)
+def grid(zoom, h, w):
+    """How (h, w) pixels of the window above the HUD sample the world: the level of its textures,
+    texels a unit, units a pixel in x and y, units from the car to the first pixel, (w, h)."""
+    level = next(i for i, (_, least, _) in enumerate(LEVELS) if zoom >= least)
+    kx, ky = cr.WINDOW_W / w / zoom, HUD_Y / h / zoom
+    bx, by = 0.5 * kx - CAR_X / zoom, (cr.WINDOW_H - CAR_Y) / zoom - 0.5 * ky
+    return level, LEVELS[level][0], kx, ky, bx, by, (w, h)
 
-    def __init__(self, color, on_change):
-        self.color, self.on_change = color, on_change
 
-    def __setitem__(self, key, value):
-        self.color[key] = value
-        if self.on_change:
-            self.on_change()
-            self.on_change = None
+class Sight(NamedTuple):
+    """What a frame shows, in numbers: all of an env's state that its picture depends on."""
+
+    zoom: float  # window px a unit
+    x: float  # units
+    y: float
+    angle: float  # rad
+    speed: float  # units/s
+    yaw_rate: float  # rad/s
+    wheels: list  # of (spin in rad/s, turn in rad, steering in rad)
+    fresh: list  # tiles first touched since the last sight
+
+
+def look(env):
+    """The Sight of an env's present state."""
+    hull, t = env.car.hull, env.t
+    zoom = 0.1 * cr.SCALE * max(1 - t, 0) + cr.ZOOM * cr.SCALE * min(t, 1)
+    at, v = hull.position, hull.linearVelocity
+    wheels = [(w.omega, w.phase, w.joint.angle) for w in env.car.wheels]
+    speed = math.sqrt(v.x * v.x + v.y * v.y)
+    return Sight(zoom, at.x, at.y, hull.angle, speed, hull.angularVelocity, wheels, env.fresh)
 
 
 class View:
-    """Draws the frames of one env; holds its textures and buffers."""
+    """Draws the frames of one env, many in one go if need be; holds its textures and buffers."""
 
     def __init__(self):
         self.world, self.hud = World(), Hud()
-        self.touched = []  # indices of tiles to repaint
-        self.scene = np.zeros((HUD_TOP, cr.STATE_W, 4), np.uint8)
+        self.scenes = np.zeros((BATCH, HUD_TOP, cr.STATE_W, 4), np.uint8)
+        self.crops = self.scenes[:, CAR_ROWS, CAR_COLS]  # where the car is
         self.wide = np.zeros((2 * HUD_TOP, 2 * cr.STATE_W, 4), np.uint8)
-        self.small = np.zeros((SCENE_H, OBS_SIZE, 4), np.uint8)
         self.matrix = np.zeros((2, 3))
         # bilinear at a third of a pixel is the area average of 96 to 64, at a quarter of its cost
-        i = np.arange(OBS_SIZE)
+        i = np.arange(BATCH * SCENE_H)
         thirds = (3 * (i // 2) + np.where(i % 2, 5 / 3, 1 / 3)).astype(np.float32)
-        self.at = np.meshgrid(thirds, thirds[:SCENE_H])
+        self.at = np.meshgrid(thirds[:OBS_SIZE], thirds)
+        self.stacks = lru_cache(self._stacks)
 
-    def draw(self, env):
-        """The frame of the env's present state -> (64, 64, 3) uint8, a new array."""
-        while self.touched:
-            self.world.repaint(self.touched.pop(), shown(env.road_color))
-        zoom = 0.1 * cr.SCALE * max(1 - env.t, 0) + cr.ZOOM * cr.SCALE * min(env.t, 1)
-        self._draw_ground(env.car.hull, zoom, zooming=env.t < 1)
-        self._draw_car(env.car, zoom)
-        cv2.remap(self.scene, *self.at, cv2.INTER_LINEAR, self.small)
-        obs = np.empty((OBS_SIZE, OBS_SIZE, 3), np.uint8)
-        cv2.cvtColor(self.small, cv2.COLOR_RGBA2RGB, obs[:SCENE_H])
-        self.hud.draw(env.car, obs[SCENE_H:])
-        return obs
+    def draw(self, sights, road):
+        """Frames (n, 64, 64, 3) uint8 of n sights; tiles they touched turn to `road` (RGBA)."""
+        out = np.zeros((len(sights), OBS_SIZE, OBS_SIZE, 3), np.uint8)  # black where no bar is
+        for i in range(0, len(sights), BATCH):
+            self._draw_scenes(sights[i : i + BATCH], road, out[i : i + BATCH, :SCENE_H])
+        for sight, frame in zip(sights, out):
+            self.hud.draw(sight, frame[SCENE_H:])
+        return out
 
-    def _draw_ground(self, hull, zoom, zooming):
-        if zooming:  # texels are smaller than pixels by a factor that changes: sample more densely
-            self._warp(hull, zoom, self.wide)
-            cv2.resize(self.wide, (cr.STATE_W, HUD_TOP), self.scene, interpolation=cv2.INTER_AREA)
+    def _draw_scenes(self, sights, road, out):
+        """Stage by stage, not frame by frame: each finds its code and tables in the cache."""
+        for sight, scene in zip(sights, self.scenes):
+            for tile in sight.fresh:
+                if tile % 3:  # every third has the colour of a touched one from the start
+                    self.world.repaint(tile, road)
+            self._draw_ground(sight, scene)
+        for sight, crop in zip(sights, self.crops):
+            self._draw_car(sight, crop)
+        tall, at, small, rgb, frames = self.stacks(len(sights))
+        cv2.remap(tall, *at, cv2.INTER_LINEAR, small)
+        cv2.cvtColor(small, cv2.COLOR_RGBA2RGB, rgb)
+        out[:] = frames
+
+    def _stacks(self, n):
+        """Of n frames one below the other: scenes, sampling points, results, the last as frames."""
+        rows = n * SCENE_H
+        tall = self.scenes[:n].reshape(n * HUD_TOP, cr.STATE_W, 4)
+        rgb = np.zeros((rows, OBS_SIZE, 3), np.uint8)
+        small = np.zeros((rows, OBS_SIZE, 4), np.uint8)
+        at = [a[:rows] for a in self.at]
+        return tall, at, small, rgb, rgb.reshape(n, SCENE_H, OBS_SIZE, 3)
+
+    def _draw_ground(self, sight, scene):
+        if sight.zoom < FULL_ZOOM:  # texels are smaller than pixels by a factor that changes
+            self._warp(sight, self.wide)
+            cv2.resize(self.wide, (cr.STATE_W, HUD_TOP), scene, interpolation=cv2.INTER_AREA)
         else:
-            self._warp(hull, zoom, self.scene)
+            self._warp(sight, scene)
 
-    def _warp(self, hull, zoom, out):
+    def _warp(self, sight, out):
         """Sample the world as seen from the car onto out (h, w, 4), the window above the HUD."""
-        h, w, _ = out.shape
-        level = next(i for i, (_, least, _) in enumerate(LEVELS) if zoom >= least)
-        scale = LEVELS[level][0]
-        kx, ky = cr.WINDOW_W / w / zoom, HUD_Y / h / zoom  # units a pixel
-        bx, by = 0.5 * kx - CAR_X / zoom, (cr.WINDOW_H - CAR_Y) / zoom - 0.5 * ky
-        x, y = hull.position
-        c, s = math.cos(hull.angle) * scale, math.sin(hull.angle) * scale
+        level, scale, kx, ky, bx, by, size = grid(sight.zoom, *out.shape[:2])
+        c, s = math.cos(sight.angle) * scale, math.sin(sight.angle) * scale
+        x, y = (sight.x + HALF) * scale - 0.5, (sight.y + HALF) * scale - 0.5
         self.matrix[:] = (
-            (c * kx, s * ky, (x + HALF) * scale - 0.5 + c * bx - s * by),
-            (s * kx, -c * ky, (y + HALF) * scale - 0.5 + s * bx + c * by),
+            (c * kx, s * ky, x + c * bx - s * by),
+            (s * kx, -c * ky, y + s * bx + c * by),
         )
-        cv2.warpAffine(self.world.textures[level], self.matrix, (w, h), out, INVERSE)
+        cv2.warpAffine(self.world.textures[level], self.matrix, size, out, INVERSE)
 
-    def _draw_car(self, car, zoom):
-        layer = hull_sprite(zoom).copy()
-        for i, w in enumerate(car.wheels):
-            turn = math.floor(w.phase * (PHASE_STEPS / (2 * math.pi))) % PHASE_STEPS
-            layer += wheel_sprite(i, round(w.joint.angle / ANGLE_STEP), turn, zoom)
-        crop = self.scene[CAR_ROWS, CAR_COLS]
+    def _draw_car(self, sight, crop):
+        zoom, layer = sight.zoom, hull_sprite(sight.zoom).copy()
+        for i, (_, phase, steer) in enumerate(sight.wheels):
+            turn = math.floor(phase * PHASES_A_RAD) % PHASE_STEPS
+            layer += wheel_sprite(i, round(steer / ANGLE_STEP), turn, zoom)
         crop[:] = crop * layer[..., 3:] + layer
 
 
 class FastCarRacing(PhysicsCarRacing):
-    """CarRacing whose obs (64, 64, 3) uint8 is `preprocess` of the official, off by 0.1 levels."""
+    """CarRacing whose obs (64, 64, 3) uint8 is `preprocess` of the official, off by 0.1 levels.
+
+    A driver that does not look can have its frames painted later, in one go, at half the cost:
+    after `defer()` the obs are None, and `painted()` returns them all.
+    """
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
         self.view = None  # its textures are drawn at the first reset
+        self.deferred = None  # sights to be painted later
 
     def _create_track(self):
         if not super()._create_track():
             return False
         self.view = self.view or View()
-        self.view.touched.clear()
         self.view.world.draw(self)
-        for tile in self.road:
-            if tile.idx % 3:  # every third has the colour of a touched one from the start
-                tile.color = Paint(tile.color, partial(self.view.touched.append, tile.idx))
+        self.road_shown = shown(self.road_color)
         return True
 
     def _render(self, mode):
-        return self.view.draw(self) if mode == "state_pixels" else super()._render(mode)
+        if mode != "state_pixels":
+            return super()._render(mode)
+        sight, self.fresh = look(self), []
+        if self.deferred is None:
+            return self.view.draw((sight,), self.road_shown)[0]
+        self.deferred.append(sight)
+
+    def defer(self):
+        """From now on nothing is painted, until `painted()`."""
+        self.deferred = []
+
+    def painted(self):
+        """The frames (n, 64, 64, 3) uint8 since `defer()`; to be called before the next reset."""
+        sights, self.deferred = self.deferred, None
+        return self.view.draw(sights, self.road_shown)

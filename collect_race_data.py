@@ -152,9 +152,14 @@ class Expert:
 
     def act(self, env):
         """The action (3,) float32 for now: steer right in -0.4..0.4, gas and brake in 0..1."""
+        return np.array(self.controls(env), np.float32)
+
+    def controls(self, env):
+        """The same as three floats."""
         car = env.unwrapped.car
         hull, n = car.hull, len(self.x)
-        (x, y), (vx, vy) = hull.position, hull.linearVelocity
+        at, travel = hull.position, hull.linearVelocity
+        x, y, vx, vy = at.x, at.y, travel.x, travel.y
         angle, yaw_rate = hull.angle, hull.angularVelocity
         sin, cos = math.sin(angle), math.cos(angle)
         forward, side, v = vy * cos - vx * sin, -vx * cos - vy * sin, math.hypot(vx, vy)
@@ -171,7 +176,7 @@ class Expert:
             steer += catch * (math.atan2(side + AXLE * yaw_rate, forward) - steer)
         steer = max(-STEER_STOP, min(STEER_STOP, steer))
 
-        grip = GRASS_GRIP + (1 - GRASS_GRIP) * sum(1 for w in car.wheels if w.tiles) / 4
+        grip = GRASS_GRIP + (1 - GRASS_GRIP) * sum([1 for w in car.wheels if w.tiles]) / 4
         limit = self.arc_limit * self.lateral * grip
         target = min(self.speed[(near + int(self.lead * v / SPACING)) % n],
                      math.sqrt(limit / (abs(arc) + 1e-6)))
@@ -184,7 +189,7 @@ class Expert:
         else:
             most = self.brake_cap * grip * max(room, self.brake_floor)
             brake = min(self.brake_gain * (v - target), most)
-        return np.array([-steer, gas, brake], dtype=np.float32)
+        return -steer, gas, brake
 
     def heading_error(self, env):
         """Radians from the line's direction to the car's, in -pi..pi, as of the last `act`."""

@@ -60,7 +60,7 @@ class FaultyExpert:
         self.expert.reset(env, rng)
         self.rng = rng
         self.mean_gap = rng.uniform(*GAP) * FPS
-        self.noise = np.zeros(2)
+        self.noise = (0.0, 0.0)
         self.mistakes = {kind: [0, 0] for kind in (*KINDS, "start")}
         self._drive_on()
 
@@ -79,16 +79,16 @@ class FaultyExpert:
 
     def act(self, env):
         """The action (3,) float32 for now, noise and mistakes included."""
-        action = self.expert.act(env)
+        action = self.expert.controls(env)
         self._advance(env, action)
         if self.state == "erring":
             action = spoil(self.kind, self.strength, self.sign, action)
-        self.noise = NOISE_MEMORY * self.noise
-        self.noise += NOISE * math.sqrt(1 - NOISE_MEMORY**2) * self.rng.standard_normal(2)
+        fresh = self.rng.normal(0, NOISE * math.sqrt(1 - NOISE_MEMORY**2), 2).tolist()
+        self.noise = [NOISE_MEMORY * old + new for old, new in zip(self.noise, fresh)]
         steer, gas, brake = action
         gas = gas + self.noise[1] if gas > 0 else 0.0
-        action = np.array([steer + self.noise[0], gas, brake], dtype=np.float32)
-        return action.clip((-1, 0, 0), (1, 1, 1)).astype(np.float32)
+        steer = max(-1.0, min(1.0, steer + self.noise[0]))
+        return np.array([steer, max(0.0, min(1.0, gas)), max(0.0, min(1.0, brake))], np.float32)
 
     def _advance(self, env, action):
         """driving -> armed -> erring -> judged -> driving; one of them a step."""
@@ -125,7 +125,7 @@ class FaultyExpert:
         car = env.unwrapped.car
         error = self.expert.heading_error(env)
         speed = car.hull.linearVelocity.length
-        return sum(1 for w in car.wheels if w.tiles) >= 3 and abs(error) < 0.5 and speed > 15
+        return sum([1 for w in car.wheels if w.tiles]) >= 3 and abs(error) < 0.5 and speed > 15
 
 
 def make_faulty(job, episode):
