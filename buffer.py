@@ -10,32 +10,40 @@ A chunk is one whole episode of T steps in one .npz. How frames, actions and lat
 
 Frames before the first are the first, repeated; nothing ever crosses an episode.
 
-    python buffer.py data data_race data_recovery      what is there, what is damaged
+    python buffer.py data data_race data_recovery      what is there, what is damaged and why
 """
 
 import argparse
 import hashlib
 import io
 import json
+import math
 import queue
+import struct
 import threading
+import time
 import zipfile
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from isal import isal_zlib
+from tqdm import tqdm
 
 from runtime import Refusal, fail, replace_atomically, run, versions, writable
 
 SCHEMA = 1  # of chunks; a newer one is skipped and named
-ZLIB_LEVEL = 2  # 20,000 frames/s a core in, 51,000 out, 1,470 bytes a frame; level 6: 7,100 in
+DEFLATE_LEVEL = 1  # of isal: a fifth of the time of zlib's level 2, and a little smaller
 MAX_STEPS = 20_000  # no episode is longer: a header that says so is damaged or a zip bomb
 HELD_OUT_MOD = 10  # tracks whose seed is divisible by this are held out of training
 MAX_DAMAGED = 0.01  # share of unreadable chunks above which training refuses to start
-GROUP = 24  # episodes of one source that are open at a time: 3 sources make 72 in a batch's reach
+OPEN = 72  # episodes that are open at a time, of all sources together: 0.9 GB if all are whole
+AHEAD = 8  # batches planned before they are due: their files are read meanwhile
+NPY_HEADER = 128  # bytes before the values, in all files that numpy writes of such arrays
 FRAME = (64, 64, 3)
 FIELDS = {"obs": (np.uint8, 1, FRAME), "act": (np.float32, 0, (3,)), "reward": (np.float32, 0, ()),
           "terminated": (np.bool_, 0, ()), "truncated": (np.bool_, 0, ()),
@@ -55,7 +63,7 @@ def write_chunk(folder, meta, **arrays):
     T = len(arrays["act"])
     meta = {"schema": SCHEMA, **meta, "frames": T,
             "return_": round(float(arrays["reward"].sum()), 3)}
-    _check(meta, {k: (v.shape, v.dtype) for k, v in arrays.items()})
+    _check(meta, arrays)
     if not all(np.isfinite(arrays[k]).all() for k in ("act", "reward", "telemetry")):
         raise ValueError(f"episode {meta['uid']}: act, reward or telemetry is not finite")
     path = Path(folder) / f"{meta['uid']}.npz"
@@ -63,79 +71,134 @@ def write_chunk(folder, meta, **arrays):
         raise ValueError(f"{path}: exists already; an episode is written once")
 
     def write(f):
-        with zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED, compresslevel=ZLIB_LEVEL) as z:
+        with zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as z:
             for name, array in {"meta": np.array(json.dumps(meta)), **arrays}.items():
-                out = io.BytesIO()
-                np.lib.format.write_array(out, np.asarray(array, order="C"), allow_pickle=False)
-                z.writestr(f"{name}.npy", out.getbuffer())
+                with z.open(f"{name}.npy", "w") as out:
+                    # zipfile has no door for another deflate; without this line it is only slower
+                    out._compressor = isal_zlib.compressobj(DEFLATE_LEVEL, zlib.DEFLATED, -15)
+                    head = io.BytesIO()
+                    array = np.asarray(array, order="C")
+                    np.lib.format.write_array_header_1_0(
+                        head, np.lib.format.header_data_from_array_1_0(array))
+                    out.write(head.getvalue())
+                    out.write(memoryview(array).cast("B") if array.ndim else array.tobytes())
     replace_atomically(path, write)
     return path
 
 
-def _check(meta, fields):
-    """ValueError unless meta and {name: (shape, dtype)} describe one whole episode."""
-    missing = [k for k in META if k not in meta] + [k for k in FIELDS if k not in fields]
+def _check(meta, arrays):
+    """ValueError unless meta and {name: array} describe one whole episode."""
+    missing = [k for k in META if k not in meta] + [k for k in FIELDS if k not in arrays]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}")
-    if meta["schema"] != SCHEMA:
-        raise ValueError(f"chunk schema {meta['schema']}, this code reads {SCHEMA}")
-    T = fields["act"][0][0]
-    if not 0 < T <= MAX_STEPS or meta["frames"] != T:
-        raise ValueError(f"{T} steps, expected 1 to {MAX_STEPS} and {meta['frames']} as in meta")
+    T = len(arrays["act"])
+    if not 0 < T <= MAX_STEPS:
+        raise ValueError(f"{T} steps, expected 1 to {MAX_STEPS}")
     for name, (dtype, extra, row) in FIELDS.items():
-        shape, found = fields[name]
+        shape, found = arrays[name].shape, arrays[name].dtype
         row = shape[1:] if row is None else row
         if shape != (T + extra, *row) or found != dtype:
             raise ValueError(f"{name} is {found} {shape}, expected {np.dtype(dtype)} "
                              f"{(T + extra, *row)}")
 
 
-def _header(z, name):
-    """(shape, dtype) of a member without inflating it."""
-    with z.open(f"{name}.npy") as f:
-        version = np.lib.format.read_magic(f)
-        reader = (np.lib.format.read_array_header_1_0 if version == (1, 0)
-                  else np.lib.format.read_array_header_2_0)
-        shape, _, dtype = reader(f)
-    if z.getinfo(f"{name}.npy").file_size > 256 + np.prod(shape, dtype=np.int64) * dtype.itemsize:
-        raise ValueError(f"{name} holds more bytes than its header says")
-    return shape, dtype
+def _inflate(f, z, name):
+    """The bytes of a member, not more than its header promises; the CRC is checked."""
+    info = z.getinfo(f"{name}.npy")
+    f.seek(info.header_offset)
+    head = f.read(30)  # of the local header; its name and extra field follow
+    f.seek(sum(struct.unpack("<26x2H", head)), 1)
+    raw = f.read(info.compress_size)
+    if info.compress_type == zipfile.ZIP_DEFLATED:
+        raw = isal_zlib.decompressobj(-15).decompress(raw, info.file_size + 1)
+    if len(raw) != info.file_size or isal_zlib.crc32(raw) != info.CRC:
+        raise ValueError(f"{name}: its bytes are not those that were written")
+    return raw
 
 
-def _member(z, name):
-    """One array of an open chunk; the zip's CRC is checked on the way."""
-    return np.lib.format.read_array(io.BytesIO(z.read(f"{name}.npy")), allow_pickle=False)
+def _member(f, z, name):
+    """One array of an open chunk, read-only."""
+    raw = _inflate(f, z, name)
+    head = io.BytesIO(raw)
+    version = np.lib.format.read_magic(head)
+    if version != (1, 0):
+        raise ValueError(f"{name}: expected an array of numpy's format 1.0, found {version}")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
+    if dtype.hasobject or fortran:
+        raise ValueError(f"{name}: expected plain numbers in C order, found {dtype}")
+    return np.frombuffer(raw, dtype, math.prod(shape), head.tell()).reshape(shape)
 
 
 BROKEN = (ValueError, KeyError, IndexError, TypeError, OSError, EOFError, RuntimeError,
-          zipfile.BadZipFile, zlib.error)  # raised by zipfile and numpy on damaged or hostile files
+          zipfile.BadZipFile, zlib.error, isal_zlib.error, struct.error, OverflowError, SyntaxError,
+          UnicodeDecodeError)  # raised by zipfile and numpy on damaged or hostile files
+
+
+def _open_meta(f, z):
+    """The meta of an open chunk; ValueError unless all members are as large as it says."""
+    if z.getinfo("meta.npy").file_size > 1 << 20:
+        raise ValueError("meta over 1 MiB")
+    meta = json.loads(str(_member(f, z, "meta")))
+    missing = [k for k in META if k not in meta]
+    if missing:
+        raise ValueError(f"meta lacks {', '.join(missing)}")
+    if meta["schema"] != SCHEMA:
+        raise ValueError(f"chunk schema {meta['schema']}, this code reads {SCHEMA}")
+    T = meta["frames"]
+    if not isinstance(T, int) or not 0 < T <= MAX_STEPS:
+        raise ValueError(f"{T} steps, expected 1 to {MAX_STEPS}")
+    for name, (dtype, extra, row) in FIELDS.items():
+        size = z.getinfo(f"{name}.npy").file_size - NPY_HEADER
+        one = (T + extra) * np.dtype(dtype).itemsize * math.prod(row or ())
+        if size != one and (row is not None or size % one or size > 1000 * one):
+            raise ValueError(f"{name} holds {size} bytes, expected {one} for {T} steps")
+    return meta
 
 
 def read_meta(path):
-    """The meta of a chunk, its headers checked, nothing inflated but the meta. Refusal if bad."""
+    """The meta of a chunk, nothing inflated but the meta, the sizes checked. Refusal if bad."""
     try:
-        with zipfile.ZipFile(path) as z:
-            if z.getinfo("meta.npy").file_size > 1 << 20:
-                raise ValueError("meta over 1 MiB")
-            meta = json.loads(str(_member(z, "meta")))
-            _check(meta, {k: _header(z, k) for k in FIELDS})
-        return meta
+        with open(path, "rb") as f, zipfile.ZipFile(f) as z:
+            return _open_meta(f, z)
     except BROKEN as e:
         raise Refusal(f"{path}: damaged or foreign ({e or type(e).__name__})") from None
 
 
 def read_chunk(path, *names):
     """{name: array} of the named fields (all if none is named), CRC checked. Refusal if bad."""
-    read_meta(path)
     try:
-        with zipfile.ZipFile(path) as z:
-            out = {k: _member(z, k) for k in names or FIELDS}
-        if "act" in out and not np.isfinite(out["act"]).all():
-            raise ValueError("act is not finite")
+        with open(path, "rb") as f, zipfile.ZipFile(f) as z:
+            T = _open_meta(f, z)["frames"]
+            out = {k: _member(f, z, k) for k in names or FIELDS}
+        for k, v in out.items():
+            dtype, extra, row = FIELDS[k]
+            row = v.shape[1:] if row is None else row
+            if (v.dtype, v.shape) != (dtype, (T + extra, *row)):
+                raise ValueError(f"{k} is {v.dtype} {v.shape}, expected {np.dtype(dtype)} "
+                                 f"{(T + extra, *row)}")
+            if v.dtype == np.float32 and not np.isfinite(v).all():
+                raise ValueError(f"{k} is not finite")
         return out
     except BROKEN as e:
-        raise Refusal(f"{path}: damaged inside ({e}); `python buffer.py --verify {path.parent}` "
-                      "names every such file, delete them") from None
+        raise Refusal(f"{path}: damaged inside ({e})") from None
+
+
+class Damage:
+    """Counts the chunks of `total` that turn out to be damaged, names each once, and refuses when
+    they are more than MAX_DAMAGED of all."""
+
+    def __init__(self, total):
+        self.total, self.lines = total, {}
+
+    def add(self, refusal):
+        line = str(refusal)
+        if line not in self.lines:
+            self.lines[line] = True
+            tqdm.write(f"skipped {line}")
+        if len(self.lines) > MAX_DAMAGED * self.total:
+            fail(f"{len(self.lines)} of {self.total} chunks are unreadable, over {MAX_DAMAGED:.0%}, "
+                 f"first {next(iter(self.lines))}; `python buffer.py` names each: delete them and "
+                 "collect more")
 
 
 # ------------------------------------------------------------------ folders
@@ -235,24 +298,96 @@ def shares_of(sources, batch_size, shares=None):
     return count
 
 
+def spread(n, rng):
+    """A random order of 0..n-1 in which neighbours are far apart: one residue class of about
+    sqrt(n) after the other, consecutive classes never next to each other."""
+    modulus = math.isqrt(n)
+    steps = [a for a in range(2, modulus - 1) if math.gcd(a, modulus) == 1]
+    if not steps:
+        return rng.permutation(n)
+    rank = np.empty(modulus, int)
+    step, first = rng.choice(steps), rng.integers(modulus)
+    rank[(step * np.arange(modulus) + first) % modulus] = np.arange(modulus)
+    return np.lexsort((rng.random(n), rank[np.arange(n) % modulus]))
+
+
+class Stream:
+    """The order of one source's windows: `size` a batch, each once per pass, from many episodes.
+
+    `windows` holds their number in each episode. `width` episodes are open at a time and give
+    equally; one that is used up makes room for the next. When none is left to open, they give in
+    proportion to what they have left, so that a pass ends in all of them together.
+    """
+
+    def __init__(self, windows, size, width, key):
+        self.windows, self.size, self.width, self.key = windows, size, width, key
+        self.total = sum(windows)
+
+    def batches(self, start=0):
+        """Endless lists of (visit, episode, windows, whether it is used up) from batch `start` on;
+        a visit is one opening of an episode."""
+        at = start * self.size // self.total * self.total  # the pass in which the batch begins
+        batch, skip = [], start * self.size - at  # windows of that pass which are not wanted
+        while True:
+            for visit, episode, windows, last in self._one_pass(at):
+                at += len(windows)
+                windows, skip = windows[skip:], max(0, skip - len(windows))
+                if len(windows) or last:
+                    batch.append((visit, episode, windows, last))
+                if at % self.size == 0 and not skip:
+                    if any(len(w) for _, _, w, _ in batch):
+                        yield batch
+                    batch = []
+
+    def _one_pass(self, at):
+        n_pass = at // self.total
+        rng = np.random.default_rng([*self.key, n_pass])
+        waiting = deque(e for e in rng.permutation(len(self.windows)).tolist() if self.windows[e])
+        slots = []  # [episode, order of its windows, how many are used]
+        end = at + self.total
+        while at < end:
+            while waiting and len(slots) < self.width:
+                episode = waiting.popleft()
+                slots.append([episode, spread(self.windows[episode], rng), 0])
+            want = min(self.size - at % self.size, end - at)
+            left = np.array([len(order) - used for _, order, used in slots])
+            if waiting:
+                give = np.full(len(slots), want // len(slots))
+                give[rng.permutation(len(slots))[:want % len(slots)]] += 1
+                give = np.minimum(give, left)
+            else:
+                give = rng.multivariate_hypergeometric(left, want, method="marginals")
+            for slot, n, rest in zip(slots, give.tolist(), (left - give).tolist()):
+                if n:
+                    episode, order, used = slot
+                    slot[2] += n
+                    yield (n_pass, episode), episode, order[used:used + n], rest == 0
+                    at += n
+            slots = [slot for slot in slots if slot[2] < len(slot[1])]
+
+
 class Loader:
     """Mixed, shuffled batches with an exact share of each source; a pure function of seed and step.
 
     sources: a list of lists of Chunk. Each batch holds windows of `latents` latents, `repeat`
-    steps apart, with the `history` frames that the first one needs. Each source is its own stream:
-    episodes are shuffled, opened GROUP at a time and inflated once, the windows of a group are
-    shuffled, and every window is served once per pass. `latents=2, history=1, repeat=1` serves
-    triplets (state, action, next state). Threads inflate ahead.
+    steps apart, with the `history` frames that the first one needs. Each source is a Stream: every
+    window is served once per pass, every file read and inflated once per pass, by `threads` ahead
+    of time. `latents=2, history=1, repeat=1` serves triplets (state, action, next state). In place
+    of a chunk that turns out to be damaged the next one serves; `damage` counts them.
     """
 
-    def __init__(self, sources, batch_size, latents=2, history=1, repeat=1, shares=None, seed=0):
-        self.sources, self.seed = sources, seed
+    def __init__(self, sources, batch_size, latents=2, history=1, repeat=1, shares=None, seed=0,
+                 threads=2):
+        self.sources, self.seed, self.threads = sources, seed, threads
         self.latents, self.history, self.repeat = latents, history, repeat
-        self.counts = shares_of(sources, batch_size, shares)
-        windows = [sum(self._windows(c) for c in chunks) for chunks in sources]
-        self.windows = sum(windows)
-        for chunks, n in zip(sources, windows):
-            if n == 0:
+        self.counts = shares_of(sources, batch_size, shares).tolist()
+        self.damage = [Damage(len(chunks)) for chunks in sources]
+        width = -(-OPEN // sum(n > 0 for n in self.counts))
+        self.streams = [Stream([self._windows(c) for c in chunks], n, width, (seed, s))
+                        for s, (chunks, n) in enumerate(zip(sources, self.counts))]
+        self.windows = sum(stream.total for stream in self.streams)
+        for chunks, stream in zip(sources, self.streams):
+            if stream.total == 0:
                 fail(f"{chunks[0].path.parent}: no episode is as long as {self._span()} steps")
 
     def _span(self):
@@ -261,54 +396,54 @@ class Loader:
     def _windows(self, chunk):
         return max(0, chunk.frames + 1 - self._span())
 
-    def _groups(self, s):
-        """Endless (chunks, chunk number, start) of source s, one shuffled group after another."""
-        chunks, n_pass = self.sources[s], 0
-        while True:
-            rng = np.random.default_rng([self.seed, s, n_pass])
-            order = rng.permutation(len(chunks))
-            for i in range(0, len(order), GROUP):
-                group = [chunks[k] for k in order[i:i + GROUP]]
-                which = np.repeat(np.arange(len(group)), [self._windows(c) for c in group])
-                start = np.concatenate([np.arange(self._windows(c)) for c in group])
-                mix = rng.permutation(len(which))
-                yield group, which[mix], start[mix]
-            n_pass += 1
+    def _read(self, s, episode):
+        """The arrays of an episode, or of the next one that is whole."""
+        chunks = self.sources[s]
+        for k in range(len(chunks)):
+            chunk = chunks[(episode + k) % len(chunks)]
+            if self._windows(chunk):
+                try:
+                    return read_chunk(chunk.path, "obs", "act")
+                except Refusal as e:
+                    self.damage[s].add(e)
 
-    def _stream(self, s, skip, pool):
-        """Endless (arrays, start) windows of source s after the first `skip`; opens files ahead."""
-        def ready():  # groups with their inflation under way; skipped ones are never opened
-            left = skip
-            for group, which, start in self._groups(s):
-                if left >= len(which):
-                    left -= len(which)
-                    continue
-                files = [pool.submit(read_chunk, c.path, "obs", "act") for c in group]
-                yield files, which[left:], start[left:]
-                left = 0
-        groups = ready()
-        following = next(groups)
-        while True:
-            (files, which, start), following = following, next(groups)
-            data = [f.result() for f in files]
-            for w, t in zip(which, start):
-                yield data[w], t
-
-    def _window(self, data, t, obs, act):
-        """Fills obs (L, 64, 64, 3) and act (latents - 1, 3) with the window whose z0 is at t."""
+    def _fill(self, data, starts, places, obs, act):
+        """Copies the windows whose z0 is at `starts` to `places` of obs (B, L, 64, 64, 3) and act
+        (B, latents - 1, 3)."""
         R, K = self.repeat, self.latents
-        frames = t + R * np.arange(1 - self.history, K)
-        np.take(data["obs"], np.maximum(frames, 0), axis=0, out=obs)
+        starts = starts % (len(data["act"]) + 1 - self._span())  # an understudy may be shorter
+        rows = starts[:, None] + R * np.arange(1 - self.history, K)
+        obs[places] = data["obs"].take(np.maximum(rows, 0), axis=0)
         if K > 1:
-            act[:] = data["act"][t:t + (K - 1) * R].reshape(K - 1, R, 3).mean(axis=1)
+            steps = starts[:, None] + np.arange((K - 1) * R)
+            act[places] = data["act"][steps].reshape(-1, K - 1, R, 3).mean(axis=2)
+
+    def _planned(self, start, pool):
+        """Endless (step, [(future of the arrays, windows)]) with the reading AHEAD of time."""
+        plans = [(s, stream.batches(start)) for s, stream in enumerate(self.streams)
+                 if self.counts[s]]
+        files, line = {}, deque()
+        while True:
+            batch = []
+            for s, plan in plans:
+                for visit, episode, windows, last in next(plan):
+                    if (s, visit) not in files and len(windows):
+                        files[s, visit] = pool.submit(self._read, s, episode)
+                    if len(windows):
+                        batch.append((files[s, visit], windows))
+                    if last:
+                        files.pop((s, visit), None)
+            line.append(batch)
+            if len(line) > AHEAD:
+                yield start, line.popleft()
+                start += 1
 
     def batches(self, start=0):
         """Endless (obs (B, L, 3, 64, 64) uint8, act (B, latents - 1, 3)) from step `start` on.
 
         L = latents + history - 1. Closing the generator ends its threads.
         """
-        L, K = self.latents + self.history - 1, self.latents
-        B = int(self.counts.sum())
+        L, K, B = self.latents + self.history - 1, self.latents, sum(self.counts)
         ahead, done = queue.Queue(maxsize=4), threading.Event()
 
         def put(item):
@@ -319,19 +454,19 @@ class Loader:
                     continue
 
         def produce():
-            with ThreadPoolExecutor(2) as pool:
+            with ThreadPoolExecutor(self.threads) as pool:
                 try:
-                    streams = [self._stream(s, start * n, pool) if n else None
-                               for s, n in enumerate(self.counts)]
-                    while not done.is_set():
+                    for step, batch in self._planned(start, pool):
                         obs = np.empty((B, L, *FRAME), np.uint8)
                         act = np.empty((B, K - 1, 3), np.float32)
-                        i = 0
-                        for stream, n in zip(streams, self.counts):
-                            for _ in range(n):
-                                self._window(*next(stream), obs[i], act[i])
-                                i += 1
+                        places = np.random.default_rng([self.seed, step]).permutation(B)
+                        for data, windows in batch:
+                            n = len(windows)
+                            self._fill(data.result(), windows, places[:n], obs, act)
+                            places = places[n:]
                         put((torch.from_numpy(obs).permute(0, 1, 4, 2, 3), torch.from_numpy(act)))
+                        if done.is_set():
+                            break
                 except Exception as e:  # reaches the consumer, who raises it
                     put(e)
                 pool.shutdown(cancel_futures=True)
