@@ -1,11 +1,16 @@
 """Speed and faithfulness, measured beside what they replace, in one run.
 
-    python benchmark.py env fidelity     # 2 minutes on 2 cores
+    python benchmark.py env collect loader fidelity     # 9 minutes on 2 cores
 
 env       steps per CPU second (one core, whatever else the machine does), over whole episodes with
           their resets and observations: the official env with `preprocess`, the fast env, the same
-          with `telemetry`, physics alone. Interleaved rounds; medians, and the median ratio to the
-          official env of the same round.
+          with `telemetry`, physics alone, and EnvPool's where it is installed. Interleaved rounds;
+          medians, and the median ratio to the official env of the same round.
+collect   frames per second of the three collectors as they are run, with 1 and 2 workers: policy,
+          physics, picture, telemetry, compression, fsync'd file; beside the official env stepped
+          before and after. Then the memory of a worker over its episodes.
+loader    images per second of mixed batches of 256 and of windows of 16, from compressed chunks in
+          the page cache; how batches are mixed; memory; the first batch of 10,000 chunks.
 fidelity  mean absolute difference, in grey levels of 255, of `preprocess(official frame)` and the
           fast env's frame of the same state, by situation; writes visuals/fidelity.png.
 """
@@ -13,8 +18,13 @@ fidelity  mean absolute difference, in grey levels of 255, of `preprocess(offici
 import argparse
 import os
 import platform
+import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import cv2
@@ -22,8 +32,10 @@ import gymnasium
 import numpy as np
 import pygame
 
+from buffer import Loader, index, load_sources, read_chunk, write_chunk
 from car_env import FPS, PLAYFIELD, TELEMETRY, make_env, observe, place_car, telemetry
 
+MANY = 10**6  # more than any episode has steps
 WARM_UP = 4  # episodes before anything is timed, of the hundreds in a worker's life
 FEATURE = {name: i for i, name in enumerate(TELEMETRY)}
 
@@ -33,6 +45,10 @@ def parse_args():
     p.add_argument("what", nargs="+", choices=list(BENCHMARKS), help="what to measure")
     p.add_argument("--root", type=Path, default=Path("."), help="visuals/ is written in here")
     p.add_argument("--rounds", type=int, default=5, help="env: a median needs an odd number")
+    p.add_argument("--frames", type=int, default=40_000, help="collect, loader: of each source")
+    p.add_argument("--episodes", type=int, default=1000, help="collect: over which memory is shown")
+    p.add_argument("--batches", type=int, default=10_000, help="loader: over which memory is shown")
+    p.add_argument("--chunks", type=int, default=10_000, help="loader: of the folder opened anew")
     p.add_argument("--steps", type=int, default=1000, help="env: steps of an episode")
     p.add_argument("--tracks", type=int, default=20, help="fidelity: tracks compared")
     return p.parse_args()
@@ -88,6 +104,8 @@ def bench_env(args):
         "fast env + telemetry": (make_env("fast"), lambda env, obs: telemetry(env)),
         "physics alone": (make_env("physics"), lambda env, obs: None),
     }
+    if envpool := pooled():
+        contenders["EnvPool, C++"] = (envpool, lambda env, obs: None)
     for seed in range(90, 90 + WARM_UP):  # the first episodes fill the caches of sprites
         for env, look in contenders.values():
             if seed == 90 or env is not contenders["official env + preprocess"][0]:
@@ -95,7 +113,8 @@ def bench_env(args):
     rates = {name: [] for name in contenders}
     for seed in range(args.rounds):
         actions, names = drive(seed, args.steps), list(contenders)
-        for name in names[seed % 4 :] + names[: seed % 4]:  # nobody always profits from warm caches
+        k = seed % len(names)
+        for name in names[k:] + names[:k]:  # nobody always profits from warm caches
             rates[name].append(rollout(contenders[name][0], actions, seed, contenders[name][1]))
     stock = rates["official env + preprocess"]
     print(f"{'env':28s}{'steps/s':>10s}{'us/step':>10s}{'x official':>12s}")
@@ -103,6 +122,221 @@ def bench_env(args):
         ratio = statistics.median(a / b for a, b in zip(rate, stock))
         median = statistics.median(rate)
         print(f"{name:28s}{median:10.0f}{1e6 / median:10.1f}{ratio:12.1f}")
+
+
+def pooled():
+    """EnvPool's CarRacing as an env of one, or None where it is not installed."""
+    try:
+        import envpool
+    except ImportError:
+        return None
+
+    class Pooled:
+        def reset(self, seed):
+            self.env = envpool.make_gymnasium("CarRacing-v3", num_envs=1, num_threads=1, seed=seed)
+            return self.env.reset()
+
+        def step(self, action):
+            return self.env.step(np.asarray(action, np.float32)[None])
+
+    return Pooled()
+
+
+# ---- collect -------------------------------------------------------------------------------------
+
+SOURCES = {"data_race": "collect_race_data.py", "data_recovery": "collect_recovery_data.py",
+           "data": "collect_data.py"}  # fmt: skip
+HERE = Path(__file__).parent
+
+
+def stock_rate(steps=600):
+    """Frames per second of the official env as it is: no telemetry, nothing written."""
+    env = make_env("official")
+    actions = drive(7, steps)
+    env.reset(seed=7)
+    start = time.time()
+    for action in actions:
+        env.step(action)
+    return len(actions) / (time.time() - start)
+
+
+def collecting(root, script, frames, workers, watch=lambda pid: None):
+    """Runs a collector; watch(its pid) is called twice a second."""
+    command = [sys.executable, HERE / script, "--root", root, "--frames", frames, "--workers",
+               workers]  # fmt: skip
+    process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    while process.poll() is None:
+        watch(process.pid)
+        time.sleep(0.5)
+    if process.returncode:
+        sys.exit(process.stdout.read())
+
+
+def steady_rate(folder):
+    """Frames per second while all workers drive: from each one's first file to its last."""
+    ends = defaultdict(list)
+    for chunk in index(folder)[0]:
+        ends[chunk.meta["worker"]].append((chunk.path.stat().st_mtime, chunk.frames))
+    rate = 0
+    for files in map(sorted, ends.values()):
+        rate += sum(n for _, n in files[1:]) / (files[-1][0] - files[0][0])
+    return rate
+
+
+def bench_collect(args):
+    print(f"{'collector':20s}{'workers':>8s}{'frames/s':>10s}{'x stock a core':>16s}{'B/frame':>9s}")
+    for name, script in SOURCES.items():
+        rates = {}
+        for workers in (1, 2):
+            with tempfile.TemporaryDirectory() as root:
+                before = stock_rate()
+                collecting(root, script, args.frames, workers)
+                stock = (before + stock_rate()) / 2
+                folder = Path(root) / name
+                rates[workers] = rate = steady_rate(folder)
+                size = sum(p.stat().st_size for p in folder.glob("*.npz"))
+                frames = sum(c.frames for c in index(folder)[0])
+            print(f"{name:20s}{workers:8d}{rate:10.0f}{rate / workers / stock:16.1f}"
+                  f"{size / frames:9.0f}")  # fmt: skip
+        print(f"{'':20s}two workers are {rates[2] / rates[1]:.2f} times one")
+    memory_of_a_worker(args.episodes)
+
+
+def memory_of_a_worker(episodes):
+    """Prints the private memory of a random driver's worker over its episodes."""
+    rows = []
+
+    def watch(pid):
+        workers = [w for child in children(pid) for w in children(child)]  # of the fork server
+        done = len(list(folder.glob("*.npz")))
+        rows.extend((done, w, private_mib(w)) for w in workers[-1:])
+
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "data"
+        collecting(root, SOURCES["data"], 300 * episodes, 1, watch)
+    lives = defaultdict(list)
+    for done, pid, mib in rows:
+        lives[pid].append((done, mib))
+    print(f"private MiB of the worker over {rows[-1][0]} episodes, a line a process")
+    for life in lives.values():
+        picked = sorted({int(i) for i in np.linspace(min(4, len(life) - 1), len(life) - 1, 6)})
+        print("  " + ", ".join(f"{life[i][1]:.0f} after {life[i][0]}" for i in picked))
+
+
+def children(pid):
+    """Pids of the processes that this one started, oldest first."""
+    try:
+        tasks = Path(f"/proc/{pid}/task").glob("*/children")
+        return sorted(int(p) for task in tasks for p in task.read_text().split())
+    except OSError:
+        return []
+
+
+def private_mib(pid):
+    """Memory of a process that it shares with none, in MiB."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return float("nan")
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1024
+
+
+# ---- loader --------------------------------------------------------------------------------------
+
+
+def bench_loader(args):
+    with tempfile.TemporaryDirectory() as tmp:
+        root, sources, first = Path(tmp), [], 0
+        for name, script in SOURCES.items():
+            collecting(root / "raw", script, args.frames, 2)
+            first += len(stamp(root / "raw" / name, root / name, first))
+            sources.append(index(root / name)[0])
+        shutil.rmtree(root / "raw")
+        print(f"{first} chunks, {sum(c.frames for s in sources for c in s):,} frames")
+        for latents, size, n in ((1, 256, 1500), (16, 32, 500)):
+            stream = Loader(sources, size, latents=latents).batches()
+            next(stream)
+            start = time.time()
+            for _ in range(n):
+                next(stream)
+            rate = n * size * latents / (time.time() - start)
+            stream.close()
+            print(f"batches of {size} windows of {latents}: {rate:,.0f} frames/s")
+        mixing(sources)
+        memory_of_the_loader(sources, args.batches)
+        opening(root, sources[0], args.chunks)
+
+
+def stamp(source, folder, first):
+    """Copies chunks with their number, from `first` on, and the step in each frame's first pixels;
+    returns them."""
+    folder.mkdir()
+    chunks = index(source)[0]
+    for number, chunk in enumerate(chunks, first):
+        data = {k: np.array(v) for k, v in read_chunk(chunk.path).items()}
+        for t, obs in enumerate(data["obs"]):
+            obs[0, 0] = t // 256, t % 256, number // 256
+            obs[0, 1] = number % 256
+        write_chunk(folder, chunk.meta, **data)
+    return chunks
+
+
+def stamps(obs):
+    """(chunk numbers, steps), two (B,) arrays, of obs (B, 1, 3, 64, 64)."""
+    (t1, n0), (t0, _), (n1, _) = obs[:, 0, :, 0, :2].permute(1, 2, 0).int().numpy()
+    return 256 * n1 + n0, 256 * t1 + t0
+
+
+def mixing(sources, size=256):
+    """Prints how batches of single frames are made up, over one pass of the smallest source."""
+    loader = Loader(sources, size)
+    stream, ends = loader.batches(), np.cumsum([len(s) for s in sources])
+    episodes, nearest, seen = [], [], []
+    for _ in range(min(s.total // s.size for s in loader.streams)):
+        number, step = stamps(next(stream)[0])
+        source = np.searchsorted(ends, number, "right")
+        if np.bincount(source, minlength=len(sources)).tolist() != loader.counts:
+            sys.exit(f"a batch holds {np.bincount(source)} of the sources, not {loader.counts}")
+        episodes.append(len(set(number.tolist())))
+        order = np.lexsort((step, number))
+        gaps = np.diff(step[order])[np.diff(number[order]) == 0]
+        nearest.append(gaps.min(initial=MANY))
+        seen.extend((MANY * number + step).tolist())
+    stream.close()
+    print(f"{len(episodes):,} batches of {size}, each exactly {loader.counts}: episodes in a batch "
+          f"{min(episodes)} at least, median {statistics.median(episodes):.0f}; frames of the same "
+          f"episode in a batch {min(nearest)} steps apart at least; of {len(seen):,} frames "
+          f"{len(seen) - len(set(seen))} came twice")  # fmt: skip
+
+
+def memory_of_the_loader(sources, batches):
+    """Prints this process's private memory, torch included, while batches go by."""
+    stream, rows, start = Loader(sources, 256).batches(), [], time.time()
+    for i in range(1, batches + 1):
+        next(stream)
+        if i * 8 % batches < 8:
+            rows.append(f"{private_mib(os.getpid()):.0f} after {i:,}")
+    stream.close()
+    print(f"private MiB over batches of 256: {', '.join(rows)} "
+          f"({batches * 256 / (time.time() - start):,.0f} frames/s)")  # fmt: skip
+
+
+def opening(root, chunks, count, length=20):
+    """Prints the seconds to the first batch of a folder of `count` small chunks."""
+    folder = root / "many"
+    folder.mkdir()
+    data = read_chunk(chunks[0].path)
+    part = {k: v[:length + (len(v) > chunks[0].frames)] for k, v in data.items()}
+    for i in range(count):
+        part["reward"] = np.full(length, i, np.float32)
+        write_chunk(folder, {**chunks[0].meta, "uid": f"small-{i:06d}", "track_seed": i}, **part)
+    start = time.time()
+    stream = Loader([load_sources(argparse.Namespace(root=root, data=["many"]))["many"][0]],
+                    256).batches()  # fmt: skip
+    next(stream)
+    print(f"first batch of a folder of {count:,} chunks: {time.time() - start:.1f} s")
+    stream.close()
 
 
 # ---- fidelity ------------------------------------------------------------------------------------
@@ -184,7 +418,8 @@ def bench_fidelity(args):
     print(f"worst frame of each: {path}")
 
 
-BENCHMARKS = {"env": bench_env, "fidelity": bench_fidelity}
+BENCHMARKS = {"env": bench_env, "collect": bench_collect, "loader": bench_loader,
+              "fidelity": bench_fidelity}  # fmt: skip
 
 
 def main():

@@ -41,7 +41,7 @@ DEFLATE_LEVEL = 1  # of isal: a fifth of the time of zlib's level 2, and a littl
 MAX_STEPS = 20_000  # no episode is longer: a header that says so is damaged or a zip bomb
 HELD_OUT_MOD = 10  # tracks whose seed is divisible by this are held out of training
 MAX_DAMAGED = 0.01  # share of unreadable chunks above which training refuses to start
-OPEN = 72  # episodes that are open at a time, of all sources together: 0.9 GB if all are whole
+OPEN = 84  # episodes that are open at a time, of all sources together: 1 GB if all are whole
 AHEAD = 8  # batches planned before they are due: their files are read meanwhile
 NPY_HEADER = 128  # bytes before the values, in all files that numpy writes of such arrays
 FRAME = (64, 64, 3)
@@ -356,7 +356,9 @@ class Stream:
                 give[rng.permutation(len(slots))[:want % len(slots)]] += 1
                 give = np.minimum(give, left)
             else:
-                give = rng.multivariate_hypergeometric(left, want, method="marginals")
+                mixed = rng.permutation(len(left))
+                give = np.empty_like(left)
+                give[mixed] = np.diff(left[mixed].cumsum() * want // (end - at), prepend=0)
             for slot, n, rest in zip(slots, give.tolist(), (left - give).tolist()):
                 if n:
                     episode, order, used = slot

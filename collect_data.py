@@ -14,9 +14,11 @@ import secrets
 import shutil
 import signal
 import socket
+import threading
 import time
 import zlib
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -27,8 +29,10 @@ from runtime import Stop, fail, git_commit, natural, parser, positive, run, vers
 
 FIRST_SEED = 10_000_000  # tracks below are for choosing and for evaluation, never collected
 EPISODES_PER_WORKER = 300  # then it is replaced: Box2D leaks on create and destroy
-PARENT_CHECK = 64  # steps between two looks at whether the parent still lives
-MIN_FREE = 512 * 2**20  # bytes of disk below which nothing is started
+STALE = 60  # s after which a half-written file whose process is gone is removed
+ORPHAN_CHECK = 0.5  # s between two looks of a worker at whether its parent still lives
+MIN_FREE = 512  # MiB of disk to be left over; where there will be less, nothing is started
+BYTES_A_FRAME = 1600  # on disk, about
 RETRIES = 20  # deaths of workers without one finished episode between them, then it gives up
 OFF_ROAD = list(TELEMETRY).index("wheels_off_road")
 
@@ -75,7 +79,7 @@ def run_episode(env, policy, track_seed, rng):
         obs, *_ = env.step(np.zeros(3, np.float32))  # the frame of the new place
     first, acts, rewards, states = obs, [], [], [telemetry(env)]
     env.unwrapped.defer()  # these policies read the simulator: their frames can wait
-    limit, parent = getattr(policy, "max_steps", 10**9), os.getppid()
+    limit = getattr(policy, "max_steps", 10**9)
     terminated = truncated = False
     while not (terminated or truncated):
         action = policy.act(env)
@@ -84,8 +88,6 @@ def run_episode(env, policy, track_seed, rng):
         acts.append(action)
         rewards.append(reward)
         states.append(telemetry(env))
-        if len(acts) % PARENT_CHECK == 0 and os.getppid() != parent:
-            os._exit(1)  # an orphan has nobody to collect for
     ends = np.zeros((2, len(acts)), bool)
     ends[:, -1] = terminated, truncated
     return dict(obs=np.concatenate([first[None], env.unwrapped.painted()]), act=np.stack(acts), reward=np.array(rewards, np.float32),
@@ -95,41 +97,49 @@ def run_episode(env, policy, track_seed, rng):
 
 # ------------------------------------------------------------------ workers
 
-def seeds_of(job, episode):
-    """(track seed, rng) of an episode: no two alike over machines, runs, sources and episodes.
+def seeds_of(job, worker, episode):
+    """(track seed, rng) of a worker's episode: no two alike over machines, runs, sources, workers.
 
     Every HELD_OUT_MOD-th episode drives a held-out track: see `buffer.held_out`.
     """
     entropy = [job["seed"], job["machine_id"], zlib.crc32(job["source"].encode()), job["run"],
-               episode]
+               worker, episode]
     track, noise = np.random.SeedSequence(entropy).spawn(2)
-    seed = int(track.generate_state(1, np.uint64)[0] >> 1)  # 63 bits
-    seed += (episode - seed) % HELD_OUT_MOD
+    seed = int(track.generate_state(1, np.uint64)[0] >> np.uint64(1))  # 63 bits
+    seed += (worker + episode - seed) % HELD_OUT_MOD
     if seed < FIRST_SEED:
         seed += FIRST_SEED
     return seed, np.random.default_rng(noise)
 
 
-def work(conn, job):
+def work(conn, job, worker):
     """A worker: episode numbers come in, finished episodes' summaries go out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=die_with_the_parent, args=(os.getppid(),), daemon=True).start()
     env = make_env("fast")
     for _ in range(EPISODES_PER_WORKER):
         try:
             episode = conn.recv()
         except EOFError:
             break
-        conn.send(record(env, job, episode))
+        conn.send(record(env, job, worker, episode))
     conn.close()
 
 
-def record(env, job, episode):
+def die_with_the_parent(parent):
+    """An orphan has nobody to collect for."""
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_CHECK)
+    os._exit(1)
+
+
+def record(env, job, worker, episode):
     """Drives one episode, writes its chunk and returns its summary, or {"error": line}."""
-    track_seed, rng = seeds_of(job, episode)
-    policy, options = job["make_policy"](job, episode)
+    track_seed, rng = seeds_of(job, worker, episode)
+    policy, options = job["make_policy"](job, episode * job["workers"] + worker)
     arrays, end = run_episode(env, policy, track_seed, rng)
     meta = {**job["meta"], **end, "track_seed": track_seed, "policy": options,
-            "uid": f"{job['stem']}-e{episode:06d}", "worker": os.getpid(),
+            "uid": f"{job['stem']}-w{worker:02d}-e{episode:06d}", "worker": worker,
             "mistakes": getattr(policy, "mistakes", {})}
     try:
         write_chunk(job["folder"], meta, **arrays)
@@ -147,46 +157,51 @@ def collect(args, source, make_policy):
     Worker processes get episode numbers through pipes of their own, so one that is killed takes
     nothing with it but its episode; it is replaced. Returns the summaries of this run's episodes.
     """
-    folder = writable(args.root / source)
-    if shutil.disk_usage(folder).free < MIN_FREE:
-        fail(f"{folder}: less than {MIN_FREE >> 20} MiB free; make room or choose another --root")
-    chunks, damaged, _ = index(folder)
-    for line in damaged:
+    folder, host = writable(args.root / source), socket.gethostname()
+    sweep(folder, f"{source}-{host}-")
+    chunks, damaged, duplicates = index(folder)
+    for line in damaged + duplicates:
         print(f"not counted: {line}")
     have = sum(c.frames for c in chunks)
     print(f"{folder}: {have:,} frames in {len(chunks)} episodes, target {args.frames:,}")
     if have >= args.frames:
         print("nothing to do: the target is reached")
         return 0
+    free = shutil.disk_usage(folder).free >> 20
+    need = MIN_FREE + ((args.frames - have) * BYTES_A_FRAME >> 20)
+    if free < need:
+        fail(f"{folder}: expected {need:,} MiB free for {args.frames - have:,} frames and a margin "
+             f"of {MIN_FREE}, found {free:,}; make room, ask for less with --frames, or choose "
+             "another --root")
     run_no = 1 + max((int(r) for p in folder.glob("*.npz")
-                      for r in re.findall(r"r(\d+)-\w+-e\d+$", p.stem)), default=-1)
-    host, token = socket.gethostname(), secrets.token_hex(3)
+                      for r in re.findall(r"r(\d+)-\w+-w\d+-e\d+$", p.stem)), default=-1)
+    token = secrets.token_hex(3)
     job = dict(source=source, folder=folder, make_policy=make_policy, seed=args.seed, run=run_no,
-               machine_id=args.machine_id, paces=getattr(args, "pace", None),
+               machine_id=args.machine_id, workers=args.workers, paces=getattr(args, "pace", None),
                stem=f"{source}-{host}-s{args.seed}m{args.machine_id}r{run_no:03d}-{token}",
                meta=dict(source=source, run=run_no, host=host, env="CarRacing-v3 fast",
                          preprocess=PREPROCESS_VERSION, telemetry=list(TELEMETRY),
                          versions=versions(), commit=git_commit()))
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of each worker: they are as many as cores
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["collect_data"])
     stop, done, deaths, error = Stop(), [], 0, None
-    workers, pids, episode = {}, set(), 0  # workers: connection -> process
+    workers, pids, next_episode = {}, set(), [0] * args.workers  # connection -> (process, worker)
     start = time.time()
 
-    def hire():
+    def hire(worker):
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, job), daemon=True)
+        process = context.Process(target=work, args=(theirs, job, worker), daemon=True)
         process.start()
         theirs.close()
         pids.add(process.pid)
-        workers[ours] = process
-        hand_out(ours)
+        workers[ours] = process, worker
+        hand_out(ours, worker)
 
-    def hand_out(conn):
-        nonlocal episode
+    def hand_out(conn, worker):
         try:
-            conn.send(episode)
-            episode += 1
+            conn.send(next_episode[worker])
+            next_episode[worker] += 1
         except OSError:
             pass  # died meanwhile; `wait` will say so
 
@@ -194,13 +209,13 @@ def collect(args, source, make_policy):
                desc=source, mininterval=1)
     try:
         while have < args.frames and not stop and not error:
-            while len(workers) < args.workers:
-                hire()
+            for worker in set(range(args.workers)) - {w for _, w in workers.values()}:
+                hire(worker)
             for conn in wait(list(workers), timeout=0.5):
                 try:
                     summary = conn.recv()
                 except (EOFError, OSError):  # recycled, or killed
-                    process = workers.pop(conn)
+                    process, _ = workers.pop(conn)
                     process.join(1)
                     deaths += process.exitcode != 0
                     if deaths > RETRIES:
@@ -214,12 +229,12 @@ def collect(args, source, make_policy):
                 have += summary["frames"]
                 bar.update(summary["frames"])
                 if have < args.frames:
-                    hand_out(conn)
+                    hand_out(conn, workers[conn][1])
     finally:
         bar.close()
-        for process in workers.values():
+        for process, _ in workers.values():
             process.kill()  # chunks are whole or not there: nothing is lost but the episode in hand
-        for process in workers.values():
+        for process, _ in workers.values():
             process.join(5)
         for pid in pids:
             for tmp in folder.glob(f".*.{pid}.tmp"):
@@ -228,6 +243,14 @@ def collect(args, source, make_policy):
     if error:
         fail(error)
     return 130 if stop else 0
+
+
+def sweep(folder, stem):
+    """Removes what killed processes of this machine left half written: `stem` names machine."""
+    for tmp in folder.glob(f".{stem}*.npz.*.tmp"):
+        pid = tmp.name.split(".")[-2]
+        if not Path(f"/proc/{pid}").exists() and time.time() - tmp.stat().st_mtime > STALE:
+            tmp.unlink(missing_ok=True)
 
 
 def report(done, seconds):
@@ -265,7 +288,7 @@ def collector_parser(doc, frames):
     return p
 
 
-def make_random(job, episode):
+def make_random(job, number):
     return RandomDriver(), {"name": "random"}
 
 

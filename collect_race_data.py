@@ -198,13 +198,13 @@ class Expert:
         return wrap(env.unwrapped.car.hull.angle - line)
 
 
-def pace_of(job, episode):
+def pace_of(job, number):
     """The paces of --pace take turns; held-out tracks (every tenth episode) get all of them too."""
-    return job["paces"][(episode + episode // HELD_OUT_MOD) % len(job["paces"])]
+    return job["paces"][(number + number // HELD_OUT_MOD) % len(job["paces"])]
 
 
-def make_expert(job, episode):
-    pace = pace_of(job, episode)
+def make_expert(job, number):
+    pace = pace_of(job, number)
     return Expert(pace), {"name": "expert", "pace": pace}
 
 

@@ -128,8 +128,8 @@ class FaultyExpert:
         return sum([1 for w in car.wheels if w.tiles]) >= 3 and abs(error) < 0.5 and speed > 15
 
 
-def make_faulty(job, episode):
-    pace = pace_of(job, episode)
+def make_faulty(job, number):
+    pace = pace_of(job, number)
     return FaultyExpert(pace), {"name": "faulty expert", "pace": pace}
 
 
