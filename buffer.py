@@ -486,6 +486,25 @@ class Loader:
             thread.join()
 
 
+def on_device(batches, device):
+    """The batches on `device`; on a GPU each is copied while the one before it is in use."""
+    if device.type != "cuda":
+        yield from ([x.to(device) for x in batch] for batch in batches)
+        return
+    side, waiting = torch.cuda.Stream(device), deque()
+    for batch in batches:
+        with torch.cuda.stream(side):
+            copies = [x.pin_memory().to(device, non_blocking=True) for x in batch]
+            copied = side.record_event()
+        waiting.append((copies, copied))
+        if len(waiting) > 1:
+            copies, copied = waiting.popleft()
+            torch.cuda.current_stream(device).wait_event(copied)
+            for x in copies:
+                x.record_stream(torch.cuda.current_stream(device))
+            yield copies
+
+
 def triplets(batch):
     """(state, action, next state) of a batch with two latents and one frame of history."""
     obs, act = batch
@@ -493,18 +512,23 @@ def triplets(batch):
 
 
 def sample_frames(chunks, history, repeat, count, seed=0, fields=("telemetry",), skip=0):
-    """A fixed sample for probes and pictures: (obs (count, history, 3, 64, 64), {field: rows}).
+    """A fixed sample for probes and pictures: (obs (count, history, 3, 64, 64), {field: rows}),
+    less what lies in damaged chunks.
 
     The frames are spread evenly over the chunks; those before `skip` (the zoom) are left out.
     """
     rng = np.random.default_rng([seed, 7])
     chunks = [c for c in chunks if c.frames > skip + 1]
     per = np.diff(np.linspace(0, count, len(chunks) + 1).astype(int))
-    obs, rows = [], {k: [] for k in fields}
+    obs, rows, damage = [], {k: [] for k in fields}, Damage(len(chunks))
     for chunk, n in zip(chunks, per):
         if n == 0:
             continue
-        data = read_chunk(chunk.path, "obs", *fields)
+        try:
+            data = read_chunk(chunk.path, "obs", *fields)
+        except Refusal as e:
+            damage.add(e)
+            continue
         t = np.sort(rng.integers(skip, chunk.frames, size=n))
         back = repeat * np.arange(1 - history, 1)
         obs.append(data["obs"][np.maximum(t[:, None] + back, 0)])
@@ -543,10 +567,15 @@ class Latents:
             with open(self.path, "r+b" if self.rows else "wb") as f:
                 f.truncate(end * dim * 2)
                 f.seek(0, 2)
+                damage = Damage(len(chunks))
                 for chunk in progress(missing):
                     if stop:
                         break  # what is encoded stays
-                    obs = read_chunk(chunk.path, "obs")["obs"]
+                    try:
+                        obs = read_chunk(chunk.path, "obs", "act")["obs"]
+                    except Refusal as e:
+                        damage.add(e)
+                        continue
                     z = self._encode(obs, history, repeat, encode)
                     f.write(z.tobytes())
                     self.rows[chunk.meta["uid"]] = [end, chunk.frames]
@@ -558,7 +587,7 @@ class Latents:
             raise KeyboardInterrupt
         self.z = np.memmap(self.path, np.float16, "r", shape=(end, dim))
         self.act = np.zeros((end, 3), np.float32)  # mean action of the `repeat` steps from a row on
-        for chunk in chunks:
+        for chunk in self.cached(chunks):
             a, T = self.rows[chunk.meta["uid"]]
             act = read_chunk(chunk.path, "act")["act"]
             if T >= repeat:
@@ -574,11 +603,16 @@ class Latents:
             out.append(encode(torch.from_numpy(obs[rows]).permute(0, 1, 4, 2, 3)))
         return torch.cat(out).cpu().half().numpy()
 
+    def cached(self, chunks):
+        """Those of the chunks that could be read."""
+        return [c for c in chunks if c.meta["uid"] in self.rows]
+
     def starts(self, chunks, latents, skip=0):
         """Rows at which a window of `latents` latents can begin without leaving its episode."""
         span = (latents - 1) * self.repeat
         parts = [np.arange(a + skip, a + T + 1 - span)
-                 for a, T in (self.rows[c.meta["uid"]] for c in chunks) if T + 1 - span > skip]
+                 for a, T in (self.rows[c.meta["uid"]] for c in self.cached(chunks))
+                 if T + 1 - span > skip]
         return np.concatenate(parts) if parts else np.zeros(0, int)
 
     def windows(self, starts, latents):
@@ -590,28 +624,39 @@ class Latents:
 
 # ------------------------------------------------------------------ inspection
 
+def verify(chunks):
+    """(whole chunks, reasons of the damaged ones): every byte is inflated, every CRC checked."""
+    whole, damaged = [], []
+    for chunk in tqdm(chunks, desc="verify", unit="chunk", mininterval=1, leave=False):
+        try:
+            read_chunk(chunk.path)
+            whole.append(chunk)
+        except Refusal as e:
+            damaged.append(str(e))
+    return whole, damaged
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folders", nargs="+", type=Path, help="folders of chunks")
-    p.add_argument("--verify", action="store_true",
-                   help="inflate everything and check each CRC, not only the headers")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--verify", action="store_true", default=True,
+                     help="inflate everything and check each CRC (the default)")
+    how.add_argument("--quick", dest="verify", action="store_false",
+                     help="look at sizes and descriptions only: finds what is cut off or foreign")
     args = p.parse_args()
     print(f"{'folder':24} {'chunks':>7} {'episodes':>8} {'held out':>8} {'frames':>10} {'MB':>8} "
           f"{'B/frame':>7} {'return':>15} {'laps':>5} {'twice':>5} {'damaged':>7}")
-    bad = 0
+    bad, pixels, start = 0, 0, time.process_time()
     for folder in args.folders:
         if not folder.is_dir():
             fail(f"{folder}: expected a folder of chunks, found none; "
                  f"`{MADE_BY.get(folder.name, 'a collector')}` makes it")
         chunks, damaged, duplicates = index(folder)
         if args.verify:
-            for c in list(chunks):
-                try:
-                    read_chunk(c.path)
-                except Refusal as e:
-                    damaged.append(str(e))
-                    chunks.remove(c)
+            chunks, inside = verify(chunks)
+            damaged += inside
         size = sum(c.path.stat().st_size for c in chunks)
         frames = sum(c.frames for c in chunks)
         r = np.array([c.meta["return_"] for c in chunks] or [np.nan])
@@ -623,6 +668,13 @@ def main():
         for line in duplicates + damaged:
             print(f"  {line}")
         bad += len(damaged)
+        pixels += sum(c.frames + 1 for c in chunks) * math.prod(FRAME)
+    if args.verify:
+        seconds = time.process_time() - start
+        print(f"{pixels / 1e6:,.0f} MB of pixels read, {pixels / 1e6 / seconds:,.0f} MB/s a core")
+    if bad:
+        print(f"{bad} damaged: they are skipped in training, which refuses to start above "
+              f"{MAX_DAMAGED:.0%}; delete them and collect more, or copy them again")
     return 1 if bad else 0
 
 

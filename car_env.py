@@ -501,6 +501,7 @@ CAR_ROWS, CAR_COLS = slice(66, 78), slice(45, 51)  # of the 96-pixel frame: all 
 CROP_X, CROP_Y, CROP_W, CROP_H = 460, 140, 80, 120  # the same in window px, y up, with a margin
 ANGLE_STEP = 0.05  # rad of steering per cached sprite
 PHASE_STEPS = 32  # cached sprites per turn of a wheel
+ZOOMING_STEPS = 2, 4  # of both are one while the camera zooms: a small car, in 50 sizes
 PHASES_A_RAD = PHASE_STEPS / (2 * math.pi)
 ROWS_96 = area_weights(96, 800)[CAR_ROWS, 800 - CROP_Y - CROP_H : 800 - CROP_Y]
 COLS_96 = area_weights(96, 1000)[CAR_COLS, CROP_X : CROP_X + CROP_W]
@@ -550,7 +551,7 @@ def hull_sprite(zoom):
     return hull + np.float32((0.5, 0.5, 0.5, 1))  # half a level: the cast to uint8 then rounds
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=16384)
 def wheel_sprite(wheel, angle_step, phase_step, zoom):
     """Sprite of what the hull leaves to see of a wheel (0..3), at a steering angle and a turn."""
     surface = blank()
@@ -742,9 +743,10 @@ class View:
 
     def _draw_car(self, sight, crop):
         zoom, layer = sight.zoom, hull_sprite(sight.zoom).copy()
+        a, b = (1, 1) if zoom >= FULL_ZOOM else ZOOMING_STEPS
         for i, (_, phase, steer) in enumerate(sight.wheels):
-            turn = math.floor(phase * PHASES_A_RAD) % PHASE_STEPS
-            layer += wheel_sprite(i, round(steer / ANGLE_STEP), turn, zoom)
+            turn = math.floor(phase * PHASES_A_RAD) % PHASE_STEPS // b * b + b // 2
+            layer += wheel_sprite(i, a * round(steer / (a * ANGLE_STEP)), turn, zoom)
         crop[:] = crop * layer[..., 3:] + layer
 
 

@@ -29,7 +29,7 @@ from runtime import Stop, fail, git_commit, natural, parser, positive, run, vers
 
 FIRST_SEED = 10_000_000  # tracks below are for choosing and for evaluation, never collected
 EPISODES_PER_WORKER = 300  # then it is replaced: Box2D leaks on create and destroy
-STALE = 60  # s after which a half-written file whose process is gone is removed
+STALE = 5  # s after which a half-written file whose process is gone is removed
 ORPHAN_CHECK = 0.5  # s between two looks of a worker at whether its parent still lives
 MIN_FREE = 512  # MiB of disk to be left over; where there will be less, nothing is started
 BYTES_A_FRAME = 1600  # on disk, about

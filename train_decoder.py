@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from buffer import Loader, load_sources, sample_frames
+from buffer import Loader, load_sources, on_device, sample_frames
 from car_env import ZOOM_STEPS
 from networks import (TinyDecoder, build, epoch_of, fingerprint, latest, optimise, read, save,
                       set_aside, stack)
@@ -151,10 +151,10 @@ def main():
             decoder.load_state_dict(half["nets"]["decoder"]["weights"])  # stopped in this one
             optim.load_state_dict(half["optim"])
             i = half["done"]
-        batches = loader.batches(i)
+        batches = on_device(loader.batches(i), device)
         for i in tqdm(range(i, args.steps), desc=f"decoder, epoch {epoch}", unit="step",
                       initial=i, total=args.steps, mininterval=1):
-            obs = next(batches)[0].to(device)
+            obs = next(batches)[0]
             with autocast(device, dtype):
                 with torch.no_grad():
                     z = encoder(stack(obs, encoder.history))

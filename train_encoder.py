@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 from tqdm import tqdm
 
-from buffer import Loader, data_key, load_sources, sample_frames
+from buffer import Loader, data_key, load_sources, on_device, sample_frames
 from car_env import TELEMETRY, ZOOM_STEPS
 from networks import (InverseModel, Predictor, Projector, TinyEncoder, already_trained, cosine,
                       optimise, resume_run, save, save_run, stack, unit_act)
@@ -235,12 +235,12 @@ def main():
         save_run(models / "encoder_resume.pth", nets, optim, scaler, args, step, data_key=key,
                  per_epoch=per_epoch)
 
-    batches, last_save = loader.batches(step), time.time()
+    batches, last_save = on_device(loader.batches(step), device), time.time()
     bar = tqdm(total=steps, initial=step, desc="encoder", unit="step", mininterval=1)
     while step < steps:
         for net in nets.values():
             net.train()
-        batch = [x.to(device, non_blocking=True) for x in next(batches)]
+        batch = next(batches)
         generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
         with autocast(device, dtype):
             loss, logs, z = loss_fn(nets, batch, args, generator)

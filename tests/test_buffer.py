@@ -1,22 +1,32 @@
 """Chunks, split, windows and batches: properties seen through the public face."""
 
 import argparse
+import io
 import json
+import struct
+import tempfile
+import time
+import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import script
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import buffer
 from buffer import Latents, Loader, index, read_chunk, triplets, write_chunk
 from runtime import Refusal
 
 
-def make(folder, uid, T, number, track_seed=10_000_001, **meta):
+def make(folder, uid, T, number, track_seed=None, **meta):
     """An episode whose pixels and actions tell where they come from: episode and step."""
     obs = np.zeros((T + 1, 64, 64, 3), np.uint8)
-    obs[:, 0, 0, 0] = number
+    track_seed = track_seed or 10_000_001 + 10 * number
+    obs[:, 0, 0, 0] = number % 256
     obs[:, 0, 0, 1] = np.arange(T + 1) % 256
     obs[:, 0, 0, 2] = np.arange(T + 1) // 256
     act = np.stack([np.full(T, number), np.arange(T), np.zeros(T)], 1).astype(np.float32)
@@ -69,41 +79,81 @@ def test_half_a_transition_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_files_are_named_and_skipped(tmp_path):
+def rewritten(path, name, **members):
+    """A copy of a chunk under another name, some members' bytes replaced."""
+    with zipfile.ZipFile(path) as z, zipfile.ZipFile(path.with_name(name), "w",
+                                                     zipfile.ZIP_DEFLATED) as out:
+        for member in z.namelist():
+            out.writestr(member, members.get(member.removesuffix(".npy"), z.read(member)))
+
+
+def npy(array):
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def flip(path, back=2000):
+    """Flips a byte of the pixels."""
+    raw = bytearray(path.read_bytes())
+    raw[raw.find(b"obs.npy") + back] ^= 0xFF
+    path.write_bytes(raw)
+
+
+@pytest.fixture
+def ruins(tmp_path):
+    """A folder with one good chunk and one of each kind of damage: {file name: reason}."""
     folder = tmp_path / "a"
-    whole = make(folder, "good", 5, 0)
+    whole = make(folder, "good", 50, 0)
     raw = whole.read_bytes()
+    meta = json.loads(str(np.load(whole)["meta"]))
+    (folder / "flipped.npz").write_bytes(raw)
+    flip(folder / "flipped.npz", back=100)
     (folder / "truncated.npz").write_bytes(raw[:len(raw) // 2])
     (folder / "text.npz").write_text("this is not a chunk")
     (folder / "empty.npz").touch()
     np.savez(folder / "objects.npz", obs=np.array([{}], dtype=object), meta=np.array("{}"))
-    with zipfile.ZipFile(whole) as z, zipfile.ZipFile(folder / "schema.npz", "w") as out:
-        for name in z.namelist():
-            body = z.read(name)
-            out.writestr(name, _newer(body) if name == "meta.npy" else body)
-    (folder / "copy.npz").write_bytes(raw)
-    chunks, damaged, duplicates = index(folder)
-    assert [c.meta["uid"] for c in chunks] == ["good"] and len(duplicates) == 1
-    for name in ("truncated", "text", "empty", "objects", "schema"):
-        assert sum(name + ".npz" in line for line in damaged) == 1, damaged
+    rewritten(whole, "pickled.npz", act=npy(np.array([[{}] * 3] * 50, dtype=object)).ljust(728)[:728])
+    rewritten(whole, "nan.npz", act=npy(np.full((50, 3), np.nan, np.float32)))
+    rewritten(whole, "schema.npz", meta=npy(np.array(json.dumps({**meta, "schema": 99}))))
+    rewritten(whole, "bomb.npz", obs=bytes(10**8))
+    rewritten(whole, "shape.npz", obs=npy(np.zeros((51, 32, 128, 3), np.uint8)))
+    return folder, {"flipped": "not those that were written", "truncated": "zip", "text": "zip",
+                    "empty": "zip", "objects": "damaged", "pickled": "plain numbers", "nan": "finite",
+                    "schema": "schema 99", "bomb": "obs holds",
+                    "shape": "obs"}
 
 
-def _newer(body):
-    """The meta member with another schema number, as an .npy of the same kind."""
-    import io
-    meta = json.loads(str(np.load(io.BytesIO(body))))
-    out = io.BytesIO()
-    np.save(out, np.array(json.dumps({**meta, "schema": 99})))
-    return out.getvalue()
+def test_each_damage_is_named_with_its_reason(ruins):
+    folder, reasons = ruins
+    done = script("buffer.py", folder)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("  ")]
+    for name, reason in reasons.items():
+        said = [line for line in lines if f"{name}.npz" in line]
+        assert len(said) == 1 and reason in said[0], (name, said)
+    assert len(lines) == len(reasons) and f"{len(reasons)} damaged" in done.stdout
+    quick = script("buffer.py", "--quick", folder)
+    assert quick.returncode == 1 and "truncated" in quick.stdout and "MB/s" not in quick.stdout
 
 
-def test_a_flipped_byte_is_found(tmp_path):
+def test_a_zip_bomb_never_unfolds(tmp_path):
+    """A member whose stream is larger than the archive's directory says."""
     path = make(tmp_path, "x", 50, 1)
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 3] ^= 0xFF
-    path.write_bytes(raw)
-    with pytest.raises(ValueError, match="x.npz"):
+    with zipfile.ZipFile(path) as z:
+        members = {n: z.read(n) for n in z.namelist()}
+    size = len(members["obs.npy"])
+    members["obs.npy"] = members["obs.npy"] + bytes(2 * 10**8)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        for n, body in members.items():
+            z.writestr(n, body)
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(struct.pack("<I", size + 2 * 10**8), struct.pack("<I", size)))
+    tracemalloc.start()
+    with pytest.raises(Refusal, match="x.npz"):
         read_chunk(path)
+    assert tracemalloc.get_traced_memory()[1] < 10 * size
+    tracemalloc.stop()
 
 
 def test_an_episode_under_two_names_counts_once(tmp_path):
@@ -200,14 +250,105 @@ def test_a_source_without_held_out_tracks_is_refused(tmp_path, folders):
         buffer.load_sources(argparse.Namespace(root=tmp_path, data=["a"]))
 
 
-def test_a_payload_damaged_behind_a_good_header_is_refused_by_the_loader(tmp_path, folders):
-    path = folders[0][1].path
-    raw = bytearray(path.read_bytes())
-    at = raw.find(b"obs.npy") + 200
-    raw[at:at + 40] = bytes(b ^ 0xFF for b in raw[at:at + 40])
-    path.write_bytes(raw)
-    assert not index(path.parent)[1]  # the headers are whole
-    stream = Loader(folders, 8, latents=2).batches()
-    with pytest.raises(Refusal, match=path.name):
-        for _ in range(40):
+def test_the_loader_skips_and_counts_damage_and_refuses_much_of_it(tmp_path, capsys):
+    for i in range(300):
+        make(tmp_path / "a", f"a{i:03d}", 6, number=i)
+    chunks = index(tmp_path / "a")[0]
+    for i in (7, 8, 250):
+        flip(chunks[i].path, back=100)
+    assert len(index(tmp_path / "a")[0]) == 300  # from outside they look whole
+    loader = Loader([chunks], 50, latents=2)
+    stream = loader.batches()
+    for _ in range(loader.windows // 50):
+        obs, act = next(stream)
+        assert (where(obs)[0] == where(obs)[0][:, :1]).all() and torch.isfinite(act).all()
+    stream.close()
+    assert len(loader.damage[0].lines) == 3
+    said = capsys.readouterr().out
+    assert all(said.count(chunks[i].path.name) == 1 for i in (7, 8, 250))
+    flip(chunks[100].path, back=100)
+    stream = Loader([chunks], 50, latents=2).batches()
+    with pytest.raises(Refusal, match="4 of 300 chunks are unreadable"):
+        for _ in range(loader.windows // 50):
             next(stream)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(lengths=st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=8), min_size=1,
+                        max_size=3),
+       latents=st.integers(1, 6), history=st.integers(1, 3), repeat=st.integers(1, 3),
+       size=st.integers(1, 20), threads=st.integers(1, 5), seed=st.integers(0, 9),
+       start=st.integers(0, 30))
+def test_any_mix_of_lengths_windows_and_threads(lengths, latents, history, repeat, size, threads,
+                                                seed, start):
+    """Windows inside one episode, each once per pass, the same stream however it is read."""
+    span, ids, sources = (latents - 1) * repeat, {}, []
+    size = max(size, len(lengths))
+    with tempfile.TemporaryDirectory() as tmp:
+        for s, ts in enumerate(lengths):
+            for i, T in enumerate(ts):
+                ids[len(ids)] = s, T
+                make(Path(tmp) / str(s), f"{s}-{i}", T, len(ids) - 1)
+            sources.append(index(Path(tmp) / str(s))[0])
+        loader = Loader.__new__(Loader)
+        if any(max(ts) < span for ts in lengths):
+            with pytest.raises(Refusal, match="no episode is as long"):
+                loader.__init__(sources, size, latents, history, repeat, seed=seed)
+            return
+        loader.__init__(sources, size, latents, history, repeat, seed=seed, threads=threads)
+        stream, seen = loader.batches(), [[] for _ in sources]
+        batches = [next(stream) for _ in range(40)]
+        stream.close()
+        for obs, _ in batches:
+            episode, step = where(obs)
+            assert (episode == episode[:, :1]).all()
+            now = step[:, history - 1]
+            assert torch.equal(step, (now[:, None] + repeat * torch.arange(1 - history, latents)
+                                      ).clamp(min=0))
+            owner = [ids[int(e)] for e in episode[:, 0]]
+            assert all(t + span <= T for (_, T), t in zip(owner, now.tolist()))
+            assert [sum(s == k for s, _ in owner) for k in range(len(sources))] == loader.counts
+            for (s, _), e, t in zip(owner, episode[:, 0].tolist(), now.tolist()):
+                seen[s].append((e, t))
+        for s, (ts, n) in enumerate(zip(lengths, loader.counts)):
+            one_pass = sum(max(0, T + 1 - span) for T in ts)
+            whole = len(seen[s]) // one_pass * one_pass if n == 1 else 0
+            for i in range(0, whole, one_pass):  # a batch of one is in the order of service
+                assert len(set(seen[s][i:i + one_pass])) == one_pass
+            first = seen[s][:one_pass // n * n]
+            assert len(set(first)) == len(first)
+        again = Loader(sources, size, latents, history, repeat, seed=seed, threads=1)
+        stream = again.batches(start)
+        for obs, act in batches[start:]:
+            same = next(stream)
+            assert torch.equal(obs, same[0]) and torch.equal(act, same[1])
+        stream.close()
+
+
+def test_neighbours_of_an_episode_are_far_apart_in_a_batch(tmp_path):
+    for i in range(70):
+        make(tmp_path / "a", f"a{i:02d}", 300, number=i)
+    loader = Loader([index(tmp_path / "a")[0]], 256)
+    stream = loader.batches()
+    for _ in range(loader.windows // 256 - 1):
+        episode, step = (x[:, 0].numpy() for x in where(next(stream)[0]))
+        assert len(set(episode)) >= 64
+        order = np.lexsort((step, episode))
+        assert (np.diff(step[order])[np.diff(episode[order]) == 0] > 1).all()
+    stream.close()
+
+
+def test_reading_checks_everything_at_300_megabytes_a_second(tmp_path):
+    rng = np.random.default_rng(0)
+    path = make(tmp_path, "x", 900, 0)
+    data = {k: np.array(v) for k, v in read_chunk(path).items()}
+    flat = rng.integers(0, 256, (901, 8, 8, 3)).repeat(8, 1).repeat(8, 2)  # compresses as frames do
+    data["obs"] = (flat + rng.integers(0, 2, (901, 1, 1, 3))).astype(np.uint8)
+    meta = {**buffer.read_meta(path), "uid": "y"}
+    path = write_chunk(tmp_path, meta, **data)
+    speeds = []
+    for _ in range(5):
+        start = time.process_time()
+        read_chunk(path)
+        speeds.append(data["obs"].nbytes / 1e6 / (time.process_time() - start))
+    assert max(speeds) >= 300

@@ -331,33 +331,3 @@ def test_help_gives_a_reason_for_every_flag(name):
         reason = re.split(r"\s{2,}", head.strip())[1:]
         reason += [line.strip() for line in more if line[:20].isspace()]
         assert len(" ".join(reason)) > 8, option
-
-
-# ------------------------------------------------------------------ collectors that are killed
-
-def test_a_killed_worker_is_replaced_and_nothing_is_lost(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, str(REPO / "collect_data.py"), "--root", str(tmp_path), "--frames",
-         "6000", "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    folder, killed = tmp_path / "data", 0
-    deadline = time.time() + 120
-    while process.poll() is None and time.time() < deadline:
-        time.sleep(0.3)
-        if killed < 3 and len(list(folder.glob("*.npz"))) > 2 * killed:
-            workers = [w for child in children(process.pid) for w in children(child)]
-            if workers:  # of the fork server
-                os.kill(workers[-1], signal.SIGKILL)
-                killed += 1
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 0 and killed > 0, err
-    from buffer import index, read_chunk
-    chunks, damaged, _ = index(folder)
-    assert not damaged and sum(c.frames for c in chunks) >= 6000
-    assert all(np.isfinite(read_chunk(c.path)["act"]).all() for c in chunks)
-    assert not list(folder.glob(".*"))
-
-
-def children(pid):
-    """Pids of the processes that this one started."""
-    out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return [int(p) for p in out.stdout.split()]

@@ -1,0 +1,236 @@
+"""Collectors under fire: killed, stopped, out of disk, merged from two machines; their seeds."""
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from conftest import REPO, script
+
+from benchmark import children
+from buffer import index, read_chunk
+from collect_data import FIRST_SEED, seeds_of
+
+GONE = 10  # s within which a stopped collector has left nothing behind
+REPLACED = 5  # s within which a killed worker has a successor
+
+
+def start(root, frames, workers=2, name="collect_data.py", **kw):
+    return subprocess.Popen([sys.executable, str(REPO / name), "--root", str(root), "--frames",
+                             str(frames), "--workers", str(workers)], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, **kw)
+
+
+def descendants(pid):
+    """Pids of all that a process started, directly or not."""
+    return [p for child in children(pid) for p in (child, *descendants(child))]
+
+
+def workers_of(pid):
+    return [w for child in children(pid) for w in children(child)]  # of the fork server
+
+
+def wait_for(condition, seconds):
+    """Seconds until condition() is true; fails when they run out."""
+    begin = time.time()
+    while not condition():
+        assert time.time() - begin < seconds, f"not within {seconds} s"
+        time.sleep(0.02)
+    return time.time() - begin
+
+
+def alive(pids):
+    """Those of the pids that run; one that is dead and not yet waited for does not."""
+    def runs(pid):
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        except OSError:
+            return False
+    return [p for p in pids if runs(p)]
+
+
+def whole(folder):
+    """Frames in the folder; fails unless every file in it can be read to its end."""
+    chunks, damaged, duplicates = index(folder)
+    assert not damaged and not duplicates
+    for c in chunks:
+        read_chunk(c.path)
+    return sum(c.frames for c in chunks)
+
+
+def storm(root, kills, seed):
+    """So many SIGKILLs at random moments, most to workers, some to the parent, which is started
+    again; then the collection is led to its end."""
+    rng, folder = random.Random(seed), root / "data"
+    lost = 0  # episodes that a kill may have cost
+    process = start(root, 10**6)
+    for _ in range(kills):
+        wait_for(lambda: len(alive(workers_of(process.pid))) == 2, 30)
+        time.sleep(rng.uniform(0, 0.6))
+        if rng.random() < 0.1:
+            family = descendants(process.pid)
+            process.kill()
+            process.communicate()
+            wait_for(lambda: not alive(family), REPLACED)  # no orphans
+            lost += 2
+            process = start(root, 10**6)
+        else:
+            victim = rng.choice(alive(workers_of(process.pid)))
+            os.kill(victim, signal.SIGKILL)
+            lost += 1
+            wait_for(lambda: len(set(alive(workers_of(process.pid))) - {victim}) == 2, REPLACED)
+    family = descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=GONE)
+    assert process.returncode == 130 and not alive(family)
+    have = whole(folder)
+    numbers = defaultdict(list)  # of the episodes of each worker of each run
+    for path in folder.glob("*.npz"):
+        stem, episode = re.fullmatch(r"(.+-w\d+)-e(\d+)", path.stem).groups()
+        numbers[stem].append(int(episode))
+    missing = sum(max(n) + 1 - len(n) for n in numbers.values())
+    assert missing <= lost, "more than the episode in hand was lost"
+    time.sleep(6)  # half-written files of killed parents are swept once they are 5 s old
+    process = start(root, have + 1200)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"{have:,} frames" in said, said
+    assert whole(folder) >= have + 1200
+    assert not list(folder.glob(".*"))
+    return kills, missing
+
+
+def test_killed_workers_and_parents_cost_one_episode_each_at_most(tmp_path):
+    storm(tmp_path, kills=12, seed=0)
+
+
+@pytest.mark.slow
+def test_two_hundred_kills(tmp_path):
+    print(storm(tmp_path, kills=200, seed=1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_it_keeps_what_is_finished_and_goes_on_to_the_target(tmp_path, number):
+    process = start(tmp_path, 50_000)
+    folder = tmp_path / "data"
+    wait_for(lambda: len(list(folder.glob("*.npz"))) >= 3, 60)
+    family = descendants(process.pid)
+    process.send_signal(number)
+    process.communicate(timeout=GONE)
+    assert process.returncode == 130 and not alive(family)
+    have = whole(folder)
+    assert have >= 900 and not list(folder.glob(".*"))
+    again = script("collect_data.py", "--frames", have + 300, "--workers", "1", root=tmp_path)
+    assert again.returncode == 0 and f"{have:,} frames" in again.stdout
+    assert have + 300 <= whole(folder) <= have + 600
+    reached = script("collect_data.py", "--frames", have, root=tmp_path)
+    assert reached.returncode == 0 and "target is reached" in reached.stdout
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 580 MiB."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=580m", "none", tmp_path],
+                      capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_a_full_disk_ends_the_run_in_one_line(small_disk):
+    process = start(small_disk, 30_000)
+    folder = small_disk / "data"
+    wait_for(lambda: list(folder.glob("*.npz")), 60)
+    with open(small_disk / "filler", "wb") as f:
+        for block in (1 << 20, 1 << 12):  # until it is full
+            with contextlib.suppress(OSError):
+                while os.write(f.fileno(), bytes(block)):
+                    pass
+    said, _ = process.communicate(timeout=60)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and len(errors) == 1 and "Traceback" not in said, said
+    assert "No space left" in errors[0] and "free some space" in errors[0]
+    have = whole(folder)
+    assert not list(folder.glob(".*"))
+    short = script("collect_data.py", "--frames", "30000", root=small_disk)
+    assert short.returncode == 2 and "MiB free" in short.stderr
+    (small_disk / "filler").unlink()
+    goes_on = script("collect_data.py", "--frames", have + 900, "--workers", "2", root=small_disk)
+    assert goes_on.returncode == 0, goes_on.stderr
+
+
+def test_no_start_without_room_for_the_target(tmp_path):
+    done = script("collect_data.py", "--frames", 10**12, root=tmp_path)
+    assert done.returncode == 2 and "MiB free" in done.stderr and "--frames" in done.stderr
+    assert not list((tmp_path / "data").iterdir())
+
+
+def all_seeds(machines, workers, episodes):
+    """Fails unless every episode's track and noise are its own, on tracks that may be collected."""
+    tracks, noises = set(), set()
+    for machine in range(machines):
+        job = {"seed": 0, "machine_id": machine, "source": "data", "run": 0}
+        for worker in range(workers):
+            for episode in range(episodes):
+                track, rng = seeds_of(job, worker, episode)
+                assert FIRST_SEED <= track < 2**63
+                tracks.add(track)
+                noises.add(int(rng.bit_generator.state["state"]["state"]))
+    assert len(tracks) == len(noises) == machines * workers * episodes
+
+
+def test_no_seed_comes_twice():
+    all_seeds(machines=2, workers=32, episodes=100)
+    jobs = [{"seed": s, "machine_id": m, "source": d, "run": r}
+            for s in (0, 1) for m in (0, 1) for d in ("data", "data_race") for r in (0, 1)]
+    assert len({seeds_of(job, 0, 0)[0] for job in jobs}) == len(jobs)
+
+
+@pytest.mark.slow
+def test_no_seed_comes_twice_in_six_million_episodes():
+    all_seeds(machines=2, workers=32, episodes=100_000)
+
+
+def test_a_tenth_of_the_tracks_is_held_out_on_every_machine():
+    job = {"seed": 0, "machine_id": 3, "source": "data", "run": 2}
+    tracks = [seeds_of(job, worker, episode)[0] for worker in range(4) for episode in range(50)]
+    assert sum(t % 10 == 0 for t in tracks) == 20
+
+
+def test_two_machines_are_merged_by_copying(tmp_path):
+    for machine in (0, 1):
+        done = script("collect_data.py", "--frames", "1200", "--workers", "2", "--machine_id",
+                      machine, root=tmp_path / str(machine))
+        assert done.returncode == 0, done.stderr
+    ours, theirs = (tmp_path / m / "data" for m in "01")
+    parts = [whole(ours), whole(theirs)]
+
+    def merge(source):
+        if shutil.which("rsync"):
+            subprocess.run(["rsync", "-a", f"{source}/", f"{ours}/"], check=True)
+        else:
+            subprocess.run(["cp", "-a", "-u", f"{source}/.", f"{ours}/"], check=source != ours)
+
+    for source in (theirs, theirs, ours):  # twice, and onto itself
+        merge(source)
+        assert whole(ours) == sum(parts)
+    first = sorted(theirs.glob("*.npz"))[0]
+    shutil.copy(first, ours / "renamed.npz")
+    (ours / "cut.npz").write_bytes(first.read_bytes()[:20_000])
+    chunks, damaged, duplicates = index(ours)
+    assert sum(c.frames for c in chunks) == sum(parts)
+    assert len(duplicates) == 1 and "renamed.npz" in duplicates[0] and first.name in duplicates[0]
+    assert len(damaged) == 1 and "cut.npz" in damaged[0]
+    done = script("collect_data.py", "--frames", sum(parts), root=tmp_path / "0")
+    assert "renamed.npz" in done.stdout and "cut.npz" in done.stdout
+    assert "target is reached" in done.stdout
+    assert len({c.meta["track_seed"] for c in chunks}) == len(chunks)
+    assert all(re.match(r"data-.+-s0m[01]r000-[0-9a-f]{6}-w0[01]-e\d{6}\.npz", c.path.name)
+               for c in chunks)
