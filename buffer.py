@@ -228,17 +228,16 @@ def held_out(track_seed):
 def index(folder):
     """(chunks, damaged, duplicates) of a folder: lists of Chunk, str, str, in order of names.
 
-    Twice is an episode of the same uid, or of the same track, length and return.
+    Twice is an episode of the same uid, or of the same track, length and return; the file that is
+    named by its uid counts.
     """
-    chunks, damaged, duplicates, seen = [], [], [], {}
-    for path in sorted(Path(folder).glob("*.npz")):
-        if path.name.startswith("."):
-            continue  # a file being written
+    found, chunks, damaged, duplicates, seen = [], [], [], [], {}
+    for path in Path(folder).glob("[!.]*.npz"):  # with a dot: a file being written
         try:
-            meta = read_meta(path)
+            found.append((path, read_meta(path)))
         except Refusal as e:
             damaged.append(str(e))
-            continue
+    for path, meta in sorted(found, key=lambda f: (f[0].stem != f[1]["uid"], f[0].name)):
         keys = meta["uid"], (meta["track_seed"], meta["frames"], meta["return_"])
         first = next((seen[k] for k in keys if k in seen), None)
         if first is not None:
@@ -246,7 +245,7 @@ def index(folder):
             continue
         seen |= dict.fromkeys(keys, path)
         chunks.append(Chunk(path, meta))
-    return chunks, damaged, duplicates
+    return chunks, sorted(damaged), duplicates
 
 
 def data_key(sources):

@@ -107,8 +107,7 @@ def ruins(tmp_path):
     whole = make(folder, "good", 50, 0)
     raw = whole.read_bytes()
     meta = json.loads(str(np.load(whole)["meta"]))
-    (folder / "flipped.npz").write_bytes(raw)
-    flip(folder / "flipped.npz", back=100)
+    flip(make(folder, "flipped", 50, 1), back=100)
     (folder / "truncated.npz").write_bytes(raw[:len(raw) // 2])
     (folder / "text.npz").write_text("this is not a chunk")
     (folder / "empty.npz").touch()
@@ -118,7 +117,7 @@ def ruins(tmp_path):
     rewritten(whole, "schema.npz", meta=npy(np.array(json.dumps({**meta, "schema": 99}))))
     rewritten(whole, "bomb.npz", obs=bytes(10**8))
     rewritten(whole, "shape.npz", obs=npy(np.zeros((51, 32, 128, 3), np.uint8)))
-    return folder, {"flipped": "not those that were written", "truncated": "zip", "text": "zip",
+    return folder, {"flipped": "damaged inside", "truncated": "zip", "text": "zip",
                     "empty": "zip", "objects": "damaged", "pickled": "plain numbers", "nan": "finite",
                     "schema": "schema 99", "bomb": "obs holds",
                     "shape": "obs"}
@@ -162,6 +161,13 @@ def test_an_episode_under_two_names_counts_once(tmp_path):
     chunks, damaged, duplicates = index(tmp_path)
     assert len(chunks) == 2 and not damaged
     assert len(duplicates) == 1 and "one.npz" in duplicates[0] and "two.npz" in duplicates[0]
+
+
+def test_of_two_copies_the_one_under_its_own_name_counts(tmp_path):
+    own = make(tmp_path, "own", 9, 0)
+    (tmp_path / "another.npz").write_bytes(own.read_bytes())
+    chunks, _, duplicates = index(tmp_path)
+    assert [c.path.name for c in chunks] == ["own.npz"] and "another.npz" in duplicates[0]
 
 
 def test_no_track_is_in_both_halves(tmp_path):

@@ -90,7 +90,8 @@ def storm(root, kills, seed):
     family = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=GONE)
-    assert process.returncode == 130 and not alive(family)
+    assert process.returncode == 130
+    wait_for(lambda: not alive(family), GONE)
     have = whole(folder)
     numbers = defaultdict(list)  # of the episodes of each worker of each run
     for path in folder.glob("*.npz"):
@@ -124,7 +125,8 @@ def test_stopped_it_keeps_what_is_finished_and_goes_on_to_the_target(tmp_path, n
     family = descendants(process.pid)
     process.send_signal(number)
     process.communicate(timeout=GONE)
-    assert process.returncode == 130 and not alive(family)
+    assert process.returncode == 130
+    wait_for(lambda: not alive(family), GONE)
     have = whole(folder)
     assert have >= 900 and not list(folder.glob(".*"))
     again = script("collect_data.py", "--frames", have + 300, "--workers", "1", root=tmp_path)
