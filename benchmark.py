@@ -13,9 +13,11 @@ loader    images per second of mixed batches of 256 and of windows of 16, from c
           the page cache; how batches are mixed; memory; the first batch of 10,000 chunks.
 fidelity  mean absolute difference, in grey levels of 255, of `preprocess(official frame)` and the
           fast env's frame of the same state, by situation; writes visuals/fidelity.png.
+paired    returns of the nets under --root in the official and in the fast env, track by track.
 """
 
 import argparse
+import json
 import os
 import platform
 import shutil
@@ -35,6 +37,7 @@ import pygame
 from buffer import Loader, index, load_sources, read_chunk, write_chunk
 from car_env import FPS, PLAYFIELD, TELEMETRY, make_env, observe, place_car, telemetry
 
+CHOOSING = 200_500  # first of the tracks that nets are compared on: never collected nor reported
 MANY = 10**6  # more than any episode has steps
 WARM_UP = 4  # episodes before anything is timed, of the hundreds in a worker's life
 FEATURE = {name: i for i, name in enumerate(TELEMETRY)}
@@ -43,14 +46,15 @@ FEATURE = {name: i for i, name in enumerate(TELEMETRY)}
 def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("what", nargs="+", choices=list(BENCHMARKS), help="what to measure")
-    p.add_argument("--root", type=Path, default=Path("."), help="visuals/ is written in here")
+    p.add_argument("--root", type=Path, default=Path("."),
+                   help="visuals/ is written in here, paired: models/ is read from here")
     p.add_argument("--rounds", type=int, default=5, help="env: a median needs an odd number")
     p.add_argument("--frames", type=int, default=40_000, help="collect, loader: of each source")
     p.add_argument("--episodes", type=int, default=1000, help="collect: over which memory is shown")
     p.add_argument("--batches", type=int, default=10_000, help="loader: over which memory is shown")
     p.add_argument("--chunks", type=int, default=10_000, help="loader: of the folder opened anew")
     p.add_argument("--steps", type=int, default=1000, help="env: steps of an episode")
-    p.add_argument("--tracks", type=int, default=20, help="fidelity: tracks compared")
+    p.add_argument("--tracks", type=int, default=20, help="fidelity, paired: how many")
     return p.parse_args()
 
 
@@ -418,8 +422,36 @@ def bench_fidelity(args):
     print(f"worst frame of each: {path}")
 
 
+# ---- paired --------------------------------------------------------------------------------------
+
+
+def bench_paired(args):
+    scores = {}
+    with tempfile.TemporaryDirectory() as tmp:
+        runs = []
+        for kind in ("official", "fast"):  # side by side, a core each
+            command = [sys.executable, HERE / "drive_mpc.py", "--root", args.root, "--env", kind,
+                       "--episodes", args.tracks, "--track_seed", CHOOSING, "--samples", 256,
+                       "--threads", 1, "--no_video", "--json", f"{tmp}/{kind}.json"]  # fmt: skip
+            runs.append(subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL,
+                                         env={**os.environ, "OMP_NUM_THREADS": "1"}))  # fmt: skip
+        if any([process.wait() for process in runs]):
+            sys.exit(1)
+        for kind in ("official", "fast"):
+            rows = json.loads(Path(tmp, f"{kind}.json").read_text())["episodes"]
+            scores[kind] = np.array([row["return"] for row in rows])
+    gap = scores["fast"] - scores["official"]
+    print("track     official    fast  difference")
+    for i, (a, b) in enumerate(zip(*scores.values())):
+        print(f"{CHOOSING + i:8d}{a:10.1f}{b:8.1f}{b - a:+12.1f}")
+    error = gap.std(ddof=1) / len(gap) ** 0.5
+    print(f"{'mean':8s}{scores['official'].mean():10.1f}{scores['fast'].mean():8.1f}"
+          f"{gap.mean():+12.1f} ± {error:.1f} (standard error), "
+          f"{abs(gap.mean()) / scores['official'].mean():.1%} of the mean")  # fmt: skip
+
+
 BENCHMARKS = {"env": bench_env, "collect": bench_collect, "loader": bench_loader,
-              "fidelity": bench_fidelity}  # fmt: skip
+              "fidelity": bench_fidelity, "paired": bench_paired}  # fmt: skip
 
 
 def main():

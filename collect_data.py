@@ -24,7 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from buffer import HELD_OUT_MOD, index, write_chunk
-from car_env import PREPROCESS_VERSION, TELEMETRY, make_env, place_car, telemetry
+from car_env import (ENV_ID, PREPROCESS_VERSION, TELEMETRY, make_env, observe, place_car,
+                     telemetry)
 from runtime import Stop, fail, git_commit, natural, parser, positive, run, versions, writable
 
 FIRST_SEED = 10_000_000  # tracks below are for choosing and for evaluation, never collected
@@ -77,20 +78,27 @@ def run_episode(env, policy, track_seed, rng):
     policy.reset(env, rng)
     if hasattr(policy, "start") and policy.start(env, rng):
         obs, *_ = env.step(np.zeros(3, np.float32))  # the frame of the new place
-    first, acts, rewards, states = obs, [], [], [telemetry(env)]
-    env.unwrapped.defer()  # these policies read the simulator: their frames can wait
+    frames, acts, rewards, states = [observe(env, obs)], [], [], [telemetry(env)]
+    later = hasattr(env.unwrapped, "defer")
+    if later:
+        env.unwrapped.defer()  # these policies read the simulator: their frames can wait
     limit = getattr(policy, "max_steps", 10**9)
     terminated = truncated = False
     while not (terminated or truncated):
         action = policy.act(env)
-        _, reward, terminated, truncated, info = env.step(action)
+        obs, reward, terminated, truncated, info = env.step(action)
         truncated = truncated or len(acts) + 1 >= limit
+        if not later:
+            frames.append(observe(env, obs))
         acts.append(action)
         rewards.append(reward)
         states.append(telemetry(env))
     ends = np.zeros((2, len(acts)), bool)
     ends[:, -1] = terminated, truncated
-    return dict(obs=np.concatenate([first[None], env.unwrapped.painted()]), act=np.stack(acts), reward=np.array(rewards, np.float32),
+    frames = np.stack(frames)
+    if later:
+        frames = np.concatenate((frames, env.unwrapped.painted()))
+    return dict(obs=frames, act=np.stack(acts), reward=np.array(rewards, np.float32),
                 terminated=ends[0], truncated=ends[1], telemetry=np.stack(states)
                 ), {"lap_finished": bool(info.get("lap_finished", False))}
 
@@ -116,7 +124,7 @@ def work(conn, job, worker):
     """A worker: episode numbers come in, finished episodes' summaries go out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=die_with_the_parent, args=(os.getppid(),), daemon=True).start()
-    env = make_env("fast")
+    env = make_env(job["env"])
     for _ in range(EPISODES_PER_WORKER):
         try:
             episode = conn.recv()
@@ -177,9 +185,9 @@ def collect(args, source, make_policy):
                       for r in re.findall(r"r(\d+)-\w+-w\d+-e\d+$", p.stem)), default=-1)
     token = secrets.token_hex(3)
     job = dict(source=source, folder=folder, make_policy=make_policy, seed=args.seed, run=run_no,
-               machine_id=args.machine_id, workers=args.workers, paces=getattr(args, "pace", None),
+               env=args.env, machine_id=args.machine_id, workers=args.workers, paces=getattr(args, "pace", None),
                stem=f"{source}-{host}-s{args.seed}m{args.machine_id}r{run_no:03d}-{token}",
-               meta=dict(source=source, run=run_no, host=host, env="CarRacing-v3 fast",
+               meta=dict(source=source, run=run_no, host=host, env=f"{ENV_ID} {args.env}",
                          preprocess=PREPROCESS_VERSION, telemetry=list(TELEMETRY),
                          versions=versions(), commit=git_commit()))
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of each worker: they are as many as cores
@@ -281,6 +289,8 @@ def collector_parser(doc, frames):
     p.add_argument("--frames", type=positive, default=frames,
                    help=f"frames in the folder at the end, those already there included "
                         f"(default {frames:,})")
+    p.add_argument("--env", default="fast", choices=["fast", "official"],
+                   help="official: 25 times slower, to check that the fast env teaches the same")
     p.add_argument("--workers", type=positive, default=os.cpu_count(),
                    help="processes (default: all cores)")
     p.add_argument("--machine_id", type=natural, default=0,

@@ -80,7 +80,10 @@ def test_half_a_transition_is_refused(tmp_path):
 
 
 def rewritten(path, name, **members):
-    """A copy of a chunk under another name, some members' bytes replaced."""
+    """The episode of a chunk as another's, some members' bytes replaced."""
+    stem = name.removesuffix(".npz")
+    meta = buffer.read_meta(path) | {"uid": stem, "track_seed": sum(stem.encode())}
+    members = {"meta": npy(np.array(json.dumps(meta)))} | members
     with zipfile.ZipFile(path) as z, zipfile.ZipFile(path.with_name(name), "w",
                                                      zipfile.ZIP_DEFLATED) as out:
         for member in z.namelist():
