@@ -43,6 +43,7 @@ HELD_OUT_MOD = 10  # tracks whose seed is divisible by this are held out of trai
 MAX_DAMAGED = 0.01  # share of unreadable chunks above which training refuses to start
 OPEN = 84  # episodes that are open at a time, of all sources together: 1 GB if all are whole
 AHEAD = 8  # batches planned before they are due: their files are read meanwhile
+GOLDEN = 5**0.5 / 2 - 0.5  # multiples of it fall evenly into 0..1
 NPY_HEADER = 128  # bytes before the values, in all files that numpy writes of such arrays
 FRAME = (64, 64, 3)
 FIELDS = {"obs": (np.uint8, 1, FRAME), "act": (np.float32, 0, (3,)), "reward": (np.float32, 0, ()),
@@ -313,9 +314,10 @@ def spread(n, rng):
 class Stream:
     """The order of one source's windows: `size` a batch, each once per pass, from many episodes.
 
-    `windows` holds their number in each episode. `width` episodes are open at a time and give
-    equally; one that is used up makes room for the next. When none is left to open, they give in
-    proportion to what they have left, so that a pass ends in all of them together.
+    `windows` holds their number in each episode. `width` episodes are open at a time, some giving
+    more than others lest they all end at once; one that is used up makes room for the next. When
+    none is left to open, they give in proportion to what they have left, so that a pass ends in all
+    of them together.
     """
 
     def __init__(self, windows, size, width, key):
@@ -342,25 +344,24 @@ class Stream:
         n_pass = at // self.total
         rng = np.random.default_rng([*self.key, n_pass])
         waiting = deque(e for e in rng.permutation(len(self.windows)).tolist() if self.windows[e])
-        slots = []  # [episode, order of its windows, how many are used]
+        slots, opened = [], 0  # [episode, order of its windows, how many are used, its weight]
         end = at + self.total
         while at < end:
             while waiting and len(slots) < self.width:
                 episode = waiting.popleft()
-                slots.append([episode, spread(self.windows[episode], rng), 0])
+                slots.append([episode, spread(self.windows[episode], rng), 0,
+                              4 + int(12 * (opened * GOLDEN % 1))])
+                opened += 1
             want = min(self.size - at % self.size, end - at)
-            left = np.array([len(order) - used for _, order, used in slots])
-            if waiting:
-                give = np.full(len(slots), want // len(slots))
-                give[rng.permutation(len(slots))[:want % len(slots)]] += 1
-                give = np.minimum(give, left)
-            else:
-                mixed = rng.permutation(len(left))
-                give = np.empty_like(left)
-                give[mixed] = np.diff(left[mixed].cumsum() * want // (end - at), prepend=0)
+            left = np.array([len(order) - used for _, order, used, _ in slots])
+            weights = np.array([w for *_, w in slots]) if waiting else left
+            mixed = rng.permutation(len(left))
+            give = np.empty_like(left)
+            give[mixed] = np.diff(weights[mixed].cumsum() * want // weights.sum(), prepend=0)
+            give = np.minimum(give, left)
             for slot, n, rest in zip(slots, give.tolist(), (left - give).tolist()):
                 if n:
-                    episode, order, used = slot
+                    episode, order, used, _ = slot
                     slot[2] += n
                     yield (n_pass, episode), episode, order[used:used + n], rest == 0
                     at += n

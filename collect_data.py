@@ -125,12 +125,12 @@ def work(conn, job, worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=die_with_the_parent, args=(os.getppid(),), daemon=True).start()
     env = make_env(job["env"])
-    for _ in range(EPISODES_PER_WORKER):
+    for left in reversed(range(EPISODES_PER_WORKER)):
         try:
             episode = conn.recv()
         except EOFError:
             break
-        conn.send(record(env, job, worker, episode))
+        conn.send(record(env, job, worker, episode) | {"retires": left == 0})
     conn.close()
 
 
@@ -236,7 +236,7 @@ def collect(args, source, make_policy):
                 done.append(summary)
                 have += summary["frames"]
                 bar.update(summary["frames"])
-                if have < args.frames:
+                if have < args.frames and not summary["retires"]:
                     hand_out(conn, workers[conn][1])
     finally:
         bar.close()
