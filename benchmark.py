@@ -136,12 +136,14 @@ def pooled():
         return None
 
     class Pooled:
+        def __init__(self):
+            self.env = envpool.make_gymnasium("CarRacing-v3", num_envs=1, num_threads=1)
+
         def reset(self, seed):
-            self.env = envpool.make_gymnasium("CarRacing-v3", num_envs=1, num_threads=1, seed=seed)
-            return self.env.reset()
+            return self.env.reset()  # it takes a seed only when it is made
 
         def step(self, action):
-            return self.env.step(np.asarray(action, np.float32)[None])
+            return self.env.step(action[None])
 
     return Pooled()
 

@@ -160,13 +160,13 @@ def record(env, job, worker, episode):
 
 
 def collect(args, source, make_policy):
-    """Fills ROOT/<source> up to args.frames with episodes of make_policy(job, episode).
+    """Fills ROOT/<source> up to args.frames with episodes of make_policy(job, number).
 
     Worker processes get episode numbers through pipes of their own, so one that is killed takes
-    nothing with it but its episode; it is replaced. Returns the summaries of this run's episodes.
+    nothing with it but its episode; it is replaced. Returns the exit code.
     """
-    folder, host = writable(args.root / source), socket.gethostname()
-    sweep(folder, f"{source}-{host}-")
+    folder = writable(args.root / source)
+    sweep(folder, f"{source}-{socket.gethostname()}-")
     chunks, damaged, duplicates = index(folder)
     for line in damaged + duplicates:
         print(f"not counted: {line}")
@@ -175,86 +175,114 @@ def collect(args, source, make_policy):
     if have >= args.frames:
         print("nothing to do: the target is reached")
         return 0
-    free = shutil.disk_usage(folder).free >> 20
-    need = MIN_FREE + ((args.frames - have) * BYTES_A_FRAME >> 20)
-    if free < need:
-        fail(f"{folder}: expected {need:,} MiB free for {args.frames - have:,} frames and a margin "
-             f"of {MIN_FREE}, found {free:,}; make room, ask for less with --frames, or choose "
-             "another --root")
-    run_no = 1 + max((int(r) for p in folder.glob("*.npz")
-                      for r in re.findall(r"r(\d+)-\w+-w\d+-e\d+$", p.stem)), default=-1)
-    token = secrets.token_hex(3)
-    job = dict(source=source, folder=folder, make_policy=make_policy, seed=args.seed, run=run_no,
-               env=args.env, machine_id=args.machine_id, workers=args.workers, paces=getattr(args, "pace", None),
-               stem=f"{source}-{host}-s{args.seed}m{args.machine_id}r{run_no:03d}-{token}",
-               meta=dict(source=source, run=run_no, host=host, env=f"{ENV_ID} {args.env}",
-                         preprocess=PREPROCESS_VERSION, telemetry=list(TELEMETRY),
-                         versions=versions(), commit=git_commit()))
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of each worker: they are as many as cores
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["collect_data"])
-    stop, done, deaths, error = Stop(), [], 0, None
-    workers, pids, next_episode = {}, set(), [0] * args.workers  # connection -> (process, worker)
+    need_room(folder, args.frames - have)
+    crew, stop, done, error = Crew(make_job(args, source, folder, make_policy)), Stop(), [], None
     start = time.time()
-
-    def hire(worker):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, job, worker), daemon=True)
-        process.start()
-        theirs.close()
-        pids.add(process.pid)
-        workers[ours] = process, worker
-        hand_out(ours, worker)
-
-    def hand_out(conn, worker):
-        try:
-            conn.send(next_episode[worker])
-            next_episode[worker] += 1
-        except OSError:
-            pass  # died meanwhile; `wait` will say so
-
-    bar = tqdm(total=args.frames, initial=min(have, args.frames), unit="frame", unit_scale=True,
-               desc=source, mininterval=1)
+    bar = tqdm(total=args.frames, initial=have, unit="frame", unit_scale=True, desc=source,
+               mininterval=1)
     try:
         while have < args.frames and not stop and not error:
-            for worker in set(range(args.workers)) - {w for _, w in workers.values()}:
-                hire(worker)
-            for conn in wait(list(workers), timeout=0.5):
-                try:
-                    summary = conn.recv()
-                except (EOFError, OSError):  # recycled, or killed
-                    process, _ = workers.pop(conn)
-                    process.join(1)
-                    deaths += process.exitcode != 0
-                    if deaths > RETRIES:
-                        error = f"{folder}: workers die at once (exit code {process.exitcode})"
-                    continue
+            for summary in crew.finished():
                 if "error" in summary:
                     error = summary["error"]
                     break
-                deaths = 0
                 done.append(summary)
                 have += summary["frames"]
                 bar.update(summary["frames"])
-                if have < args.frames and not summary["retires"]:
-                    hand_out(conn, workers[conn][1])
+            if crew.deaths > RETRIES:
+                error = f"{folder}: workers die at once (exit code {crew.exitcode})"
     finally:
         bar.close()
-        for process, _ in workers.values():
-            process.kill()  # chunks are whole or not there: nothing is lost but the episode in hand
-        for process, _ in workers.values():
-            process.join(5)
-        for pid in pids:
-            for tmp in folder.glob(f".*.{pid}.tmp"):
-                tmp.unlink(missing_ok=True)
+        crew.dismiss()
     report(done, time.time() - start)
     if error:
         fail(error)
     return 130 if stop else 0
 
 
+def make_job(args, source, folder, make_policy):
+    """All that a worker needs to know."""
+    host = socket.gethostname()
+    runs = (re.search(r"r(\d+)-\w+-w\d+-e\d+$", p.stem) for p in folder.glob("*.npz"))
+    run_no = 1 + max((int(r[1]) for r in runs if r), default=-1)
+    stem = f"{source}-{host}-s{args.seed}m{args.machine_id}r{run_no:03d}-{secrets.token_hex(3)}"
+    meta = dict(source=source, run=run_no, host=host, env=f"{ENV_ID} {args.env}",
+                preprocess=PREPROCESS_VERSION, telemetry=list(TELEMETRY), versions=versions(),
+                commit=git_commit())
+    return dict(source=source, folder=folder, make_policy=make_policy, seed=args.seed, run=run_no,
+                env=args.env, machine_id=args.machine_id, workers=args.workers,
+                paces=getattr(args, "pace", None), stem=stem, meta=meta)
+
+
+def need_room(folder, frames):
+    """Refuses to start where so many frames would leave less than MIN_FREE of the disk."""
+    free = shutil.disk_usage(folder).free >> 20
+    need = MIN_FREE + (frames * BYTES_A_FRAME >> 20)
+    if free < need:
+        fail(f"{folder}: expected {need:,} MiB free for {frames:,} frames and a margin of "
+             f"{MIN_FREE}, found {free:,}; make room, ask for less with --frames, or choose "
+             "another --root")
+
+
+class Crew:
+    """The workers of a job: each has a number, a pipe, and episodes numbered from 0 on."""
+
+    def __init__(self, job):
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of each: they are as many as cores
+        self.context = mp.get_context("forkserver")
+        self.context.set_forkserver_preload(["collect_data"])
+        self.job, self.workers, self.pids = job, {}, set()  # workers: pipe -> (process, number)
+        self.next_episode = [0] * job["workers"]
+        self.deaths, self.exitcode = 0, None  # deaths since an episode was finished
+
+    def finished(self, timeout=0.5):
+        """Replaces who is gone, and yields the summaries of the episodes that have ended."""
+        for worker in set(range(self.job["workers"])) - {w for _, w in self.workers.values()}:
+            self._hire(worker)
+        for pipe in wait(list(self.workers), timeout):
+            try:
+                summary = pipe.recv()
+            except (EOFError, OSError):  # retired, or killed
+                process, _ = self.workers.pop(pipe)
+                process.join(1)
+                self.deaths += process.exitcode != 0
+                self.exitcode = process.exitcode
+                continue
+            self.deaths = 0
+            if not summary.get("retires"):
+                self._hand_out(pipe)
+            yield summary
+
+    def _hire(self, worker):
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=work, args=(theirs, self.job, worker), daemon=True)
+        process.start()
+        theirs.close()
+        self.pids.add(process.pid)
+        self.workers[ours] = process, worker
+        self._hand_out(ours)
+
+    def _hand_out(self, pipe):
+        worker = self.workers[pipe][1]
+        try:
+            pipe.send(self.next_episode[worker])
+            self.next_episode[worker] += 1
+        except OSError:
+            pass  # died meanwhile; `wait` will say so
+
+    def dismiss(self):
+        """Ends all at once: chunks are whole or not there, only the episodes in hand are lost."""
+        for process, _ in self.workers.values():
+            process.kill()
+        for process, _ in self.workers.values():
+            process.join(5)
+        for pid in self.pids:
+            for tmp in self.job["folder"].glob(f".*.{pid}.tmp"):
+                tmp.unlink(missing_ok=True)
+
+
 def sweep(folder, stem):
-    """Removes what killed processes of this machine left half written: `stem` names machine."""
+    """Removes what killed processes of this machine, named in `stem`, left half written."""
     for tmp in folder.glob(f".{stem}*.npz.*.tmp"):
         pid = tmp.name.split(".")[-2]
         if not Path(f"/proc/{pid}").exists() and time.time() - tmp.stat().st_mtime > STALE:

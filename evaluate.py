@@ -1,0 +1,1062 @@
+"""The report card: what the latents know, how long dreams hold, which futures are found impossible,
+and whether the energy's judgement matches the world. Every figure stands beside its null.
+
+Reads ROOT/models and the training episodes of ROOT/data_race, data_recovery and data; drives new
+episodes of the same three kinds on tracks 200000 to 299999, which nothing was fitted to. Prints
+tables (a value ± half its 95 % interval, bootstrapped over tracks), writes ROOT/visuals/report.json
+(all figures, with n and intervals), report.png, and report_dreams.png where there is a decoder.
+
+1. knows    R² of ridge and small-MLP probes where the road is in view (|offset| < 7, |heading| < 1),
+            AUC of any wheel off the road in all frames; the same from imagined latents.
+2. dreams   squared error of each imagined step over that of copy-last.
+3. futures  surprise, the distance between imagined and actual latent, of true and violated futures.
+            A future counts where the violation shows: teleports with the road in view, frozen,
+            reversed and double speed on a moving car, swapped and mirrored on unlike actions.
+4. plans    candidates drawn as the planner draws them, dreamt and then driven in the simulator. The
+            outcome is the tiles made along the track less --off_road tiles a second of four wheels
+            off the road. A state is restored on a new car from position, angle and speeds of all
+            five bodies, pedals, wheel spin and touched tiles: 30 steps later positions agree to
+            about 1e-4 units (only the joints' warm start is lost).
+
+About 4 minutes for the model of `make demo` on two CPU cores; same seed, same machine: same report.
+
+    python evaluate.py
+    python evaluate.py --checkpoint models/encoder_mixed_ep2.pth --parts knows
+"""
+
+import json
+import math
+import sys
+import time
+import warnings
+from argparse import ArgumentTypeError
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import rankdata
+from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import Ridge
+from sklearn.neural_network import MLPRegressor
+from torch import nn
+from tqdm import tqdm
+
+from buffer import Damage, load_sources, read_chunk
+from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, is_tile, make_env, place_car,
+                     telemetry)
+from collect_data import make_random, run_episode
+from collect_race_data import make_expert
+from collect_recovery_data import make_faulty
+from demo_energy import Elsewhere
+from drive_mpc import colored_noise, plan, planning, to_action
+from networks import (Predictor, TinyEncoder, cosine, fingerprint, latest, load_frozen, optimise,
+                      stack, unit_act)
+from runtime import (Refusal, autocast, fail, git_commit, natural, parser, positive, pyplot,
+                     replace_atomically, run, save_figure, set_up, versions, writable)
+from train_encoder import HUD_ROW, features_of, jitter
+from train_predictor import draw_dream, dream, load_decoder
+
+DRIVERS = {"data_race": make_expert, "data_recovery": make_faulty, "data": make_random}
+CHOOSING = range(200_000, 300_000)  # seeds of tracks for choosing; 100000 to 100099 are for reporting
+PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20", "side_speed")
+OFF_ROAD = "off road (AUC)"
+AHEAD = (1, 5, 15)  # latents ahead at which imagination is probed and futures are judged
+FAR = 30  # latents ahead to which dreams are followed
+IN_VIEW = 7.0, 1.0  # units off the centre line, rad off its direction: the road is in view
+IN_SIGHT = 20.0, math.pi / 2  # the same, where a plan can still find the road
+TINT = 0.1  # the colour control scales each channel by 1 ± this, beside the encoder's own jitter
+MOVING = 5.0  # units/s, from which a film shows which way and how fast it runs
+UNLIKE = 0.5  # of two action sequences, mean distance in units of their usual size
+STEERED = 0.03  # mean |steer| from which a mirrored one is another
+FALSE_ALARMS = 0.01
+WARM_UP = 5  # plans made before the judged one, as the driver would have
+TILE = 3.5  # units
+BLOCK = 512  # stacks of frames that are in memory at a time
+
+
+def arguments():
+    p = parser(__doc__)
+    g = p.add_argument_group("what is judged")
+    g.add_argument("--checkpoint", type=Path,
+                   help="any encoder checkpoint (default: the newest of ROOT/models); parts that "
+                        "need a predictor or cost model trained on it are left out if there is none")
+    g.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS),
+                   help="some of the card only: the other tables are left out")
+    g = p.add_argument_group("sizes")
+    g.add_argument("--track_seed", type=choosing, default=CHOOSING[0],
+                   help="first of the tracks to drive anew, 200000 to 299999: those for choosing")
+    g.add_argument("--tracks", type=positive, default=8,
+                   help="tracks of each kind of driving; intervals shrink with their number")
+    g.add_argument("--train_frames", type=positive, default=4000,
+                   help="latents of each folder, in whole episodes, that probes are fitted to")
+    g.add_argument("--frames", type=positive, default=1200,
+                   help="frames of each kind of driving that probes are judged on")
+    g.add_argument("--windows", type=positive, default=200,
+                   help="windows of each kind of driving that are dreamt and violated")
+    g.add_argument("--states", type=positive, default=12,
+                   help="states of each kind of driving from which plans are driven, a second each")
+    g.add_argument("--ceiling_steps", type=natural, default=300,
+                   help="training steps of the row that sees the labels; 0 leaves the row out")
+    g.add_argument("--ceiling_batch", type=positive, default=64, help="frames in such a step")
+    g.add_argument("--bootstrap", type=positive, default=200,
+                   help="resamples of the tracks behind each interval")
+    g.add_argument("--off_road", type=float, default=17.0,
+                   help="tiles that a second with all wheels off the road costs a plan; 17 is what "
+                        "the expert makes in a second")
+    planning(p)
+    p.set_defaults(samples=256, data=list(DRIVERS))
+    return p.parse_args()
+
+
+def choosing(text):
+    """argparse type: the seed of a track for choosing."""
+    if int(text) not in CHOOSING:
+        raise ArgumentTypeError(f"{text} is not in {CHOOSING[0]}..{CHOOSING[-1]}")
+    return int(text)
+
+
+# ------------------------------------------------------------------ episodes on the grid of latents
+
+@dataclass
+class Episode:
+    """One episode at the rate of latents: row k of obs, state and z is step k * repeat."""
+    source: str
+    track: int
+    obs: np.ndarray  # (K, 64, 64, 3) uint8
+    act: np.ndarray  # (K - 1, 3) mean action that leads from k to k + 1
+    state: np.ndarray  # (K, len(TELEMETRY))
+    actions: np.ndarray  # (T, 3) of every step
+    saved: list = field(default_factory=list)  # states of the simulator, one a latent
+    z: torch.Tensor = None  # (K, D)
+
+
+def on_grid(source, track, arrays, repeat, saved=()):
+    """The Episode of the arrays of a chunk."""
+    K = len(arrays["act"]) // repeat + 1
+    act = arrays["act"][:(K - 1) * repeat].reshape(K - 1, repeat, 3).mean(axis=1)
+    return Episode(source, track, arrays["obs"][::repeat].copy(), act,
+                   arrays["telemetry"][::repeat].copy(), arrays["act"].copy(), list(saved))
+
+
+def read_episodes(sources, count, repeat, seed):
+    """Training episodes of each folder, drawn at random, `count` latents of each or a little more."""
+    out = []
+    for name, (chunks, _) in sources.items():
+        damage, have = Damage(len(chunks)), 0
+        for i in np.random.default_rng([seed, 1]).permutation(len(chunks)):
+            if have >= count:
+                break
+            try:
+                arrays = read_chunk(chunks[i].path, "obs", "act", "telemetry")
+            except Refusal as e:
+                damage.add(e)
+                continue
+            out.append(on_grid(name, chunks[i].meta["track_seed"], arrays, repeat))
+            have += len(out[-1].obs)
+    return out
+
+
+class Recorder:
+    """A policy that also saves the simulator's state at every latent."""
+
+    def __init__(self, policy, repeat):
+        self.policy, self.repeat, self.t, self.saved = policy, repeat, 0, []
+        self.max_steps = getattr(policy, "max_steps", 10**9)
+        self.reset = policy.reset
+
+    def start(self, env, rng):
+        return hasattr(self.policy, "start") and self.policy.start(env, rng)
+
+    def act(self, env):
+        if self.t % self.repeat == 0:
+            self.saved.append(save_state(env))
+        self.t += 1
+        return self.policy.act(env)
+
+
+def drive_anew(sources, args, repeat):
+    """New episodes of each kind of driving, at the paces of the folders, a track of its own each."""
+    env, out = make_env("fast"), []
+    bar = tqdm(total=len(sources) * args.tracks, desc="drive", unit="episode", leave=False)
+    for name, (chunks, _) in sources.items():
+        paces = {c.meta["policy"]["pace"] for c in chunks if "pace" in c.meta["policy"]}
+        for i in range(args.tracks):
+            track = CHOOSING[0] + (args.track_seed - CHOOSING[0] + len(out)) % len(CHOOSING)
+            policy = Recorder(DRIVERS[name]({"paces": sorted(paces)}, i)[0], repeat)
+            arrays, _ = run_episode(env, policy, track, np.random.default_rng([args.seed, track]))
+            out.append(on_grid(name, track, arrays, repeat, policy.saved))
+            bar.update()
+    bar.close()
+    return out
+
+
+class Spots:
+    """Places in episodes: row i is latent k[i] of episodes[e[i]]."""
+
+    def __init__(self, episodes, e, k):
+        self.episodes, self.e, self.k = episodes, e, k
+        self.track = np.array([episodes[i].track for i in e])
+        self.source = np.array([episodes[i].source for i in e])
+
+    def __len__(self):
+        return len(self.k)
+
+    def __getitem__(self, rows):
+        return Spots(self.episodes, self.e[rows], self.k[rows])
+
+    def frames(self, offsets):
+        """(n, len(offsets), 64, 64, 3) uint8: the frames so many latents later, or the first."""
+        return np.stack([self.episodes[e].obs[np.maximum(k + offsets, 0)]
+                         for e, k in zip(self.e, self.k)])
+
+    def state(self, name, ahead=0):
+        """(n,) of telemetry, so many latents later."""
+        column = list(TELEMETRY).index(name)
+        return np.array([self.episodes[e].state[k + ahead, column]
+                         for e, k in zip(self.e, self.k)])
+
+    def within(self, limits, ahead=0):
+        """(n,) bool: the car is no further from the centre line, in units and rad, than this."""
+        return ((np.abs(self.state("lateral_offset", ahead)) < limits[0])
+                & (np.abs(self.state("heading_error", ahead)) < limits[1]))
+
+    def z(self, first, last):
+        """(n, last - first + 1, D): the latents from k + first to k + last."""
+        return torch.stack([self.episodes[e].z[k + first:k + last + 1]
+                            for e, k in zip(self.e, self.k)])
+
+    def act(self, steps):
+        """(n, steps, 3): the actions from here on."""
+        return torch.from_numpy(np.stack([self.episodes[e].act[k:k + steps]
+                                          for e, k in zip(self.e, self.k)]))
+
+
+def choose_spots(episodes, count, repeat, seed, behind=0, ahead=0):
+    """At most `count` Spots of each source after the zoom, so many latents from either end."""
+    parts = []
+    for source in dict.fromkeys(x.source for x in episodes):
+        first = max(-(-ZOOM_STEPS // repeat), behind)
+        every = [(e, k) for e, x in enumerate(episodes) if x.source == source
+                 for k in range(first, len(x.obs) - ahead)]
+        if not every:
+            fail(f"{source}: no episode lasts {(first + ahead) * repeat} steps; collect more frames "
+                 "there, or raise --tracks")
+        rng = np.random.default_rng([seed, 2])
+        parts += [every[i] for i in np.sort(rng.permutation(len(every))[:count])]
+    return Spots(episodes, *np.array(parts).T)
+
+
+def partners(spots, seed):
+    """(n,): for each spot a row of another episode, of the same source where it has several."""
+    rng, out = np.random.default_rng([seed, 3]), []
+    for e, source in zip(spots.e, spots.source):
+        other = np.flatnonzero((spots.e != e) & (spots.source == source))
+        out.append(rng.choice(other if len(other) else np.flatnonzero(spots.e != e)))
+    return np.array(out)
+
+
+# ------------------------------------------------------------------ nets
+
+class Subject:
+    """What is judged: the nets, their untrained twins, and the device they live on."""
+
+    def __init__(self, args):
+        self.device, self.dtype = set_up(args)
+        self.models, self.where = args.root / "models", f" --root {args.root}"
+        self.path = args.checkpoint or latest(self.models, "encoder_mixed")
+        self.encoder, _ = load_frozen(self.path, "encoder", self.device, "python train_encoder.py")
+        self.key = fingerprint(self.encoder)
+        self.predictor = self._matching(latest(self.models, "predictor"), "predictor",
+                                        "train_predictor.py")
+        self.cost = self._matching(self.models / "cost_model_final.pth", "cost",
+                                   "train_cost_model.py")
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            self.twin = TinyEncoder(**self.encoder.args).to(self.device).eval()
+            self.blank = self.predictor and Predictor(**self.predictor.args).to(self.device).eval()
+        self.decoder = None
+
+    def _matching(self, path, name, script):
+        """The net if it was trained on this encoder, or None with a line that says why not."""
+        mend = f"`python {script}{self.where}` makes it"
+        if not path.exists():
+            print(f"no {name}: {path} is not there; {mend}")
+            return None
+        net, payload = load_frozen(path, name, self.device, f"python {script}")
+        if payload["encoder_key"] != self.key:
+            print(f"no {name}: {path} was trained on another encoder than {self.path}")
+            return None
+        return net
+
+    def encode(self, encoder, frames):
+        """Frames (n, history, 64, 64, 3), or (n, history, 3, 64, 64) if a tensor -> z (n, D)."""
+        if not torch.is_tensor(frames):
+            frames = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
+        raw = features_of(encoder, frames, self.device, self.dtype)
+        return (raw - encoder.mean.cpu()) / encoder.std.cpu()
+
+    def encode_at(self, encoder, spots, offsets, what="encode"):
+        """z (n, D) of what a film shows at these offsets, block by block."""
+        blocks = range(0, len(spots), BLOCK)
+        return torch.cat([self.encode(encoder, spots[i:i + BLOCK].frames(offsets)) for i in
+                          tqdm(blocks, desc=what, unit="block", leave=False)])
+
+    def newest(self):
+        """Offsets, in latents, of the frames that a latent sees."""
+        return np.arange(1 - self.encoder.history, 1)
+
+    def encode_episodes(self, episodes):
+        """Fills in each episode's z."""
+        for x in tqdm(episodes, desc="encode", unit="episode", leave=False):
+            every = Spots([x], np.zeros(len(x.obs), int), np.arange(len(x.obs)))
+            x.z = torch.cat([self.encode(self.encoder, every[i:i + BLOCK].frames(self.newest()))
+                             for i in range(0, len(every), BLOCK)])
+
+    @torch.no_grad()
+    def imagine(self, predictor, z, act):
+        """z (n, D), act (n, H, 3) -> z_hat (n, H, D) on the CPU."""
+        with autocast(self.device, self.dtype):
+            return predictor.rollout(z.to(self.device), act.to(self.device)).float().cpu()
+
+
+# ------------------------------------------------------------------ statistics
+
+def auc(positive, negative):
+    """P(positive > negative), ties half: the area under the ROC curve (Mann-Whitney)."""
+    n, m = len(positive), len(negative)
+    if not n or not m:
+        return np.nan
+    ranks = rankdata(np.r_[positive, negative])
+    return (ranks[:n].sum() - n * (n + 1) / 2) / (n * m)
+
+
+def r2(truth, told, seen):
+    """1 - squared error over variance, of each column, in the rows seen."""
+    truth, told = truth[seen], told[seen]
+    spread = ((truth - truth.mean(axis=0)) ** 2).sum(axis=0)
+    return 1 - ((truth - told) ** 2).sum(axis=0) / np.where(spread > 0, spread, np.nan)
+
+
+def spearman(a, b):
+    """Rank correlation; 0 where either is constant: a judge that says nothing is not right."""
+    a, b = rankdata(a), rankdata(b)
+    return 0.0 if a.std() == 0 or b.std() == 0 else float(np.corrcoef(a, b)[0, 1])
+
+
+def cells(statistic, tracks, arrays, args, n=None):
+    """[{value, low, high, n, tracks}] of a statistic of rows, its 95 % interval over tracks.
+
+    statistic(*arrays) -> a number or (c,); the arrays' rows belong to `tracks` (n,), which are drawn
+    anew, with replacement, --bootstrap times.
+    """
+    rows = [np.flatnonzero(tracks == t) for t in np.unique(tracks)]
+    rng, draws = np.random.default_rng([args.seed, 4]), []
+    values = np.atleast_1d(statistic(*arrays))
+    for _ in range(args.bootstrap):
+        pick = np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
+        draws.append(np.atleast_1d(statistic(*(a[pick] for a in arrays))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # all draws may be nan: so is the interval
+        low, high = np.nanpercentile(np.array(draws, float), [2.5, 97.5], axis=0)
+    number = lambda x: float(x) if np.isfinite(x) else None
+    return [{"value": number(v), "low": number(a), "high": number(b),
+             "n": int(len(tracks) if n is None else n), "tracks": len(rows)}
+            for v, a, b in zip(values, low, high)]
+
+
+# ------------------------------------------------------------------ 1. what the latent knows
+
+class Labels(NamedTuple):
+    """What the simulator says at some spots."""
+    y: np.ndarray  # (n, len(PROBED))
+    seen: np.ndarray  # (n,) the road is in view
+    off: np.ndarray  # (n,) a wheel is off the road
+    track: np.ndarray  # (n,)
+
+
+def labels_of(spots, ahead=0):
+    return Labels(np.stack([spots.state(name, ahead) for name in PROBED], axis=1),
+                  spots.within(IN_VIEW, ahead), spots.state("wheels_off_road", ahead) > 0,
+                  spots.track)
+
+
+def regressor(kind, seed):
+    """A fresh probe: linear, or with one hidden layer."""
+    if kind == "ridge":
+        return Ridge(alpha=1.0)
+    return MLPRegressor(hidden_layer_sizes=(64,), batch_size=128, alpha=1e-3, learning_rate_init=2e-3, max_iter=40,
+                        early_stopping=True, n_iter_no_change=5, random_state=seed)
+
+
+def probe(kind, train, labels, seed):
+    """Fits to latents (n, D) and their labels -> told(z) = (quantities (m, 6), off road (m,))."""
+    mean, scale = train.mean(axis=0), train.std(axis=0) + 1e-6
+    y, seen = labels.y, labels.seen
+    if seen.sum() < 30:
+        fail(f"only {seen.sum()} training frames have the road in view, too few for a probe; "
+             "raise --train_frames, or collect more")
+    center, size = y[seen].mean(axis=0), y[seen].std(axis=0) + 1e-6
+    x = (train - mean) / scale
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 40 passes are what it gets
+        state = regressor(kind, seed).fit(x[seen], (y[seen] - center) / size)
+        off = regressor(kind, seed).fit(x, labels.off.astype(np.float32))
+
+    def told(z):
+        x = (z - mean) / scale
+        return state.predict(x) * size + center, off.predict(x)
+    return told
+
+
+def mark(told, z, labels, args):
+    """{quantity: cell} of a fitted probe on evaluation latents."""
+    y, off = told(z)
+    found = cells(r2, labels.track, (labels.y, y, labels.seen), args, labels.seen.sum())
+    found += cells(lambda truth, score: auc(score[truth], score[~truth]), labels.track,
+                   (labels.off, off), args)
+    return dict(zip((*PROBED, OFF_ROAD), found))
+
+
+def pixels(spots, offsets):
+    """(n, pixels) float32 of the stacked frames."""
+    return spots.frames(offsets).reshape(len(spots), -1).astype(np.float32)
+
+
+def principal(train, test, offsets, dim, seed, fit_on=1500):
+    """Principal components of the pixels: z of both Spots, (n, dim)."""
+    rows = np.random.default_rng([seed, 5]).permutation(len(train))[:fit_on]
+    dim = min(dim, len(rows))
+    pca = PCA(dim, svd_solver="randomized", iterated_power=2, random_state=seed)
+    pca.fit(pixels(train[np.sort(rows)], offsets))
+    return [np.concatenate([pca.transform(pixels(s[i:i + BLOCK], offsets))
+                            for i in range(0, len(s), BLOCK)]) for s in (train, test)]
+
+
+def ceiling(subject, spots, labels, args):
+    """The same net trained with the labels, in --ceiling_steps: what this size could know."""
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        net = TinyEncoder(**subject.encoder.args).to(subject.device)
+        head = nn.Linear(net.dim, len(PROBED) + 1).to(subject.device)
+    params = [*net.parameters(), *head.parameters()]
+    optim = torch.optim.AdamW(params, 2e-3, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(subject.device.type, enabled=subject.dtype == torch.float16)
+    y = (labels.y - labels.y[labels.seen].mean(0)) / (labels.y[labels.seen].std(0) + 1e-6)
+    rng, offsets = np.random.default_rng([args.seed, 6]), subject.newest()
+    for step in tqdm(range(args.ceiling_steps), desc="ceiling, with labels", leave=False):
+        rows = rng.integers(len(spots), size=args.ceiling_batch)
+        obs = torch.from_numpy(spots[rows].frames(offsets)).permute(0, 1, 4, 2, 3)
+        target, seen, off = (torch.from_numpy(a[rows]).to(subject.device).float()
+                             for a in (y, labels.seen, labels.off))
+        with autocast(subject.device, subject.dtype):
+            out = head(net.features(stack(obs.to(subject.device), net.history)))
+        error = F.smooth_l1_loss(out[:, :-1].float(), target, reduction="none").mean(dim=1)
+        loss = (error * seen).sum() / seen.sum().clamp_min(1)
+        loss = loss + 0.2 * F.binary_cross_entropy_with_logits(out[:, -1].float(), off)
+        optimise(loss, [net, head], optim, scaler, cosine(step, args.ceiling_steps, 2e-3))
+    return net.eval().requires_grad_(False)
+
+
+def knows(subject, train, test, args):
+    """Part 1: {row: {saw_labels, probe, cells of each quantity}}."""
+    sampled = (choose_spots(train, args.train_frames, subject.encoder.repeat, args.seed),
+               choose_spots(test, args.frames, subject.encoder.repeat, args.seed))
+    labels = [labels_of(s) for s in sampled]
+    rows, offsets = {}, subject.newest()
+
+    def add(name, latents, saw_labels=False, kinds=("ridge", "mlp")):
+        for kind in tqdm(kinds, desc=f"probe: {name}", leave=False):
+            told = probe(kind, latents[0], labels[0], args.seed)
+            rows[f"{name}, {kind}"] = {"saw_labels": saw_labels, "probe": kind,
+                                       "cells": mark(told, latents[1], labels[1], args)}
+
+    add("this encoder", [s.z(0, 0)[:, 0].numpy() for s in sampled])
+    add("untrained encoder", [subject.encode_at(subject.twin, s, offsets, "untrained").numpy()
+                              for s in sampled])
+    add("PCA of the pixels", principal(*sampled, offsets, subject.encoder.dim, args.seed))
+    if args.ceiling_steps:
+        net = ceiling(subject, sampled[0], labels[0], args)
+        add("ceiling, saw the labels", [subject.encode_at(net, s, offsets, "ceiling").numpy()
+                                        for s in sampled], saw_labels=True)
+    if subject.predictor:
+        rows |= imagined(subject, train, test, args)
+    return rows
+
+
+def imagined(subject, train, test, args):
+    """Rows of part 1 for latents AHEAD: {row: ...} of ridge probes.
+
+    Of what is imagined, read by the probe of real latents and by one fitted to imagined ones; and of
+    the present latent, by a probe fitted to what comes: all that is to be had without imagining.
+    """
+    H, repeat, rows = max(AHEAD), subject.encoder.repeat, {}
+    spots = [choose_spots(train, args.train_frames // 2, repeat, args.seed, ahead=H),
+             choose_spots(test, args.frames // 2, repeat, args.seed, ahead=H)]
+    real = [s.z(0, H) for s in spots]
+    z_hat = [subject.imagine(subject.predictor, z[:, 0], s.act(H)) for z, s in zip(real, spots)]
+    for h in tqdm(AHEAD, desc="probe: imagined", leave=False):
+        (fit, judge), (dreamt, dreamt_too) = [labels_of(s, h) for s in spots], [
+            z[:, h - 1].numpy() for z in z_hat]
+        now = [z[:, 0].numpy() for z in real]
+        for name, source, asked in (
+                (f"imagined +{h}, probe of real", real[0][:, h].numpy(), dreamt_too),
+                (f"imagined +{h}, probe of imagined", dreamt, dreamt_too),
+                (f"not imagined +{h}, from z now", *now)):
+            told = probe("ridge", source, fit, args.seed)
+            rows[name] = {"saw_labels": False, "probe": "ridge",
+                          "cells": mark(told, asked, judge, args)}
+    return rows
+
+
+# ------------------------------------------------------------------ 2. how long dreams hold
+
+def linear_dream(train, z0, act, far):
+    """z_hat (n, far, D) of a ridge regression, one a step, from z and the actions up to there."""
+    z, told = train.z(0, far).numpy(), train.act(far)
+    told, act, out = unit_act(told).numpy(), unit_act(act).numpy(), []
+    for k in range(1, far + 1):
+        x = np.concatenate([z[:, 0], told[:, :k].reshape(len(z), -1)], axis=1)
+        fit = Ridge(alpha=10.0).fit(x, z[:, k] - z[:, 0])
+        x = np.concatenate([z0.numpy(), act[:, :k].reshape(len(act), -1)], axis=1)
+        out.append(z0 + torch.from_numpy(fit.predict(x)).float())
+    return torch.stack(out, dim=1)
+
+
+def dreams(subject, train, spots, args):
+    """Part 2: {"all" or source: {row: [cell of each step 1..FAR]}}, and errors (n, FAR) by row."""
+    z, act = spots.z(0, FAR), spots.act(FAR)
+    other = act[partners(spots, args.seed)]
+    fitted = choose_spots(train, args.train_frames // 2, subject.encoder.repeat, args.seed,
+                          ahead=FAR)
+    z_hat = {"this predictor": subject.imagine(subject.predictor, z[:, 0], act),
+             "copy-last": z[:, :1].expand_as(z[:, 1:]),
+             "swapped actions": subject.imagine(subject.predictor, z[:, 0], other),
+             "untrained predictor": subject.imagine(subject.blank, z[:, 0], act),
+             "linear predictor": linear_dream(fitted, z[:, 0], act, FAR)}
+    error = {k: (v - z[:, 1:]).pow(2).mean(dim=2).numpy() for k, v in z_hat.items()}
+    ratio = lambda own, copy: own.mean(axis=0) / copy.mean(axis=0)
+    out = {}
+    for source in ("all", *dict.fromkeys(spots.source)):
+        rows = np.flatnonzero((spots.source == source) | (source == "all"))
+        out[source] = {name: cells(ratio, spots.track[rows],
+                                   (own[rows], error["copy-last"][rows]), args)
+                       for name, own in tqdm(error.items(), desc=f"dreams: {source}", leave=False)}
+    return out, error
+
+
+def draw_dreams(subject, spots, error, path):
+    """The sheet: of each source the window whose error at step 15 is the median one."""
+    H, rows = max(AHEAD), []
+    for source in dict.fromkeys(spots.source):
+        own = np.flatnonzero(spots.source == source)
+        rows.append(own[np.argsort(error[own, H - 1])[len(own) // 2]])
+    some = spots[np.array(rows)]
+    obs = torch.from_numpy(some.frames(np.arange(1 - subject.encoder.history, H + 1)))
+    real, dreamt = dream(subject.encoder, subject.predictor, subject.decoder,
+                         obs.permute(0, 1, 4, 2, 3), some.act(H), subject.device)
+    draw_dream(real, dreamt, list(some.source), path, subject.encoder.repeat / FPS)
+
+
+# ------------------------------------------------------------------ 3. impossible futures
+
+FILMS = {  # what a film shows, j latents after the present, as latents after the present
+    "true": lambda j: j,
+    "frozen": lambda j: np.minimum(j, 0),
+    "time reversed": lambda j: -np.abs(j),
+    "double speed": lambda j: j + np.maximum(j, 0),
+}
+TELEPORTS = "teleport, same track", "teleport, other track"
+TOLD = "swapped actions", "mirrored steering"  # the film is true, the actions told are not
+COLOUR = "colour (control)"
+VIOLATIONS = (*TELEPORTS, *list(FILMS)[1:], *TOLD, COLOUR)
+JUDGES = "this model", "untrained nets", "pixel error", "copy-last"
+
+
+def teleported(subject, spots, args):
+    """{violation: frames (n, len(AHEAD), history, 64, 64, 3)}: the car is put elsewhere, its pose and
+    speed kept and its last actions played, on its own track and on that of the next episode."""
+    e, rng = subject.encoder, np.random.default_rng([args.seed, 7])
+    need = (e.history - 1) * e.repeat + 1
+    out = {t: np.zeros((len(spots), len(AHEAD), e.history, 64, 64, 3), np.uint8) for t in TELEPORTS}
+    places = list(dict.fromkeys(spots.e))
+    for i, place in enumerate(tqdm(places, desc="teleport", unit="track", leave=False)):
+        twin = Elsewhere(spots.episodes[place].track, rng)
+        for name, guest in zip(TELEPORTS, (place, places[i - 1])):
+            for row in np.flatnonzero(spots.e == guest):
+                x = spots.episodes[guest]
+                for a, h in enumerate(AHEAD):
+                    k = spots.k[row] + h
+                    state = dict(zip(TELEMETRY, x.state[k].tolist()))
+                    last = x.actions[max(0, k * e.repeat - 2 * need):k * e.repeat]
+                    near = int(state["tile_index"]) if name == TELEPORTS[0] else None
+                    frames = twin.frames(state, last, need, near)
+                    out[name][row, a] = frames[::-1][::e.repeat][:e.history][::-1]
+        twin.env.close()
+    return out
+
+
+def recoloured(frames, generator):
+    """Frames (n, history, 64, 64, 3) uint8 in another light: brightness, contrast and tint of the
+    scene, one draw a stack -> (n, history, 3, 64, 64) float 0..255."""
+    x = jitter(torch.from_numpy(frames).permute(0, 1, 4, 2, 3), generator)
+    tint = 1 + TINT * (2 * torch.rand(len(x), 1, 3, 1, 1, generator=generator) - 1)
+    x[..., :HUD_ROW, :] = (x[..., :HUD_ROW, :] * tint).clamp(0, 255)
+    return x
+
+
+def shows(spots, other):
+    """{violation: (n, len(AHEAD)) bool}: where it makes another future of this one."""
+    act, every = spots.act(max(AHEAD)), np.ones((len(spots), len(AHEAD)), bool)
+    moving = every & (spots.state("speed") > MOVING)[:, None]
+    apart = (unit_act(act) - unit_act(act[other])).norm(dim=2).numpy()
+    mean = lambda x: np.stack([x[:, :h].mean(axis=1) for h in AHEAD], axis=1)
+    in_view = np.stack([spots.within(IN_VIEW, h) for h in AHEAD], axis=1)
+    return {**dict.fromkeys(TELEPORTS, in_view), **dict.fromkeys(list(FILMS)[1:], moving),
+            "swapped actions": mean(apart) > UNLIKE,
+            "mirrored steering": mean(np.abs(act[..., 0].numpy())) > STEERED, COLOUR: every}
+
+
+def surprises(subject, spots, other, args):
+    """{judge: {"true" or violation: (n, len(AHEAD))}}: how far each future is from the expected."""
+    steps, H = [h - 1 for h in AHEAD], max(AHEAD)
+    act, mirror = spots.act(H), torch.tensor([-1.0, 1, 1])
+    told = {None: act, "swapped actions": act[other], "mirrored steering": act * mirror}
+    now, futures = spots.frames(np.zeros(1, int))[:, 0], teleported(subject, spots, args)
+    judges = {"this model": (subject.encoder, subject.predictor),
+              "untrained nets": (subject.twin, subject.blank)}
+    z0 = {j: subject.encode_at(e, spots, subject.newest()) for j, (e, _) in judges.items()}
+    z_hat = {(j, k): subject.imagine(p, z0[j], a)[:, steps] for j, (_, p) in judges.items()
+             for k, a in told.items()}
+    out = {j: {v: np.zeros((len(spots), len(AHEAD))) for v in ("true", *VIOLATIONS)}
+           for j in JUDGES}
+    kinds = [v for v in ("true", *VIOLATIONS) if v not in TOLD]
+    for a, violation in tqdm([(a, v) for a in range(len(AHEAD)) for v in kinds], desc="surprise",
+                             leave=False):
+        g = torch.Generator().manual_seed(args.seed + a)
+        for i in range(0, len(spots), BLOCK):
+            rows = slice(i, i + BLOCK)
+            if violation in TELEPORTS:
+                frames = futures[violation][rows, a]
+            else:
+                film = FILMS.get(violation, FILMS["true"])
+                frames = spots[rows].frames(film(AHEAD[a] + subject.newest()))
+            shown = recoloured(frames, g) if violation == COLOUR else frames
+            last = shown[:, -1] if shown is frames else shown[:, -1].permute(0, 2, 3, 1).numpy()
+            out["pixel error"][violation][rows, a] = np.abs(
+                last.astype(np.float32) - now[rows]).mean(axis=(1, 2, 3))
+            for j, (encoder, _) in judges.items():
+                z = subject.encode(encoder, shown)
+                distance = lambda expected: (z - expected[rows]).pow(2).mean(dim=1).numpy()
+                out[j][violation][rows, a] = distance(z_hat[j, None][:, a])
+                if j == "this model":
+                    out["copy-last"][violation][rows, a] = distance(z0[j])
+                for kind in TOLD if violation == "true" else ():
+                    out[j][kind][rows, a] = distance(z_hat[j, kind][:, a])
+    for judge in ("pixel error", "copy-last"):  # they know no actions
+        out[judge] |= {kind: out[judge]["true"] for kind in TOLD}
+    return out
+
+
+def separated(true, violated):
+    """(AUROC, share of violations found at 1 % false alarms, share of pairs told apart)."""
+    alarm = np.quantile(true, 1 - FALSE_ALARMS, method="higher") if len(true) else np.nan
+    pairs = (violated > true).mean() + (violated == true).mean() / 2 if len(true) else np.nan
+    found = (violated > alarm).mean() if len(true) else np.nan
+    return np.array([auc(violated, true), found, pairs])
+
+
+def futures(subject, spots, args):
+    """Part 3: {violation: {judge: {h: {auroc, tpr_at_1pct, pairs: cells}}}}."""
+    other = partners(spots, args.seed)
+    surprise, where, out = surprises(subject, spots, other, args), shows(spots, other), {}
+    for violation in tqdm(VIOLATIONS, desc="futures", leave=False):
+        out[violation] = {j: {} for j in JUDGES}
+        for a, h in enumerate(AHEAD):
+            rows = np.flatnonzero(where[violation][:, a])
+            for judge in JUDGES:
+                pair = [surprise[judge][v][rows, a] for v in ("true", violation)]
+                found = cells(separated, spots.track[rows], pair, args) if len(rows) else [
+                    {"value": None, "low": None, "high": None, "n": 0, "tracks": 0}] * 3
+                out[violation][judge][h] = dict(zip(("auroc", "tpr_at_1pct", "pairs"), found))
+    return out
+
+
+# ------------------------------------------------------------------ 4. plans, dreamt and driven
+
+class Saved(NamedTuple):
+    """All of a simulator's state that its next steps depend on, the track apart."""
+    bodies: list  # of hull and wheels: (x, y, angle, vx, vy, angular velocity)
+    wheels: list  # (gas, brake, steer, spin, phase, indices of the tiles touched)
+
+
+def save_state(env):
+    """The Saved state of any kind of env."""
+    car = env.unwrapped.car
+    bodies = [(*b.position, b.angle, *b.linearVelocity, b.angularVelocity)
+              for b in (car.hull, *car.wheels)]
+    return Saved(bodies, [(w.gas, w.brake, w.steer, w.omega, w.phase, [t.idx for t in w.tiles])
+                          for w in car.wheels])
+
+
+def restore_state(env, saved):
+    """Puts a new car into env, on the same track, in the Saved state. Use `play` from there."""
+    env = env.unwrapped
+    place_car(env, *saved.bodies[0][:3])
+    for body, (x, y, angle, vx, vy, turn) in zip((env.car.hull, *env.car.wheels), saved.bodies):
+        body.transform = (x, y), angle
+        body.linearVelocity, body.angularVelocity = (vx, vy), turn
+    for w, (gas, brake, steer, spin, phase, tiles) in zip(env.car.wheels, saved.wheels):
+        w.gas, w.brake, w.steer, w.omega, w.phase = gas, brake, steer, spin, phase
+        w.tiles = {env.road[i] for i in tiles}
+
+
+def play(env, actions):
+    """Steps env (T, 3) from a state just restored -> yields its car after each step."""
+    env = env.unwrapped
+    for t, action in enumerate(actions):
+        env.step(action)
+        if t == 0:  # of the tiles restored, the new car's contacts never end: ask Box2D
+            for w in env.car.wheels:
+                w.tiles = {c.other.userData for c in w.contacts
+                           if c.contact.touching and is_tile(c.other.userData)}
+        yield env.car
+
+
+def along(env):
+    """How far along the track the car is, in tiles, and the track's number of tiles."""
+    line, at = centre_line(env.unwrapped), env.unwrapped.car.hull.position
+    i = line.nearest(at.x, at.y)
+    beta = line.beta[i]
+    ahead = (at.y - line.y[i]) * math.cos(beta) - (at.x - line.x[i]) * math.sin(beta)
+    return i + ahead / TILE, len(line.x)
+
+
+def outcome(env, saved, actions, off_road):
+    """Tiles made by actions (T, 3) less `off_road` a second of all four wheels off the road."""
+    restore_state(env, saved)
+    before, n = along(env)
+    off = sum(sum(not w.tiles for w in car.wheels) for car in play(env, actions)) / 4 / FPS
+    made = (along(env)[0] - before + n / 2) % n - n / 2
+    return made - off_road * off
+
+
+def candidates(previous, cfg, generator, device):
+    """Plans u (N, H, 2) around the last one, shifted: those of the planner's first round."""
+    mean = torch.cat([previous[1:], previous[-1:]])
+    noise = colored_noise(cfg.samples, cfg.horizon, cfg.rho, generator, device)
+    u = (mean + torch.tensor(cfg.noise, device=device) * noise).clamp(-1, 1)
+    u[0] = mean
+    return u
+
+
+@torch.inference_mode()
+def judge_plans(subject, episode, k, seed, cfg):
+    """(actions (N, H, 3), {judge: energies (N,)}, the planner's own plan (H, 3)) at latent k."""
+    device, generator = subject.device, torch.Generator(subject.device)
+    nets = {"predictor": subject.predictor, "cost": subject.cost}
+    z = episode.z.to(device)
+    u = torch.zeros(cfg.horizon, 2, device=device)
+    amp = autocast(device, subject.dtype)
+    for i in range(max(0, k - WARM_UP), k):
+        u = plan(z[i:i + 1], nets, u, cfg, generator.manual_seed(seed + i), amp)[0]
+    act = to_action(candidates(u, cfg, generator.manual_seed(seed + k), device))
+    chosen = plan(z[k:k + 1], nets, u, cfg, generator.manual_seed(seed + k), amp)[0]
+    energies = {}
+    for name, predictor in (("this model", subject.predictor), ("untrained", subject.blank)):
+        z_hat = subject.imagine(predictor, episode.z[k].expand(len(act), -1), act)
+        energies[name] = subject.cost.energy(z_hat.to(device), cfg.energy).sum(dim=1).cpu().numpy()
+    return act.cpu().numpy(), energies, to_action(chosen).cpu().numpy()
+
+
+def states_of(spots, args):
+    """At most --states spots of each source at which the road is in sight."""
+    rng, rows = np.random.default_rng([args.seed, 8]), []
+    for source in dict.fromkeys(spots.source):
+        own = np.flatnonzero((spots.source == source) & spots.within(IN_SIGHT))
+        rows += np.sort(rng.permutation(own)[:args.states]).tolist()
+    return spots[np.array(sorted(rows), int)]
+
+
+def plans(subject, spots, args):
+    """Part 4: ({"all" or source: {figure: cell}}, energies (n, N), outcomes (n, N))."""
+    spots, repeat = states_of(spots, args), subject.encoder.repeat
+    env, driven = make_env("physics"), None
+    rows, energy, true = [], [], []
+    for e, k, track in tqdm(list(zip(*(x.tolist() for x in (spots.e, spots.k, spots.track)))), desc="plans", unit="state",
+                            leave=False):
+        if driven != track:
+            env.reset(seed=track)
+            driven = track
+        x = spots.episodes[e]
+        act, energies, own = judge_plans(subject, x, k, args.seed + 1000 * track, args)
+        value = lambda a: outcome(env, x.saved[k], a.repeat(repeat, axis=0), args.off_road)
+        made = np.array([value(a) for a in act])
+        energy.append(energies["this model"])
+        true.append(made)
+        rows.append([spearman(-energies["this model"], made), spearman(-energies["untrained"], made),
+                     *(made.max() - x for x in (made[energies["this model"].argmin()], value(own),
+                                                made[energies["untrained"].argmin()],
+                                                made.mean())), 0.0, made.std()])
+    env.close()
+    return summarise(np.array(rows), spots, args), np.array(energy), np.array(true), spots
+
+
+FIGURES = ("spearman", "spearman, untrained predictor", "regret of the lowest energy",
+           "regret of the planner's plan", "regret, untrained predictor", "regret of a random plan",
+           "regret of the simulator's best", "spread of the outcomes")
+
+
+def summarise(rows, spots, args):
+    """{"all" or source: {figure: cell}} of a row of figures for each state."""
+    out = {}
+    for source in ("all", *dict.fromkeys(spots.source)):
+        own = np.flatnonzero((spots.source == source) | (source == "all"))
+        found = cells(lambda r: r.mean(axis=0), spots.track[own], (rows[own],), args)
+        out[source] = dict(zip(FIGURES, found))
+    return out
+
+
+# ------------------------------------------------------------------ tables
+
+def text(cell, digits=3):
+    """A cell as "value ± half its interval"."""
+    if cell["value"] is None:
+        return "-"
+    half = (cell["high"] - cell["low"]) / 2 if cell["low"] is not None else math.nan
+    return f"{cell['value']:.{digits}f} ±{half:.{digits}f}"
+
+
+def table(title, columns, rows, first=36, wide=15):
+    """Prints rows {name: [text]} below their columns."""
+    print(f"\n{title}\n{'':{first}}" + "".join(f"{c:>{wide}}" for c in columns))
+    for name, row in rows.items():
+        print(f"{name:{first}}" + "".join(f"{c:>{wide}}" for c in row))
+
+
+def show_knows(rows):
+    n = next(iter(rows.values()))["cells"]
+    table(f"1. What the latent knows: R² where the road is in view (n = {n['speed']['n']}), AUC of a "
+          f"wheel off the road (n = {n[OFF_ROAD]['n']})", (*PROBED, OFF_ROAD),
+          {name: [text(row["cells"][q]) for q in (*PROBED, OFF_ROAD)] for name, row in rows.items()},
+          first=34, wide=16)
+
+
+def show_dreams(found):
+    steps = [k for k in (1, 2, 3, 5, 10, 15, 20, FAR) if k <= FAR]
+    for source, rows in found.items():
+        n = rows["copy-last"][0]["n"]
+        table(f"2. How long dreams hold: squared error over copy-last's, {source} (n = {n})",
+              [f"+{k}" for k in steps], {name: [text(row[k - 1]) for k in steps]
+                                         for name, row in rows.items()}, first=22, wide=14)
+
+
+def show_futures(found):
+    columns = [f"+{h}" for h in AHEAD]
+    for judge in JUDGES:
+        table(f"3. Impossible futures, AUROC against true ones: {judge}", columns,
+              {v: [text(by[judge][h]["auroc"]) for h in AHEAD] for v, by in found.items()}, first=24)
+    both = [f"{what} +{h}" for what in ("found", "pairs") for h in AHEAD]
+    table("3. This model: share found at 1 % false alarms, share of pairs told apart, futures at +15",
+          [*both, "n"], {v: [*(text(by["this model"][h][what]) for what in ("tpr_at_1pct", "pairs")
+                               for h in AHEAD), str(by["this model"][max(AHEAD)]["auroc"]["n"])]
+                         for v, by in found.items()}, first=24, wide=14)
+
+
+def show_plans(found):
+    table("4. Does its judgement match the world: rank correlation of low energy and true outcome "
+          "within a state; regrets in tiles", list(found),
+          {figure: [text(found[source][figure]) for source in found] for figure in FIGURES}
+          | {"states": [str(found[source]["spearman"]["n"]) for source in found]}, first=34, wide=18)
+
+
+# ------------------------------------------------------------------ the page
+
+def heat(ax, values, rows, columns, low, high, title, digits=2):
+    """A table of numbers (n, m) in colours, nan blank."""
+    ax.imshow(np.clip(values, low, high), cmap="RdYlGn", vmin=low, vmax=high, aspect="auto",
+              alpha=0.75)
+    for (i, j), v in np.ndenumerate(values):
+        if np.isfinite(v):
+            ax.text(j, i, f"{v:.{digits}f}" if v > -9.95 else "<-9.9", ha="center", va="center",
+                    fontsize=6.5)
+    ax.set_xticks(range(len(columns)), columns, fontsize=7)
+    ax.set_yticks(range(len(rows)), rows, fontsize=7)
+    ax.tick_params(length=0)
+    ax.set_title(title, fontsize=9, loc="left")
+
+
+def number(cell):
+    return math.nan if cell["value"] is None else cell["value"]
+
+
+def page_knows(ax, rows):
+    values = np.array([[number(row["cells"][q]) for q in (*PROBED, OFF_ROAD)]
+                       for row in rows.values()])
+    columns = [q.replace("_", "\n") for q in PROBED] + ["off road\n(AUC)"]
+    heat(ax, values, list(rows), columns, 0, 1,
+         "1. What the latent knows: R² where the road is in view")
+    ax.axhline(7.5 if len(rows) > 8 else -1, color="black", lw=1)
+
+
+def page_dreams(ax, found):
+    steps = np.arange(1, FAR + 1)
+    for i, (name, row) in enumerate(found["all"].items()):
+        ax.plot(steps, [c["value"] for c in row], color=f"C{i}", lw=2, label=name)
+        if name != "copy-last":
+            ax.fill_between(steps, [c["low"] for c in row], [c["high"] for c in row], color=f"C{i}",
+                            alpha=0.15, lw=0)
+    for (source, rows), style in zip(list(found.items())[1:], ("--", ":", "-.")):
+        ax.plot(steps, [c["value"] for c in rows["this predictor"]], color="C0", lw=0.9, ls=style,
+                label=f"this predictor, {source}")
+    ax.set(yscale="log", xlabel="latents ahead", xlim=(1, FAR))
+    ax.set_ylabel("squared error over copy-last's", fontsize=8)
+    ax.set_title("2. How long dreams hold", fontsize=9, loc="left")
+    ax.grid(alpha=0.3, which="both")
+    ax.tick_params(labelsize=7)
+    ax.legend(fontsize=6.5, ncol=2)
+
+
+def page_futures(ax, found):
+    values = np.array([[number(by[j][h]["auroc"]) for j in JUDGES for h in AHEAD]
+                       for by in found.values()])
+    columns = [f"+{h}" + (f"\n{j}" if h == AHEAD[1] else "") for j in JUDGES for h in AHEAD]
+    heat(ax, values, list(found), columns, 0, 1,
+         "3. Impossible futures: AUROC against true ones (0.5 is chance; the control should be there)")
+    for x in range(1, len(JUDGES)):
+        ax.axvline(len(AHEAD) * x - 0.5, color="white", lw=3)
+    ax.axhline(len(found) - 1.5, color="white", lw=3)
+
+
+def page_plans(ax, found, energy, true, spots, bins=8):
+    """Mean true outcome, over a random plan's, by rank of dreamt energy within its state."""
+    rank = (np.argsort(np.argsort(energy, axis=1), axis=1) + 0.5) / energy.shape[1]
+    gain = true - true.mean(axis=1, keepdims=True)
+    ax.scatter(rank.ravel(), gain.ravel(), s=1, alpha=0.08, color="grey", rasterized=True, lw=0)
+    edges = np.linspace(0, 1, bins + 1)
+    for i, source in enumerate(dict.fromkeys(spots.source)):
+        own = spots.source == source
+        which = np.digitize(rank[own], edges[1:-1])
+        mean = [gain[own][which == b].mean() if (which == b).any() else np.nan for b in range(bins)]
+        r = found[source]["spearman"]["value"]
+        ax.plot((edges[1:] + edges[:-1]) / 2, mean, "o-", ms=3, color=f"C{i}",
+                label=f"{source}: rank correlation {r:.2f}")
+    best = gain.max(axis=1).mean()
+    ax.axhline(best, color="black", lw=0.9, ls="--", label="the simulator's best")
+    ax.axhline(0, color="black", lw=0.9, label="a random plan")
+    low, high = np.quantile(gain, [0.005, 0.995])
+    ax.set(xlabel="rank of the dreamt energy among a state's plans (0: lowest)",
+           ylim=(low, 1.1 * max(high, best)))
+    ax.set_ylabel("true outcome, tiles over a random plan's", fontsize=8)
+    ax.set_title("4. Plans: dreamt energy against true outcome", fontsize=9, loc="left")
+    ax.tick_params(labelsize=7)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=6.5, loc="lower left")
+
+
+def draw_page(pages, title, path):
+    """All that there is on one page: `pages` is {part: draw(ax)}."""
+    plt = pyplot()
+    fig, axes = plt.subplot_mosaic([["knows", "futures"], ["dreams", "plans"]], figsize=(15, 10),
+                                   layout="constrained", height_ratios=[1.15, 1])
+    for name, ax in axes.items():
+        if name in pages:
+            pages[name](ax)
+        else:
+            ax.axis("off")
+            ax.text(0.5, 0.5, f"{name}: left out", ha="center", color="grey")
+    fig.suptitle(title, fontsize=10)
+    save_figure(fig, path)
+
+
+# ------------------------------------------------------------------ main
+
+PARTS = {"knows": (), "dreams": ("predictor",), "futures": ("predictor",),
+         "plans": ("predictor", "cost")}  # part: the nets it needs beside the encoder
+
+
+def possible(subject, args):
+    """The parts asked for whose nets are there; names the others and why."""
+    out = []
+    for part in args.parts:
+        lacking = [n for n in PARTS[part] if getattr(subject, n) is None]
+        if lacking:
+            print(f"left out: {part}, which needs a {' and a '.join(lacking)} of {subject.path}")
+        else:
+            out.append(part)
+    return out
+
+
+def prepare(subject, args):
+    """(training episodes, new episodes, windows of the new ones), encoded."""
+    sources, repeat = load_sources(args), subject.encoder.repeat
+    train = read_episodes(sources, args.train_frames, repeat, args.seed)
+    test = drive_anew(sources, args, repeat)
+    subject.encode_episodes(train + test)
+    some = choose_spots(train, 500, repeat, args.seed)
+    subject.twin.calibrate(features_of(subject.twin, torch.from_numpy(
+        some.frames(subject.newest())).permute(0, 1, 4, 2, 3), subject.device, subject.dtype))
+    H = max(AHEAD)
+    spots = choose_spots(test, args.windows, repeat, args.seed,
+                         behind=H + subject.encoder.history, ahead=max(FAR, 2 * H))
+    return train, test, spots
+
+
+def judge(subject, parts, train, test, spots, args):
+    """Runs the parts: ({part: its figures}, {part: how to draw it}); prints each when it is done."""
+    found, pages = {}, {}
+    if "knows" in parts:
+        rows = found["knows"] = knows(subject, train, test, args)
+        show_knows(rows)
+        pages["knows"] = lambda ax: page_knows(ax, rows)
+    if "dreams" in parts:
+        curves, error = dreams(subject, train, spots, args)
+        found["dreams"] = curves
+        show_dreams(curves)
+        pages["dreams"] = lambda ax: page_dreams(ax, curves)
+        if subject.decoder:
+            draw_dreams(subject, spots, error["this predictor"],
+                        args.root / "visuals" / "report_dreams.png")
+    if "futures" in parts:
+        violations = found["futures"] = futures(subject, spots, args)
+        show_futures(violations)
+        pages["futures"] = lambda ax: page_futures(ax, violations)
+    if "plans" in parts:
+        figures, energy, true, states = plans(subject, spots, args)
+        found["plans"] = figures
+        show_plans(figures)
+        pages["plans"] = lambda ax: page_plans(ax, figures, energy, true, states)
+    return found, pages
+
+
+def main():
+    args, began = arguments(), time.time()
+    visuals = writable(args.root / "visuals")
+    subject = Subject(args)
+    parts = possible(subject, args)
+    train, test, spots = prepare(subject, args)
+    if "dreams" in parts:
+        subject.decoder = load_decoder(args.root, subject.key, subject.device)
+    found, pages = judge(subject, parts, train, test, spots, args)
+    minutes = (time.time() - began) / 60
+    report = {"command": " ".join(sys.argv), "commit": git_commit(), "versions": versions(),
+              "args": {k: str(v) for k, v in vars(args).items()}, "checkpoint": str(subject.path),
+              "encoder": {"key": subject.key, **subject.encoder.args},
+              "tracks": {s: [x.track for x in test if x.source == s] for s in DRIVERS},
+              "latents": {"fitted": sum(len(x.obs) for x in train),
+                          "judged": sum(len(x.obs) for x in test)},
+              "minutes": round(minutes, 2), "parts": found}
+    body = json.dumps(report, indent=1, allow_nan=False).encode()
+    replace_atomically(visuals / "report.json", lambda f: f.write(body))
+    draw_page(pages, f"{subject.path}, tracks {test[0].track} to {test[-1].track}",
+              visuals / "report.png")
+    print(f"\n{visuals}/report.json, report.png" + (", report_dreams.png" if subject.decoder else "")
+          + f" in {minutes:.1f} min")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
