@@ -6,8 +6,8 @@ episodes of the same three kinds on tracks 200000 to 299999, which nothing was f
 tables (a value ± half its 95 % interval, bootstrapped over tracks), writes ROOT/visuals/report.json
 (all figures, with n and intervals), report.png, and report_dreams.png where there is a decoder.
 
-1. knows    R² of ridge and small-MLP probes where the road is in view (|offset| < 7, |heading| < 1),
-            AUC of any wheel off the road in all frames; the same from imagined latents.
+1. knows    R² of ridge and small-MLP probes where the road is in view (|offset| < 7 units, |heading
+            error| < 1 rad), AUC of any wheel off the road in all frames; from imagined latents too.
 2. dreams   squared error of each imagined step over that of copy-last.
 3. futures  surprise, the distance between imagined and actual latent, of true and violated futures.
             A future counts where the violation shows: teleports with the road in view, frozen,
@@ -42,6 +42,7 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Ridge
 from sklearn.neural_network import MLPRegressor
+from threadpoolctl import threadpool_limits
 from torch import nn
 from tqdm import tqdm
 
@@ -61,7 +62,7 @@ from train_encoder import HUD_ROW, features_of, jitter
 from train_predictor import draw_dream, dream, load_decoder
 
 DRIVERS = {"data_race": make_expert, "data_recovery": make_faulty, "data": make_random}
-CHOOSING = range(200_000, 300_000)  # seeds of tracks for choosing; 100000 to 100099 are for reporting
+CHOOSING = range(200_000, 300_000)  # track seeds; 100000 to 100099 are for reporting
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20", "side_speed")
 OFF_ROAD = "off road (AUC)"
 AHEAD = (1, 5, 15)  # latents ahead at which imagination is probed and futures are judged
@@ -82,8 +83,8 @@ def arguments():
     p = parser(__doc__)
     g = p.add_argument_group("what is judged")
     g.add_argument("--checkpoint", type=Path,
-                   help="any encoder checkpoint (default: the newest of ROOT/models); parts that "
-                        "need a predictor or cost model trained on it are left out if there is none")
+                   help="any encoder checkpoint (default: the newest of ROOT/models); what needs "
+                        "a predictor or cost model trained on it is left out if there is none")
     g.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS),
                    help="some of the card only: the other tables are left out")
     g = p.add_argument_group("sizes")
@@ -143,7 +144,7 @@ def on_grid(source, track, arrays, repeat, saved=()):
 
 
 def read_episodes(sources, count, repeat, seed):
-    """Training episodes of each folder, drawn at random, `count` latents of each or a little more."""
+    """Training episodes of each folder, drawn at random: `count` latents of each, or a few more."""
     out = []
     for name, (chunks, _) in sources.items():
         damage, have = Damage(len(chunks)), 0
@@ -179,7 +180,7 @@ class Recorder:
 
 
 def drive_anew(sources, args, repeat):
-    """New episodes of each kind of driving, at the paces of the folders, a track of its own each."""
+    """New episodes of each kind of driving, at the paces of the folders, each on its own track."""
     env, out = make_env("fast"), []
     bar = tqdm(total=len(sources) * args.tracks, desc="drive", unit="episode", leave=False)
     for name, (chunks, _) in sources.items():
@@ -192,6 +193,16 @@ def drive_anew(sources, args, repeat):
             bar.update()
     bar.close()
     return out
+
+
+def planes(frames):
+    """(n, L, 64, 64, 3) uint8, an array -> (n, L, 3, 64, 64), a tensor of the same memory."""
+    return torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
+
+
+def blocks(n):
+    """Slices of BLOCK rows."""
+    return [slice(i, i + BLOCK) for i in range(0, n, BLOCK)]
 
 
 class Spots:
@@ -209,9 +220,9 @@ class Spots:
         return Spots(self.episodes, self.e[rows], self.k[rows])
 
     def frames(self, offsets):
-        """(n, len(offsets), 64, 64, 3) uint8: the frames so many latents later, or the first."""
-        return np.stack([self.episodes[e].obs[np.maximum(k + offsets, 0)]
-                         for e, k in zip(self.e, self.k)])
+        """obs (n, len(offsets), 3, 64, 64) uint8: frames so many latents later, or the first."""
+        return planes(np.stack([self.episodes[e].obs[np.maximum(k + offsets, 0)]
+                                for e, k in zip(self.e, self.k)]))
 
     def state(self, name, ahead=0):
         """(n,) of telemetry, so many latents later."""
@@ -243,8 +254,8 @@ def choose_spots(episodes, count, repeat, seed, behind=0, ahead=0):
         every = [(e, k) for e, x in enumerate(episodes) if x.source == source
                  for k in range(first, len(x.obs) - ahead)]
         if not every:
-            fail(f"{source}: no episode lasts {(first + ahead) * repeat} steps; collect more frames "
-                 "there, or raise --tracks")
+            fail(f"{source}: no episode lasts {(first + ahead) * repeat} steps; collect more "
+                 "frames there, or raise --tracks")
         rng = np.random.default_rng([seed, 2])
         parts += [every[i] for i in np.sort(rng.permutation(len(every))[:count])]
     return Spots(episodes, *np.array(parts).T)
@@ -292,18 +303,15 @@ class Subject:
             return None
         return net
 
-    def encode(self, encoder, frames):
-        """Frames (n, history, 64, 64, 3), or (n, history, 3, 64, 64) if a tensor -> z (n, D)."""
-        if not torch.is_tensor(frames):
-            frames = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
-        raw = features_of(encoder, frames, self.device, self.dtype)
+    def encode(self, encoder, obs):
+        """obs (n, history, 3, 64, 64) -> z (n, D), standardised, on the CPU."""
+        raw = features_of(encoder, obs, self.device, self.dtype)
         return (raw - encoder.mean.cpu()) / encoder.std.cpu()
 
     def encode_at(self, encoder, spots, offsets, what="encode"):
         """z (n, D) of what a film shows at these offsets, block by block."""
-        blocks = range(0, len(spots), BLOCK)
-        return torch.cat([self.encode(encoder, spots[i:i + BLOCK].frames(offsets)) for i in
-                          tqdm(blocks, desc=what, unit="block", leave=False)])
+        return torch.cat([self.encode(encoder, spots[rows].frames(offsets)) for rows in
+                          tqdm(blocks(len(spots)), desc=what, unit="block", leave=False)])
 
     def newest(self):
         """Offsets, in latents, of the frames that a latent sees."""
@@ -313,8 +321,13 @@ class Subject:
         """Fills in each episode's z."""
         for x in tqdm(episodes, desc="encode", unit="episode", leave=False):
             every = Spots([x], np.zeros(len(x.obs), int), np.arange(len(x.obs)))
-            x.z = torch.cat([self.encode(self.encoder, every[i:i + BLOCK].frames(self.newest()))
-                             for i in range(0, len(every), BLOCK)])
+            x.z = torch.cat([self.encode(self.encoder, every[rows].frames(self.newest()))
+                             for rows in blocks(len(every))])
+
+    def pairs(self):
+        """{judge: (encoder, predictor)}: those under test, and their untrained twins."""
+        return {"this model": (self.encoder, self.predictor),
+                "untrained nets": (self.twin, self.blank)}
 
     @torch.no_grad()
     def imagine(self, predictor, z, act):
@@ -350,8 +363,8 @@ def spearman(a, b):
 def cells(statistic, tracks, arrays, args, n=None):
     """[{value, low, high, n, tracks}] of a statistic of rows, its 95 % interval over tracks.
 
-    statistic(*arrays) -> a number or (c,); the arrays' rows belong to `tracks` (n,), which are drawn
-    anew, with replacement, --bootstrap times.
+    statistic(*arrays) -> a number or (c,); the arrays' rows belong to `tracks` (n,), which are
+    drawn anew, with replacement, --bootstrap times.
     """
     rows = [np.flatnonzero(tracks == t) for t in np.unique(tracks)]
     rng, draws = np.random.default_rng([args.seed, 4]), []
@@ -388,8 +401,9 @@ def regressor(kind, seed):
     """A fresh probe: linear, or with one hidden layer."""
     if kind == "ridge":
         return Ridge(alpha=1.0)
-    return MLPRegressor(hidden_layer_sizes=(64,), batch_size=128, alpha=1e-3, learning_rate_init=2e-3, max_iter=40,
-                        early_stopping=True, n_iter_no_change=5, random_state=seed)
+    return MLPRegressor(hidden_layer_sizes=(64,), batch_size=128, alpha=1e-3, max_iter=40,
+                        learning_rate_init=2e-3, early_stopping=True, n_iter_no_change=5,
+                        random_state=seed)
 
 
 def probe(kind, train, labels, seed):
@@ -423,7 +437,7 @@ def mark(told, z, labels, args):
 
 def pixels(spots, offsets):
     """(n, pixels) float32 of the stacked frames."""
-    return spots.frames(offsets).reshape(len(spots), -1).astype(np.float32)
+    return spots.frames(offsets).permute(0, 1, 3, 4, 2).reshape(len(spots), -1).float().numpy()
 
 
 def principal(train, test, offsets, dim, seed, fit_on=1500):
@@ -432,8 +446,8 @@ def principal(train, test, offsets, dim, seed, fit_on=1500):
     dim = min(dim, len(rows))
     pca = PCA(dim, svd_solver="randomized", iterated_power=2, random_state=seed)
     pca.fit(pixels(train[np.sort(rows)], offsets))
-    return [np.concatenate([pca.transform(pixels(s[i:i + BLOCK], offsets))
-                            for i in range(0, len(s), BLOCK)]) for s in (train, test)]
+    return [np.concatenate([pca.transform(pixels(s[rows], offsets)) for rows in blocks(len(s))])
+            for s in (train, test)]
 
 
 def ceiling(subject, spots, labels, args):
@@ -449,7 +463,7 @@ def ceiling(subject, spots, labels, args):
     rng, offsets = np.random.default_rng([args.seed, 6]), subject.newest()
     for step in tqdm(range(args.ceiling_steps), desc="ceiling, with labels", leave=False):
         rows = rng.integers(len(spots), size=args.ceiling_batch)
-        obs = torch.from_numpy(spots[rows].frames(offsets)).permute(0, 1, 4, 2, 3)
+        obs = spots[rows].frames(offsets)
         target, seen, off = (torch.from_numpy(a[rows]).to(subject.device).float()
                              for a in (y, labels.seen, labels.off))
         with autocast(subject.device, subject.dtype):
@@ -490,8 +504,8 @@ def knows(subject, train, test, args):
 def imagined(subject, train, test, args):
     """Rows of part 1 for latents AHEAD: {row: ...} of ridge probes.
 
-    Of what is imagined, read by the probe of real latents and by one fitted to imagined ones; and of
-    the present latent, by a probe fitted to what comes: all that is to be had without imagining.
+    Of what is imagined, read by the probe of real latents and by one fitted to imagined ones; and
+    of the present latent, by a probe fitted to what comes: what is to be had without imagining.
     """
     H, repeat, rows = max(AHEAD), subject.encoder.repeat, {}
     spots = [choose_spots(train, args.train_frames // 2, repeat, args.seed, ahead=H),
@@ -555,9 +569,9 @@ def draw_dreams(subject, spots, error, path):
         own = np.flatnonzero(spots.source == source)
         rows.append(own[np.argsort(error[own, H - 1])[len(own) // 2]])
     some = spots[np.array(rows)]
-    obs = torch.from_numpy(some.frames(np.arange(1 - subject.encoder.history, H + 1)))
-    real, dreamt = dream(subject.encoder, subject.predictor, subject.decoder,
-                         obs.permute(0, 1, 4, 2, 3), some.act(H), subject.device)
+    obs = some.frames(np.arange(1 - subject.encoder.history, H + 1))
+    real, dreamt = dream(subject.encoder, subject.predictor, subject.decoder, obs, some.act(H),
+                         subject.device)
     draw_dream(real, dreamt, list(some.source), path, subject.encoder.repeat / FPS)
 
 
@@ -577,8 +591,8 @@ JUDGES = "this model", "untrained nets", "pixel error", "copy-last"
 
 
 def teleported(subject, spots, args):
-    """{violation: frames (n, len(AHEAD), history, 64, 64, 3)}: the car is put elsewhere, its pose and
-    speed kept and its last actions played, on its own track and on that of the next episode."""
+    """{violation: frames (n, len(AHEAD), history, 64, 64, 3)}: the car is put elsewhere, its pose
+    and speed kept and its last actions played, on its own track or on the next episode's."""
     e, rng = subject.encoder, np.random.default_rng([args.seed, 7])
     need = (e.history - 1) * e.repeat + 1
     out = {t: np.zeros((len(spots), len(AHEAD), e.history, 64, 64, 3), np.uint8) for t in TELEPORTS}
@@ -599,10 +613,10 @@ def teleported(subject, spots, args):
     return out
 
 
-def recoloured(frames, generator):
-    """Frames (n, history, 64, 64, 3) uint8 in another light: brightness, contrast and tint of the
-    scene, one draw a stack -> (n, history, 3, 64, 64) float 0..255."""
-    x = jitter(torch.from_numpy(frames).permute(0, 1, 4, 2, 3), generator)
+def recoloured(obs, generator):
+    """obs (n, history, 3, 64, 64) in another light: brightness, contrast and tint of the scene, one
+    draw a stack, the instruments as they were -> float 0..255."""
+    x = jitter(obs, generator)
     tint = 1 + TINT * (2 * torch.rand(len(x), 1, 3, 1, 1, generator=generator) - 1)
     x[..., :HUD_ROW, :] = (x[..., :HUD_ROW, :] * tint).clamp(0, 255)
     return x
@@ -620,44 +634,46 @@ def shows(spots, other):
             "mirrored steering": mean(np.abs(act[..., 0].numpy())) > STEERED, COLOUR: every}
 
 
+def expectations(subject, spots, other):
+    """({judge: z now (n, D)}, {judge: {what is told: z_hat (n, len(AHEAD), D)}}) of both pairs of
+    nets; told are the true actions, or those of the TOLD violations."""
+    act, steps = spots.act(max(AHEAD)), [h - 1 for h in AHEAD]
+    told = {"true": act, "swapped actions": act[other],
+            "mirrored steering": act * torch.tensor([-1.0, 1, 1])}
+    z0, z_hat = {}, {}
+    for judge, (encoder, predictor) in subject.pairs().items():
+        z0[judge] = subject.encode_at(encoder, spots, subject.newest())
+        z_hat[judge] = {k: subject.imagine(predictor, z0[judge], a)[:, steps]
+                        for k, a in told.items()}
+    return z0, z_hat
+
+
 def surprises(subject, spots, other, args):
     """{judge: {"true" or violation: (n, len(AHEAD))}}: how far each future is from the expected."""
-    steps, H = [h - 1 for h in AHEAD], max(AHEAD)
-    act, mirror = spots.act(H), torch.tensor([-1.0, 1, 1])
-    told = {None: act, "swapped actions": act[other], "mirrored steering": act * mirror}
-    now, futures = spots.frames(np.zeros(1, int))[:, 0], teleported(subject, spots, args)
-    judges = {"this model": (subject.encoder, subject.predictor),
-              "untrained nets": (subject.twin, subject.blank)}
-    z0 = {j: subject.encode_at(e, spots, subject.newest()) for j, (e, _) in judges.items()}
-    z_hat = {(j, k): subject.imagine(p, z0[j], a)[:, steps] for j, (_, p) in judges.items()
-             for k, a in told.items()}
-    out = {j: {v: np.zeros((len(spots), len(AHEAD))) for v in ("true", *VIOLATIONS)}
-           for j in JUDGES}
-    kinds = [v for v in ("true", *VIOLATIONS) if v not in TOLD]
-    for a, violation in tqdm([(a, v) for a in range(len(AHEAD)) for v in kinds], desc="surprise",
-                             leave=False):
-        g = torch.Generator().manual_seed(args.seed + a)
-        for i in range(0, len(spots), BLOCK):
-            rows = slice(i, i + BLOCK)
-            if violation in TELEPORTS:
-                frames = futures[violation][rows, a]
+    z0, z_hat = expectations(subject, spots, other)
+    now, elsewhere = spots.frames(np.zeros(1, int))[:, 0].float(), teleported(subject, spots, args)
+    kinds = ("true", *VIOLATIONS)
+    out = {j: {v: np.zeros((len(spots), len(AHEAD))) for v in kinds} for j in JUDGES}
+    apart = lambda z, expected: (z - expected).pow(2).mean(dim=1).numpy()
+    filmed = [(a, h, v) for a, h in enumerate(AHEAD) for v in kinds if v not in TOLD]
+    for a, h, v in tqdm(filmed, desc="surprise", unit="film", leave=False):
+        light = torch.Generator().manual_seed(args.seed + a)
+        for rows in blocks(len(spots)):
+            if v in TELEPORTS:
+                obs = planes(elsewhere[v][rows, a])
             else:
-                film = FILMS.get(violation, FILMS["true"])
-                frames = spots[rows].frames(film(AHEAD[a] + subject.newest()))
-            shown = recoloured(frames, g) if violation == COLOUR else frames
-            last = shown[:, -1] if shown is frames else shown[:, -1].permute(0, 2, 3, 1).numpy()
-            out["pixel error"][violation][rows, a] = np.abs(
-                last.astype(np.float32) - now[rows]).mean(axis=(1, 2, 3))
-            for j, (encoder, _) in judges.items():
-                z = subject.encode(encoder, shown)
-                distance = lambda expected: (z - expected[rows]).pow(2).mean(dim=1).numpy()
-                out[j][violation][rows, a] = distance(z_hat[j, None][:, a])
-                if j == "this model":
-                    out["copy-last"][violation][rows, a] = distance(z0[j])
-                for kind in TOLD if violation == "true" else ():
-                    out[j][kind][rows, a] = distance(z_hat[j, kind][:, a])
+                obs = spots[rows].frames(FILMS.get(v, FILMS["true"])(h + subject.newest()))
+            obs = recoloured(obs, light) if v == COLOUR else obs
+            out["pixel error"][v][rows, a] = (obs[:, -1].float() - now[rows]).abs().mean((1, 2, 3))
+            for judge, (encoder, _) in subject.pairs().items():
+                z = subject.encode(encoder, obs)
+                out[judge][v][rows, a] = apart(z, z_hat[judge]["true"][rows, a])
+                if judge == "this model":
+                    out["copy-last"][v][rows, a] = apart(z, z0[judge][rows])
+                for lie in TOLD if v == "true" else ():
+                    out[judge][lie][rows, a] = apart(z, z_hat[judge][lie][rows, a])
     for judge in ("pixel error", "copy-last"):  # they know no actions
-        out[judge] |= {kind: out[judge]["true"] for kind in TOLD}
+        out[judge] |= {lie: out[judge]["true"] for lie in TOLD}
     return out
 
 
@@ -781,33 +797,37 @@ def states_of(spots, args):
     return spots[np.array(sorted(rows), int)]
 
 
-def plans(subject, spots, args):
-    """Part 4: ({"all" or source: {figure: cell}}, energies (n, N), outcomes (n, N))."""
-    spots, repeat = states_of(spots, args), subject.encoder.repeat
-    env, driven = make_env("physics"), None
-    rows, energy, true = [], [], []
-    for e, k, track in tqdm(list(zip(*(x.tolist() for x in (spots.e, spots.k, spots.track)))), desc="plans", unit="state",
-                            leave=False):
-        if driven != track:
-            env.reset(seed=track)
-            driven = track
-        x = spots.episodes[e]
-        act, energies, own = judge_plans(subject, x, k, args.seed + 1000 * track, args)
-        value = lambda a: outcome(env, x.saved[k], a.repeat(repeat, axis=0), args.off_road)
-        made = np.array([value(a) for a in act])
-        energy.append(energies["this model"])
-        true.append(made)
-        rows.append([spearman(-energies["this model"], made), spearman(-energies["untrained"], made),
-                     *(made.max() - x for x in (made[energies["this model"].argmin()], value(own),
-                                                made[energies["untrained"].argmin()],
-                                                made.mean())), 0.0, made.std()])
-    env.close()
-    return summarise(np.array(rows), spots, args), np.array(energy), np.array(true), spots
-
-
 FIGURES = ("spearman", "spearman, untrained predictor", "regret of the lowest energy",
            "regret of the planner's plan", "regret, untrained predictor", "regret of a random plan",
            "regret of the simulator's best", "spread of the outcomes")
+
+
+def drive_plans(subject, env, episode, k, args):
+    """(a figure each of FIGURES, energies (N,), true outcomes (N,)) of the plans at latent k."""
+    act, energies, own = judge_plans(subject, episode, k, args.seed + 1000 * episode.track, args)
+    value = lambda a: outcome(env, episode.saved[k], a.repeat(subject.encoder.repeat, axis=0),
+                              args.off_road)
+    made = np.array([value(a) for a in act])
+    e, blank = energies["this model"], energies["untrained"]
+    driven = (made[e.argmin()], value(own), made[blank.argmin()], made.mean(), made.max())
+    figures = [spearman(-e, made), spearman(-blank, made), *(made.max() - x for x in driven),
+               made.std()]
+    return figures, e, made
+
+
+def plans(subject, spots, args):
+    """Part 4: ({"all" or source: {figure: cell}}, energies (n, N), outcomes (n, N), states)."""
+    spots, env, track, rows = states_of(spots, args), make_env("physics"), None, []
+    for e, k in tqdm(list(zip(spots.e.tolist(), spots.k.tolist())), desc="plans", unit="state",
+                     leave=False):
+        episode = spots.episodes[e]
+        if episode.track != track:
+            track = episode.track
+            env.reset(seed=track)
+        rows.append(drive_plans(subject, env, episode, k, args))
+    env.close()
+    figures, energy, true = (np.array(x) for x in zip(*rows))
+    return summarise(figures, spots, args), energy, true, spots
 
 
 def summarise(rows, spots, args):
@@ -822,55 +842,55 @@ def summarise(rows, spots, args):
 
 # ------------------------------------------------------------------ tables
 
-def text(cell, digits=3):
+def text(cell):
     """A cell as "value ± half its interval"."""
     if cell["value"] is None:
         return "-"
     half = (cell["high"] - cell["low"]) / 2 if cell["low"] is not None else math.nan
-    return f"{cell['value']:.{digits}f} ±{half:.{digits}f}"
+    return f"{cell['value']:.3f} ±{half:.2f}"
 
 
-def table(title, columns, rows, first=36, wide=15):
-    """Prints rows {name: [text]} below their columns."""
+def table(title, columns, rows, first, wide=15):
+    """Prints rows {name: [cell or text]} below their columns."""
     print(f"\n{title}\n{'':{first}}" + "".join(f"{c:>{wide}}" for c in columns))
     for name, row in rows.items():
-        print(f"{name:{first}}" + "".join(f"{c:>{wide}}" for c in row))
+        print(f"{name:{first}}" + "".join(f"{c if isinstance(c, str) else text(c):>{wide}}"
+                                          for c in row), flush=True)
 
 
 def show_knows(rows):
-    n = next(iter(rows.values()))["cells"]
-    table(f"1. What the latent knows: R² where the road is in view (n = {n['speed']['n']}), AUC of a "
-          f"wheel off the road (n = {n[OFF_ROAD]['n']})", (*PROBED, OFF_ROAD),
-          {name: [text(row["cells"][q]) for q in (*PROBED, OFF_ROAD)] for name, row in rows.items()},
-          first=34, wide=16)
+    names, n = (*PROBED, OFF_ROAD), rows["this encoder, ridge"]["cells"]
+    table(f"1. What the latent knows: R² where the road is in view (n = {n['speed']['n']}), AUC of "
+          f"a wheel off the road (n = {n[OFF_ROAD]['n']})", names,
+          {name: [row["cells"][q] for q in names] for name, row in rows.items()}, 34)
 
 
 def show_dreams(found):
-    steps = [k for k in (1, 2, 3, 5, 10, 15, 20, FAR) if k <= FAR]
+    steps = (1, 2, 3, 5, 10, 15, 20, FAR)
     for source, rows in found.items():
         n = rows["copy-last"][0]["n"]
         table(f"2. How long dreams hold: squared error over copy-last's, {source} (n = {n})",
-              [f"+{k}" for k in steps], {name: [text(row[k - 1]) for k in steps]
-                                         for name, row in rows.items()}, first=22, wide=14)
+              [f"+{k}" for k in steps],
+              {name: [row[k - 1] for k in steps] for name, row in rows.items()}, 22, 13)
 
 
 def show_futures(found):
-    columns = [f"+{h}" for h in AHEAD]
     for judge in JUDGES:
-        table(f"3. Impossible futures, AUROC against true ones: {judge}", columns,
-              {v: [text(by[judge][h]["auroc"]) for h in AHEAD] for v, by in found.items()}, first=24)
-    both = [f"{what} +{h}" for what in ("found", "pairs") for h in AHEAD]
-    table("3. This model: share found at 1 % false alarms, share of pairs told apart, futures at +15",
-          [*both, "n"], {v: [*(text(by["this model"][h][what]) for what in ("tpr_at_1pct", "pairs")
-                               for h in AHEAD), str(by["this model"][max(AHEAD)]["auroc"]["n"])]
-                         for v, by in found.items()}, first=24, wide=14)
+        table(f"3. Impossible futures: AUROC against true ones, {judge}", [f"+{h}" for h in AHEAD],
+              {v: [by[judge][h]["auroc"] for h in AHEAD] for v, by in found.items()}, 24)
+    own = {v: by["this model"] for v, by in found.items()}
+    figures = [(what, h) for what in ("tpr_at_1pct", "pairs") for h in AHEAD]
+    table("3. This model: share found at 1 % false alarms (f), share of pairs told apart (p)",
+          [*(f"{what[0].replace('t', 'f')} +{h}" for what, h in figures), f"n +{max(AHEAD)}"],
+          {v: [*(by[h][what] for what, h in figures), str(by[max(AHEAD)]["auroc"]["n"])]
+           for v, by in own.items()}, 24, 13)
 
 
 def show_plans(found):
     table("4. Does its judgement match the world: rank correlation of low energy and true outcome "
-          "within a state; regrets in tiles", list(found),
-          {figure: [text(found[source][figure]) for source in found] for figure in FIGURES}
-          | {"states": [str(found[source]["spearman"]["n"]) for source in found]}, first=34, wide=18)
+          "within a state, regrets in tiles", list(found),
+          {figure: [found[source][figure] for source in found] for figure in FIGURES}
+          | {"states": [str(found[source]["spearman"]["n"]) for source in found]}, 34)
 
 
 # ------------------------------------------------------------------ the page
@@ -925,7 +945,7 @@ def page_futures(ax, found):
                        for by in found.values()])
     columns = [f"+{h}" + (f"\n{j}" if h == AHEAD[1] else "") for j in JUDGES for h in AHEAD]
     heat(ax, values, list(found), columns, 0, 1,
-         "3. Impossible futures: AUROC against true ones (0.5 is chance; the control should be there)")
+         "3. Impossible futures: AUROC against true ones (0.5: chance, and the control's place)")
     for x in range(1, len(JUDGES)):
         ax.axvline(len(AHEAD) * x - 0.5, color="white", lw=3)
     ax.axhline(len(found) - 1.5, color="white", lw=3)
@@ -997,8 +1017,8 @@ def prepare(subject, args):
     test = drive_anew(sources, args, repeat)
     subject.encode_episodes(train + test)
     some = choose_spots(train, 500, repeat, args.seed)
-    subject.twin.calibrate(features_of(subject.twin, torch.from_numpy(
-        some.frames(subject.newest())).permute(0, 1, 4, 2, 3), subject.device, subject.dtype))
+    subject.twin.calibrate(features_of(subject.twin, some.frames(subject.newest()),
+                                       subject.device, subject.dtype))
     H = max(AHEAD)
     spots = choose_spots(test, args.windows, repeat, args.seed,
                          behind=H + subject.encoder.history, ahead=max(FAR, 2 * H))
@@ -1006,7 +1026,7 @@ def prepare(subject, args):
 
 
 def judge(subject, parts, train, test, spots, args):
-    """Runs the parts: ({part: its figures}, {part: how to draw it}); prints each when it is done."""
+    """Runs the parts and prints each: ({part: its figures}, {part: how to draw it})."""
     found, pages = {}, {}
     if "knows" in parts:
         rows = found["knows"] = knows(subject, train, test, args)
@@ -1040,7 +1060,8 @@ def main():
     train, test, spots = prepare(subject, args)
     if "dreams" in parts:
         subject.decoder = load_decoder(args.root, subject.key, subject.device)
-    found, pages = judge(subject, parts, train, test, spots, args)
+    with threadpool_limits(args.threads or None, "blas"):  # --threads holds for scikit-learn too
+        found, pages = judge(subject, parts, train, test, spots, args)
     minutes = (time.time() - began) / 60
     report = {"command": " ".join(sys.argv), "commit": git_commit(), "versions": versions(),
               "args": {k: str(v) for k, v in vars(args).items()}, "checkpoint": str(subject.path),
@@ -1053,8 +1074,8 @@ def main():
     replace_atomically(visuals / "report.json", lambda f: f.write(body))
     draw_page(pages, f"{subject.path}, tracks {test[0].track} to {test[-1].track}",
               visuals / "report.png")
-    print(f"\n{visuals}/report.json, report.png" + (", report_dreams.png" if subject.decoder else "")
-          + f" in {minutes:.1f} min")
+    sheet = ", report_dreams.png" if subject.decoder else ""
+    print(f"\n{visuals}/report.json, report.png{sheet} in {minutes:.1f} min")
     return 0
 
 

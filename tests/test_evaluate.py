@@ -1,0 +1,268 @@
+"""The report card: what stands in it, what it refuses, and that its figures can be wrong."""
+
+import argparse
+import json
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from car_env import make_env, place_car
+from collect_recovery_data import FaultyExpert
+from conftest import script
+from evaluate import (AHEAD, FAR, FIGURES, FILMS, JUDGES, OFF_ROAD, PARTS, PROBED, VIOLATIONS,
+                      Episode, Labels, Spots, Subject, auc, cells, choose_spots, linear_dream,
+                      mark, outcome, partners, play, possible, probe, restore_state, save_state,
+                      separated, spearman)
+
+TINY = ["--tracks", "2", "--train_frames", "500", "--frames", "100", "--windows", "10", "--states",
+        "1", "--samples", "16", "--ceiling_steps", "3", "--ceiling_batch", "16", "--bootstrap",
+        "10", "--threads", "2"]
+SOURCES = ["data_race", "data_recovery", "data"]
+
+
+@pytest.fixture(scope="module")
+def card(chain):
+    """(report.json, what was printed, ROOT/visuals) of the small chain."""
+    root, _ = chain
+    done = script("evaluate.py", *TINY, root=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((root / "visuals" / "report.json").read_text()), done.stdout, root / "visuals"
+
+
+def sound(cell, low=-math.inf, high=math.inf):
+    """A figure that was measured, its interval around it or near."""
+    assert cell["n"] > 0 and cell["tracks"] > 0
+    assert low <= cell["value"] <= high and cell["low"] <= cell["high"], cell
+    return cell["value"]
+
+
+def test_the_card_says_what_made_it(card):
+    report, said, _ = card
+    assert {"command", "commit", "versions", "args", "checkpoint", "encoder"} <= set(report)
+    assert set(report["parts"]) == set(PARTS)
+    tracks = [t for source in SOURCES for t in report["tracks"][source]]
+    assert tracks == list(range(200_000, 200_006))  # for choosing, a track an episode
+    for words in ("What the latent knows", "How long dreams hold", "Impossible futures",
+                  "match the world", "report_dreams.png"):
+        assert words in said
+
+
+def test_every_probe_stands_in_the_card_and_one_saw_labels(card):
+    rows = card[0]["parts"]["knows"]
+    nets = ("this encoder", "untrained encoder", "PCA of the pixels", "ceiling, saw the labels")
+    expected = {f"{n}, {kind}" for n in nets for kind in ("ridge", "mlp")}
+    for h in AHEAD:
+        expected |= {f"imagined +{h}, probe of real", f"imagined +{h}, probe of imagined",
+                     f"not imagined +{h}, from z now"}
+    assert set(rows) == expected
+    assert {n for n, row in rows.items() if row["saw_labels"]} == {
+        "ceiling, saw the labels, ridge", "ceiling, saw the labels, mlp"}
+    for row in rows.values():
+        assert set(row["cells"]) == {*PROBED, OFF_ROAD}
+        for name in PROBED:
+            sound(row["cells"][name], high=1)
+        sound(row["cells"][OFF_ROAD], 0, 1)
+    road = rows["this encoder, ridge"]["cells"]
+    assert road["speed"]["n"] < road[OFF_ROAD]["n"]  # off road is judged in all frames
+
+
+def test_dreams_are_measured_against_copy_last(card):
+    found = card[0]["parts"]["dreams"]
+    assert set(found) == {"all", *SOURCES}
+    for rows in found.values():
+        assert set(rows) == {"this predictor", "copy-last", "swapped actions",
+                             "untrained predictor", "linear predictor"}
+        assert all(len(row) == FAR and sound(c, 0) > 0 for row in rows.values() for c in row)
+        assert all(c["value"] == c["low"] == c["high"] == 1 for c in rows["copy-last"])
+    assert found["all"]["copy-last"][0]["n"] == sum(
+        found[s]["copy-last"][0]["n"] for s in SOURCES)
+
+
+def test_every_violation_is_judged_by_all(card):
+    found = card[0]["parts"]["futures"]
+    assert set(found) == set(VIOLATIONS)
+    for violation, judges in found.items():
+        assert set(judges) == set(JUDGES)
+        for name, by_step in judges.items():
+            assert set(by_step) == {str(h) for h in AHEAD}
+            for figures in by_step.values():
+                assert {"auroc", "tpr_at_1pct", "pairs"} == set(figures)
+                if figures["auroc"]["n"]:
+                    assert all(0 <= c["value"] <= 1 for c in figures.values())
+    for blind in ("pixel error", "copy-last"):  # to actions
+        for lie in ("swapped actions", "mirrored steering"):
+            values = {f["auroc"]["value"] for f in found[lie][blind].values()}
+            assert values <= {0.5, None} and 0.5 in values
+    assert found["frozen"]["pixel error"]["15"]["auroc"]["value"] < 0.1  # the least of changes
+
+
+def test_plans_are_driven_and_compared_with_the_best(card):
+    found = card[0]["parts"]["plans"]
+    assert "all" in found and len(found) >= 2
+    for figures in found.values():
+        assert set(figures) == set(FIGURES)
+        assert -1 <= sound(figures["spearman"]) <= 1
+        assert sound(figures["regret of the simulator's best"]) == 0
+        assert sound(figures["regret of the lowest energy"]) >= 0
+        assert sound(figures["regret of a random plan"]) > 0
+        assert sound(figures["spread of the outcomes"]) > 0.01
+
+
+@pytest.mark.parametrize("name", ["report.png", "report_dreams.png"])
+def test_pictures_are_pictures(card, name):
+    image = cv2.imread(str(card[2] / name))
+    assert image is not None and min(image.shape[:2]) > 400 and image.std() > 5
+
+
+# ------------------------------------------------------------------ what is refused or left out
+
+def refused(done, *words):
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert all(word in said[0] for word in words), said[0]
+
+
+def test_bad_checkpoints_are_refused(chain, tmp_path):
+    models = chain[0] / "models"
+    refused(script("evaluate.py", "--checkpoint", tmp_path / "none.pth", root=chain[0]),
+            "none.pth", "train_encoder.py")
+    refused(script("evaluate.py", "--checkpoint", models / "predictor_ep2.pth", root=chain[0]),
+            "predictor_ep2.pth", "expected a net named encoder")
+    payload = torch.load(models / "encoder_mixed_ep2.pth", weights_only=True)
+    payload["nets"]["encoder"]["args"]["width"] = 0.25
+    torch.save(payload, tmp_path / "wide.pth")
+    refused(script("evaluate.py", "--checkpoint", tmp_path / "wide.pth", root=chain[0]),
+            "wide.pth", "width")
+
+
+def test_tracks_for_reporting_are_refused():
+    done = script("evaluate.py", "--track_seed", "100000")
+    assert done.returncode == 2 and "is not in 200000..299999" in done.stderr
+
+
+def test_parts_without_a_matching_predictor_are_left_out(chain, capsys):
+    args = argparse.Namespace(root=chain[0], device="cpu", precision="fp32", threads=0, seed=0,
+                              checkpoint=chain[0] / "models" / "encoder_mixed_ep1.pth",
+                              parts=list(PARTS))
+    assert possible(Subject(args), args) == ["knows"]
+    said = capsys.readouterr().out
+    assert "trained on another encoder" in said and "left out: plans" in said
+    args.checkpoint = None
+    assert possible(Subject(args), args) == list(PARTS)
+
+
+# ------------------------------------------------------------------ that the figures can be wrong
+
+def test_auc_is_that_of_scikit_learn_ties_included():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 9, 200), rng.integers(2, 12, 300)
+    labels = np.r_[np.zeros(200), np.ones(300)]
+    assert abs(auc(b, a) - roc_auc_score(labels, np.r_[a, b])) < 1e-12
+
+
+def test_a_future_swapped_with_itself_is_not_found():
+    true = np.random.default_rng(0).random(500)
+    assert separated(true, true)[[0, 2]].tolist() == [0.5, 0.5]
+    assert separated(true, true)[1] <= 0.01
+    assert separated(true, true + 2).tolist() == [1, 1, 1]
+
+
+def test_films_show_what_their_names_say():
+    j = np.array([-2, -1, 0, 1, 2])
+    assert FILMS["frozen"](j).tolist() == [-2, -1, 0, 0, 0]
+    assert FILMS["time reversed"](j).tolist() == [-2, -1, 0, -1, -2]
+    assert FILMS["double speed"](j).tolist() == [-2, -1, 0, 2, 4]
+
+
+def test_probes_find_what_is_there_and_nothing_else():
+    rng, args = np.random.default_rng(0), argparse.Namespace(seed=0, bootstrap=20)
+    z = [rng.normal(size=(n, 8)) for n in (800, 300)]
+    labels = [Labels(x[:, :6] * 3 + 1, np.ones(len(x), bool), x[:, 6] > 0, np.arange(len(x)) % 7)
+              for x in z]
+    found = mark(probe("ridge", z[0], labels[0], 0), z[1], labels[1], args)
+    assert all(found[q]["value"] > 0.999 for q in PROBED) and found[OFF_ROAD]["value"] > 0.97
+    noise = [rng.normal(size=x.shape) for x in z]
+    found = mark(probe("ridge", noise[0], labels[0], 0), noise[1], labels[1], args)
+    assert all(found[q]["value"] < 0.1 for q in PROBED)
+    assert abs(found[OFF_ROAD]["value"] - 0.5) < 0.15
+
+
+def episodes_of_a_linear_world(count, K=60, D=4):
+    rng = np.random.default_rng(0)
+    turn, push = np.linalg.qr(rng.normal(size=(D, D)))[0], rng.normal(size=(3, D))
+    out = []
+    for i in range(count):
+        act, z = rng.normal(size=(K - 1, 3)).astype(np.float32) * 0.2, [rng.normal(size=D)]
+        for a in act:
+            z.append(z[-1] @ turn + a @ push)
+        out.append(Episode("data", i, np.zeros((K, 1, 1, 3), np.uint8), act, np.zeros((K, 20)),
+                           act, z=torch.from_numpy(np.array(z, np.float32))))
+    return out
+
+
+def test_the_linear_predictor_solves_a_linear_world():
+    world = episodes_of_a_linear_world(12)
+    fit = choose_spots(world[:10], 120, 2, 0, ahead=5)
+    ask = choose_spots(world[10:], 30, 2, 0, ahead=5)
+    z = ask.z(0, 5)
+    error = (linear_dream(fit, z[:, 0], ask.act(5), 5) - z[:, 1:]).pow(2).mean()
+    assert error < 0.01 * (z[:, :1] - z[:, 1:]).pow(2).mean()
+
+
+def test_swapped_actions_are_of_another_episode():
+    spots = Spots(episodes_of_a_linear_world(3), np.repeat([0, 1, 2], [20, 3, 2]), np.arange(25))
+    assert (spots.e[partners(spots, 0)] != spots.e).all()
+
+
+def test_a_restored_state_goes_on_as_the_first_one_did():
+    """The same positions after 30 steps, in a twin that drove other plans before."""
+    env, twin, rng = make_env("physics"), make_env("physics"), np.random.default_rng(0)
+    driver = FaultyExpert(1.0)
+    env.reset(seed=200_003), twin.reset(seed=200_003)
+    driver.reset(env, rng)
+    saved, acts, at = [], [], []
+    for _ in range(400):
+        saved.append(save_state(env))
+        at.append((*env.unwrapped.car.hull.position, env.unwrapped.car.hull.angle))
+        acts.append(driver.act(env))
+        env.step(acts[-1])
+    worst, careless = [], []
+    for t in range(60, 360, 20):
+        restore_state(twin, saved[t])
+        *_, car = play(twin, acts[t:t + 30])
+        worst.append(np.abs(np.subtract((*car.hull.position, car.hull.angle), at[t + 30])).max())
+        place_car(twin, *at[t])  # without speeds and wheels
+        *_, car = play(twin, acts[t:t + 30])
+        careless.append(np.abs(np.subtract(car.hull.position, at[t + 30][:2])).max())
+    assert np.median(worst) < 1e-4 and max(worst) < 1e-3, worst
+    assert min(careless) > 1
+
+
+def test_outcomes_tell_driving_from_standing_and_from_the_grass():
+    env = make_env("physics")
+    env.reset(seed=200_000)
+    _, beta, x, y = env.unwrapped.track[10]
+    place_car(env, x, y, beta, speed=40)
+    start = save_state(env)
+    on = outcome(env, start, np.tile(np.float32((0, 0.3, 0)), (30, 1)), 17)
+    braked = outcome(env, start, np.tile(np.float32((0, 0, 0.8)), (30, 1)), 17)
+    assert 5 < on < 9 and braked < on - 2  # 0.6 s at 40 units/s are 6.9 tiles
+    place_car(env, x + 30 * np.cos(beta), y + 30 * np.sin(beta), beta, speed=40)
+    grass = save_state(env)
+    act = np.tile(np.float32((0, 0.3, 0)), (30, 1))
+    assert abs(outcome(env, grass, act, 0) - outcome(env, grass, act, 17) - 17 * 0.6) < 0.5
+
+
+def test_rank_correlation_and_its_interval():
+    made = np.random.default_rng(0).normal(size=64)
+    assert spearman(-(-made), made) == pytest.approx(1) and spearman(np.ones(64), made) == 0
+    args = argparse.Namespace(seed=0, bootstrap=50)
+    tracks = np.repeat(np.arange(8), 8)
+    one, again = (cells(np.mean, tracks, (made,), args)[0] for _ in range(2))
+    assert one == again and one["low"] < one["value"] < one["high"]
+    assert one["n"] == 64 and one["tracks"] == 8
