@@ -108,16 +108,21 @@ def run_episode(env, policy, track_seed, rng):
 def seeds_of(job, worker, episode):
     """(track seed, rng) of a worker's episode: no two alike over machines, runs, sources, workers.
 
-    Every HELD_OUT_MOD-th episode drives a held-out track: see `buffer.held_out`.
+    Every HELD_OUT_MOD-th episode of all drives a held-out track: see `buffer.held_out`.
     """
     entropy = [job["seed"], job["machine_id"], zlib.crc32(job["source"].encode()), job["run"],
                worker, episode]
     track, noise = np.random.SeedSequence(entropy).spawn(2)
     seed = int(track.generate_state(1, np.uint64)[0] >> np.uint64(1))  # 63 bits
-    seed += (worker + episode - seed) % HELD_OUT_MOD
+    seed += (number_of(job, worker, episode) - seed) % HELD_OUT_MOD
     if seed < FIRST_SEED:
         seed += FIRST_SEED
     return seed, np.random.default_rng(noise)
+
+
+def number_of(job, worker, episode):
+    """The number of a worker's episode among those of all workers."""
+    return episode * job["workers"] + worker
 
 
 def work(conn, job, worker):
@@ -144,7 +149,7 @@ def die_with_the_parent(parent):
 def record(env, job, worker, episode):
     """Drives one episode, writes its chunk and returns its summary, or {"error": line}."""
     track_seed, rng = seeds_of(job, worker, episode)
-    policy, options = job["make_policy"](job, episode * job["workers"] + worker)
+    policy, options = job["make_policy"](job, number_of(job, worker, episode))
     arrays, end = run_episode(env, policy, track_seed, rng)
     meta = {**job["meta"], **end, "track_seed": track_seed, "policy": options,
             "uid": f"{job['stem']}-w{worker:02d}-e{episode:06d}", "worker": worker,

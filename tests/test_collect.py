@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,8 @@ from conftest import REPO, script
 
 from benchmark import children
 from buffer import index, read_chunk
-from collect_data import FIRST_SEED, seeds_of
+from collect_data import FIRST_SEED, number_of, seeds_of
+from collect_race_data import pace_of
 
 GONE = 10  # s within which a stopped collector has left nothing behind
 REPLACED = 5  # s within which a killed worker has a successor
@@ -178,7 +179,7 @@ def all_seeds(machines, workers, episodes):
     """Fails unless every episode's track and noise are its own, on tracks that may be collected."""
     tracks, noises = set(), set()
     for machine in range(machines):
-        job = {"seed": 0, "machine_id": machine, "source": "data", "run": 0}
+        job = {"seed": 0, "machine_id": machine, "source": "data", "run": 0, "workers": workers}
         for worker in range(workers):
             for episode in range(episodes):
                 track, rng = seeds_of(job, worker, episode)
@@ -190,7 +191,7 @@ def all_seeds(machines, workers, episodes):
 
 def test_no_seed_comes_twice():
     all_seeds(machines=2, workers=32, episodes=100)
-    jobs = [{"seed": s, "machine_id": m, "source": d, "run": r}
+    jobs = [{"seed": s, "machine_id": m, "source": d, "run": r, "workers": 1}
             for s in (0, 1) for m in (0, 1) for d in ("data", "data_race") for r in (0, 1)]
     assert len({seeds_of(job, 0, 0)[0] for job in jobs}) == len(jobs)
 
@@ -201,9 +202,14 @@ def test_no_seed_comes_twice_in_six_million_episodes():
 
 
 def test_a_tenth_of_the_tracks_is_held_out_on_every_machine():
-    job = {"seed": 0, "machine_id": 3, "source": "data", "run": 2}
-    tracks = [seeds_of(job, worker, episode)[0] for worker in range(4) for episode in range(50)]
-    assert sum(t % 10 == 0 for t in tracks) == 20
+    job = {"seed": 0, "machine_id": 3, "source": "data", "run": 2, "workers": 4,
+           "paces": [0.1, 0.3, 0.6, 1.0]}
+    paces = Counter()
+    for worker in range(4):
+        for episode in range(100):
+            if seeds_of(job, worker, episode)[0] % 10 == 0:
+                paces[pace_of(job, number_of(job, worker, episode))] += 1
+    assert paces == dict.fromkeys(job["paces"], 10)  # and all paces are
 
 
 def test_two_machines_are_merged_by_copying(tmp_path):
