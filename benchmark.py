@@ -193,19 +193,21 @@ def steady_rate(folder):
 def bench_collect(args):
     print(f"{'collector':20s}{'workers':>8s}{'frames/s':>10s}{'x stock a core':>16s}{'B/frame':>9s}")
     for name, script in SOURCES.items():
-        rates = {}
-        for workers in (1, 2):
+        rates, stock = {1: [], 2: []}, [stock_rate()]
+        for workers in (1, 2, 2, 1):  # the machine's own drift falls on both
             with tempfile.TemporaryDirectory() as root:
-                before = stock_rate()
                 collecting(root, script, args.frames, workers)
-                stock = (before + stock_rate()) / 2
                 folder = Path(root) / name
-                rates[workers] = rate = steady_rate(folder)
+                rates[workers].append(steady_rate(folder))
                 size = sum(p.stat().st_size for p in folder.glob("*.npz"))
                 frames = sum(c.frames for c in index(folder)[0])
-            print(f"{name:20s}{workers:8d}{rate:10.0f}{rate / workers / stock:16.1f}"
+            stock.append(stock_rate())
+        for workers, both in rates.items():
+            rate = statistics.mean(both)
+            print(f"{name:20s}{workers:8d}{rate:10.0f}{rate / workers / statistics.mean(stock):16.1f}"
                   f"{size / frames:9.0f}")  # fmt: skip
-        print(f"{'':20s}two workers are {rates[2] / rates[1]:.2f} times one")
+        ratio = sum(rates[2]) / sum(rates[1])
+        print(f"{'':20s}two workers are {ratio:.2f} times one")
     memory_of_a_worker(args.episodes)
 
 

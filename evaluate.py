@@ -8,17 +8,21 @@ tables (a value ± half its 95 % interval, bootstrapped over tracks), writes ROO
 
 1. knows    R² of ridge and small-MLP probes where the road is in view (|offset| < 7 units, |heading
             error| < 1 rad), AUC of any wheel off the road in all frames; from imagined latents too.
+            Half of the variance of side speed lies in a hundredth of the frames, slides: its R² is
+            of a few frames, as its interval shows.
 2. dreams   squared error of each imagined step over that of copy-last.
 3. futures  surprise, the distance between imagined and actual latent, of true and violated futures.
             A future counts where the violation shows: teleports with the road in view, frozen,
             reversed and double speed on a moving car, swapped and mirrored on unlike actions.
+            Two controls should not alarm: the light changes, or another light throughout.
 4. plans    candidates drawn as the planner draws them, dreamt and then driven in the simulator. The
             outcome is the tiles made along the track less --off_road tiles a second of four wheels
             off the road. A state is restored on a new car from position, angle and speeds of all
             five bodies, pedals, wheel spin and touched tiles: 30 steps later positions agree to
             about 1e-4 units (only the joints' warm start is lost).
 
-About 4 minutes for the model of `make demo` on two CPU cores; same seed, same machine: same report.
+About 5 minutes for the model of `make demo` on one thread of a busy two-core machine, in fp32.
+Same seed, same machine: same report.
 
     python evaluate.py
     python evaluate.py --checkpoint models/encoder_mixed_ep2.pth --parts knows
@@ -53,7 +57,7 @@ from collect_data import make_random, run_episode
 from collect_race_data import make_expert
 from collect_recovery_data import make_faulty
 from demo_energy import Elsewhere
-from drive_mpc import colored_noise, plan, planning, to_action
+from drive_mpc import colored_noise, plan, planning, several, to_action
 from networks import (Predictor, TinyEncoder, cosine, fingerprint, latest, load_frozen, optimise,
                       stack, unit_act)
 from runtime import (Refusal, autocast, fail, git_commit, natural, parser, positive, pyplot,
@@ -76,6 +80,7 @@ STEERED = 0.03  # mean |steer| from which a mirrored one is another
 FALSE_ALARMS = 0.01
 WARM_UP = 5  # plans made before the judged one, as the driver would have
 TILE = 3.5  # units
+SEGMENT = 120  # latents of a training episode, at most: many tracks tell more than many frames
 BLOCK = 512  # stacks of frames that are in memory at a time
 
 
@@ -92,14 +97,17 @@ def arguments():
                    help="first of the tracks to drive anew, 200000 to 299999: those for choosing")
     g.add_argument("--tracks", type=positive, default=8,
                    help="tracks of each kind of driving; intervals shrink with their number")
-    g.add_argument("--train_frames", type=positive, default=4000,
-                   help="latents of each folder, in whole episodes, that probes are fitted to")
+    g.add_argument("--train_frames", type=positive, default=3000,
+                   help="latents of each folder that probes are fitted to, from many episodes")
     g.add_argument("--frames", type=positive, default=1200,
                    help="frames of each kind of driving that probes are judged on")
     g.add_argument("--windows", type=positive, default=200,
                    help="windows of each kind of driving that are dreamt and violated")
     g.add_argument("--states", type=positive, default=12,
                    help="states of each kind of driving from which plans are driven, a second each")
+    g.add_argument("--lived", type=several, default=24,
+                   help="of a state's plans, how many are also filmed as they are driven: the "
+                        "energy of what came tells a bad energy from a bad dream")
     g.add_argument("--ceiling_steps", type=natural, default=300,
                    help="training steps of the row that sees the labels; 0 leaves the row out")
     g.add_argument("--ceiling_batch", type=positive, default=64, help="frames in such a step")
@@ -124,40 +132,52 @@ def choosing(text):
 
 @dataclass
 class Episode:
-    """One episode at the rate of latents: row k of obs, state and z is step k * repeat."""
+    """An episode, or a part of one, at the rate of latents: row k is `repeat` steps after k - 1."""
     source: str
     track: int
     obs: np.ndarray  # (K, 64, 64, 3) uint8
     act: np.ndarray  # (K - 1, 3) mean action that leads from k to k + 1
     state: np.ndarray  # (K, len(TELEMETRY))
-    actions: np.ndarray  # (T, 3) of every step
+    first: int  # latent from which on the zoom is over and all frames are there
+    actions: np.ndarray = None  # (T, 3) of every step
     saved: list = field(default_factory=list)  # states of the simulator, one a latent
     z: torch.Tensor = None  # (K, D)
+
+    def part(self, start, length, history):
+        """The latents from `start` on, with the frames that the first of them sees."""
+        rows = slice(max(0, start + 1 - history), start + length)
+        return Episode(self.source, self.track, self.obs[rows].copy(),
+                       self.act[rows.start:rows.stop - 1], self.state[rows], start - rows.start)
 
 
 def on_grid(source, track, arrays, repeat, saved=()):
     """The Episode of the arrays of a chunk."""
     K = len(arrays["act"]) // repeat + 1
     act = arrays["act"][:(K - 1) * repeat].reshape(K - 1, repeat, 3).mean(axis=1)
-    return Episode(source, track, arrays["obs"][::repeat].copy(), act,
-                   arrays["telemetry"][::repeat].copy(), arrays["act"].copy(), list(saved))
+    return Episode(source, track, np.ascontiguousarray(arrays["obs"][::repeat]), act,
+                   arrays["telemetry"][::repeat], -(-ZOOM_STEPS // repeat), arrays["act"],
+                   list(saved))
 
 
-def read_episodes(sources, count, repeat, seed):
-    """Training episodes of each folder, drawn at random: `count` latents of each, or a few more."""
+def read_episodes(sources, count, encoder, seed):
+    """Parts of training episodes of each folder, drawn at random: `count` latents or a few more."""
     out = []
     for name, (chunks, _) in sources.items():
-        damage, have = Damage(len(chunks)), 0
-        for i in np.random.default_rng([seed, 1]).permutation(len(chunks)):
-            if have >= count:
-                break
+        rng, damage, have = np.random.default_rng([seed, 1]), Damage(len(chunks)), 0
+        for i in rng.permutation(len(chunks)):
             try:
                 arrays = read_chunk(chunks[i].path, "obs", "act", "telemetry")
             except Refusal as e:
                 damage.add(e)
                 continue
-            out.append(on_grid(name, chunks[i].meta["track_seed"], arrays, repeat))
-            have += len(out[-1].obs)
+            x = on_grid(name, chunks[i].meta["track_seed"], arrays, encoder.repeat)
+            room = len(x.obs) - SEGMENT - x.first
+            start = x.first + (rng.integers(room + 1) if room > 0 else 0)
+            if start < len(x.obs):
+                out.append(x.part(start, SEGMENT, encoder.history))
+                have += len(out[-1].obs)
+            if have >= count:
+                break
     return out
 
 
@@ -246,16 +266,15 @@ class Spots:
                                           for e, k in zip(self.e, self.k)]))
 
 
-def choose_spots(episodes, count, repeat, seed, behind=0, ahead=0):
+def choose_spots(episodes, count, seed, behind=0, ahead=0):
     """At most `count` Spots of each source after the zoom, so many latents from either end."""
     parts = []
     for source in dict.fromkeys(x.source for x in episodes):
-        first = max(-(-ZOOM_STEPS // repeat), behind)
         every = [(e, k) for e, x in enumerate(episodes) if x.source == source
-                 for k in range(first, len(x.obs) - ahead)]
+                 for k in range(max(x.first, behind), len(x.obs) - ahead)]
         if not every:
-            fail(f"{source}: no episode lasts {(first + ahead) * repeat} steps; collect more "
-                 "frames there, or raise --tracks")
+            fail(f"{source}: no episode lasts {behind + ahead} latents after the zoom; collect "
+                 "more frames there, or raise --tracks")
         rng = np.random.default_rng([seed, 2])
         parts += [every[i] for i in np.sort(rng.permutation(len(every))[:count])]
     return Spots(episodes, *np.array(parts).T)
@@ -277,7 +296,8 @@ class Subject:
 
     def __init__(self, args):
         self.device, self.dtype = set_up(args)
-        self.models, self.where = args.root / "models", f" --root {args.root}"
+        self.models = args.root / "models"
+        self.where = "" if args.root == Path(".") else f" --root {args.root}"
         self.path = args.checkpoint or latest(self.models, "encoder_mixed")
         self.encoder, _ = load_frozen(self.path, "encoder", self.device, "python train_encoder.py")
         self.key = fingerprint(self.encoder)
@@ -308,10 +328,11 @@ class Subject:
         raw = features_of(encoder, obs, self.device, self.dtype)
         return (raw - encoder.mean.cpu()) / encoder.std.cpu()
 
-    def encode_at(self, encoder, spots, offsets, what="encode"):
-        """z (n, D) of what a film shows at these offsets, block by block."""
-        return torch.cat([self.encode(encoder, spots[rows].frames(offsets)) for rows in
-                          tqdm(blocks(len(spots)), desc=what, unit="block", leave=False)])
+    def encode_now(self, encoder, spots, what="encode", change=lambda obs: obs):
+        """z (n, D) of the spots' frames, changed if need be, block by block."""
+        bar = tqdm(blocks(len(spots)), desc=what, unit="block", leave=False, disable=what is None)
+        return torch.cat([self.encode(encoder, change(spots[rows].frames(self.newest())))
+                          for rows in bar])
 
     def newest(self):
         """Offsets, in latents, of the frames that a latent sees."""
@@ -321,8 +342,7 @@ class Subject:
         """Fills in each episode's z."""
         for x in tqdm(episodes, desc="encode", unit="episode", leave=False):
             every = Spots([x], np.zeros(len(x.obs), int), np.arange(len(x.obs)))
-            x.z = torch.cat([self.encode(self.encoder, every[rows].frames(self.newest()))
-                             for rows in blocks(len(every))])
+            x.z = self.encode_now(self.encoder, every, what=None)
 
     def pairs(self):
         """{judge: (encoder, predictor)}: those under test, and their untrained twins."""
@@ -440,10 +460,10 @@ def pixels(spots, offsets):
     return spots.frames(offsets).permute(0, 1, 3, 4, 2).reshape(len(spots), -1).float().numpy()
 
 
-def principal(train, test, offsets, dim, seed, fit_on=1500):
-    """Principal components of the pixels: z of both Spots, (n, dim)."""
+def principal(train, test, subject, seed, fit_on=1500):
+    """Principal components of the pixels, as many as a latent has numbers: z of both Spots."""
     rows = np.random.default_rng([seed, 5]).permutation(len(train))[:fit_on]
-    dim = min(dim, len(rows))
+    offsets, dim = subject.newest(), min(subject.encoder.dim, len(rows))
     pca = PCA(dim, svd_solver="randomized", iterated_power=2, random_state=seed)
     pca.fit(pixels(train[np.sort(rows)], offsets))
     return [np.concatenate([pca.transform(pixels(s[rows], offsets)) for rows in blocks(len(s))])
@@ -477,10 +497,10 @@ def ceiling(subject, spots, labels, args):
 
 def knows(subject, train, test, args):
     """Part 1: {row: {saw_labels, probe, cells of each quantity}}."""
-    sampled = (choose_spots(train, args.train_frames, subject.encoder.repeat, args.seed),
-               choose_spots(test, args.frames, subject.encoder.repeat, args.seed))
+    sampled = (choose_spots(train, args.train_frames, args.seed),
+               choose_spots(test, args.frames, args.seed))
     labels = [labels_of(s) for s in sampled]
-    rows, offsets = {}, subject.newest()
+    rows = {}
 
     def add(name, latents, saw_labels=False, kinds=("ridge", "mlp")):
         for kind in tqdm(kinds, desc=f"probe: {name}", leave=False):
@@ -489,12 +509,12 @@ def knows(subject, train, test, args):
                                        "cells": mark(told, latents[1], labels[1], args)}
 
     add("this encoder", [s.z(0, 0)[:, 0].numpy() for s in sampled])
-    add("untrained encoder", [subject.encode_at(subject.twin, s, offsets, "untrained").numpy()
+    add("untrained encoder", [subject.encode_now(subject.twin, s, "untrained").numpy()
                               for s in sampled])
-    add("PCA of the pixels", principal(*sampled, offsets, subject.encoder.dim, args.seed))
+    add("PCA of the pixels", principal(*sampled, subject, args.seed))
     if args.ceiling_steps:
         net = ceiling(subject, sampled[0], labels[0], args)
-        add("ceiling, saw the labels", [subject.encode_at(net, s, offsets, "ceiling").numpy()
+        add("ceiling, saw the labels", [subject.encode_now(net, s, "ceiling").numpy()
                                         for s in sampled], saw_labels=True)
     if subject.predictor:
         rows |= imagined(subject, train, test, args)
@@ -507,22 +527,21 @@ def imagined(subject, train, test, args):
     Of what is imagined, read by the probe of real latents and by one fitted to imagined ones; and
     of the present latent, by a probe fitted to what comes: what is to be had without imagining.
     """
-    H, repeat, rows = max(AHEAD), subject.encoder.repeat, {}
-    spots = [choose_spots(train, args.train_frames // 2, repeat, args.seed, ahead=H),
-             choose_spots(test, args.frames // 2, repeat, args.seed, ahead=H)]
+    H, rows = max(AHEAD), {}
+    spots = [choose_spots(train, args.train_frames // 2, args.seed, ahead=H),
+             choose_spots(test, args.frames // 2, args.seed, ahead=H)]
     real = [s.z(0, H) for s in spots]
     z_hat = [subject.imagine(subject.predictor, z[:, 0], s.act(H)) for z, s in zip(real, spots)]
     for h in tqdm(AHEAD, desc="probe: imagined", leave=False):
-        (fit, judge), (dreamt, dreamt_too) = [labels_of(s, h) for s in spots], [
-            z[:, h - 1].numpy() for z in z_hat]
-        now = [z[:, 0].numpy() for z in real]
-        for name, source, asked in (
-                (f"imagined +{h}, probe of real", real[0][:, h].numpy(), dreamt_too),
-                (f"imagined +{h}, probe of imagined", dreamt, dreamt_too),
-                (f"not imagined +{h}, from z now", *now)):
-            told = probe("ridge", source, fit, args.seed)
+        truth = [labels_of(s, h) for s in spots]
+        came, now = real[0][:, h].numpy(), [z[:, 0].numpy() for z in real]
+        dreamt = [z[:, h - 1].numpy() for z in z_hat]
+        for name, fitted, asked in ((f"imagined +{h}, probe of real", came, dreamt[1]),
+                                    (f"imagined +{h}, probe of imagined", *dreamt),
+                                    (f"not imagined +{h}, from z now", *now)):
+            told = probe("ridge", fitted, truth[0], args.seed)
             rows[name] = {"saw_labels": False, "probe": "ridge",
-                          "cells": mark(told, asked, judge, args)}
+                          "cells": mark(told, asked, truth[1], args)}
     return rows
 
 
@@ -544,8 +563,7 @@ def dreams(subject, train, spots, args):
     """Part 2: {"all" or source: {row: [cell of each step 1..FAR]}}, and errors (n, FAR) by row."""
     z, act = spots.z(0, FAR), spots.act(FAR)
     other = act[partners(spots, args.seed)]
-    fitted = choose_spots(train, args.train_frames // 2, subject.encoder.repeat, args.seed,
-                          ahead=FAR)
+    fitted = choose_spots(train, args.train_frames // 2, args.seed, ahead=FAR)
     z_hat = {"this predictor": subject.imagine(subject.predictor, z[:, 0], act),
              "copy-last": z[:, :1].expand_as(z[:, 1:]),
              "swapped actions": subject.imagine(subject.predictor, z[:, 0], other),
@@ -563,10 +581,12 @@ def dreams(subject, train, spots, args):
 
 
 def draw_dreams(subject, spots, error, path):
-    """The sheet: of each source the window whose error at step 15 is the median one."""
-    H, rows = max(AHEAD), []
+    """The sheet: of each source, of a moving car where it has one, the window of median error at
+    the last step shown."""
+    H, rows, moving = max(AHEAD), [], spots.state("speed") > MOVING
     for source in dict.fromkeys(spots.source):
         own = np.flatnonzero(spots.source == source)
+        own = own[moving[own]] if moving[own].any() else own
         rows.append(own[np.argsort(error[own, H - 1])[len(own) // 2]])
     some = spots[np.array(rows)]
     obs = some.frames(np.arange(1 - subject.encoder.history, H + 1))
@@ -585,8 +605,9 @@ FILMS = {  # what a film shows, j latents after the present, as latents after th
 }
 TELEPORTS = "teleport, same track", "teleport, other track"
 TOLD = "swapped actions", "mirrored steering"  # the film is true, the actions told are not
-COLOUR = "colour (control)"
-VIOLATIONS = (*TELEPORTS, *list(FILMS)[1:], *TOLD, COLOUR)
+THROUGHOUT = "colour throughout (control)"  # the present is seen in that light too
+COLOURS = "colour changes (control)", THROUGHOUT
+VIOLATIONS = (*TELEPORTS, *list(FILMS)[1:], *TOLD, *COLOURS)
 JUDGES = "this model", "untrained nets", "pixel error", "copy-last"
 
 
@@ -631,49 +652,54 @@ def shows(spots, other):
     in_view = np.stack([spots.within(IN_VIEW, h) for h in AHEAD], axis=1)
     return {**dict.fromkeys(TELEPORTS, in_view), **dict.fromkeys(list(FILMS)[1:], moving),
             "swapped actions": mean(apart) > UNLIKE,
-            "mirrored steering": mean(np.abs(act[..., 0].numpy())) > STEERED, COLOUR: every}
+            "mirrored steering": mean(np.abs(act[..., 0].numpy())) > STEERED,
+            **dict.fromkeys(COLOURS, every)}
 
 
-def expectations(subject, spots, other):
-    """({judge: z now (n, D)}, {judge: {what is told: z_hat (n, len(AHEAD), D)}}) of both pairs of
-    nets; told are the true actions, or those of the TOLD violations."""
-    act, steps = spots.act(max(AHEAD)), [h - 1 for h in AHEAD]
+def expectations(subject, spots, other, seed):
+    """{judge: {premise: (z now (n, D), z_hat (n, len(AHEAD), D))}} of both pairs of nets; premises
+    are the true ones, the actions of the TOLD violations, or a present in another light."""
+    act, steps, out = spots.act(max(AHEAD)), [h - 1 for h in AHEAD], {}
     told = {"true": act, "swapped actions": act[other],
-            "mirrored steering": act * torch.tensor([-1.0, 1, 1])}
-    z0, z_hat = {}, {}
+            "mirrored steering": act * torch.tensor([-1.0, 1, 1]), THROUGHOUT: act}
     for judge, (encoder, predictor) in subject.pairs().items():
-        z0[judge] = subject.encode_at(encoder, spots, subject.newest())
-        z_hat[judge] = {k: subject.imagine(predictor, z0[judge], a)[:, steps]
-                        for k, a in told.items()}
-    return z0, z_hat
+        light = torch.Generator().manual_seed(seed)
+        now = subject.encode_now(encoder, spots)
+        lit = subject.encode_now(encoder, spots, change=lambda obs: recoloured(obs, light))
+        z = {k: lit if k == THROUGHOUT else now for k in told}
+        out[judge] = {k: (z[k], subject.imagine(predictor, z[k], a)[:, steps])
+                      for k, a in told.items()}
+    return out
 
 
 def surprises(subject, spots, other, args):
     """{judge: {"true" or violation: (n, len(AHEAD))}}: how far each future is from the expected."""
-    z0, z_hat = expectations(subject, spots, other)
-    now, elsewhere = spots.frames(np.zeros(1, int))[:, 0].float(), teleported(subject, spots, args)
+    expected = expectations(subject, spots, other, args.seed)
+    elsewhere = teleported(subject, spots, args)
     kinds = ("true", *VIOLATIONS)
     out = {j: {v: np.zeros((len(spots), len(AHEAD))) for v in kinds} for j in JUDGES}
-    apart = lambda z, expected: (z - expected).pow(2).mean(dim=1).numpy()
+    apart = lambda z, z_hat: (z - z_hat).pow(2).mean(dim=1).numpy()
     filmed = [(a, h, v) for a, h in enumerate(AHEAD) for v in kinds if v not in TOLD]
     for a, h, v in tqdm(filmed, desc="surprise", unit="film", leave=False):
-        light = torch.Generator().manual_seed(args.seed + a)
+        light, same = (torch.Generator().manual_seed(args.seed) for _ in range(2))
         for rows in blocks(len(spots)):
-            if v in TELEPORTS:
-                obs = planes(elsewhere[v][rows, a])
-            else:
-                obs = spots[rows].frames(FILMS.get(v, FILMS["true"])(h + subject.newest()))
-            obs = recoloured(obs, light) if v == COLOUR else obs
-            out["pixel error"][v][rows, a] = (obs[:, -1].float() - now[rows]).abs().mean((1, 2, 3))
+            film = FILMS.get(v, FILMS["true"])(h + subject.newest())
+            obs = planes(elsewhere[v][rows, a]) if v in TELEPORTS else spots[rows].frames(film)
+            now = spots[rows].frames(subject.newest())
+            obs = recoloured(obs, light) if v in COLOURS else obs
+            now = recoloured(now, same) if v == THROUGHOUT else now
+            change = obs[:, -1].float() - now[:, -1].float()
+            out["pixel error"][v][rows, a] = change.abs().mean(dim=(1, 2, 3))
+            premises = ("true", *TOLD) if v == "true" else (v if v == THROUGHOUT else "true",)
             for judge, (encoder, _) in subject.pairs().items():
                 z = subject.encode(encoder, obs)
-                out[judge][v][rows, a] = apart(z, z_hat[judge]["true"][rows, a])
-                if judge == "this model":
-                    out["copy-last"][v][rows, a] = apart(z, z0[judge][rows])
-                for lie in TOLD if v == "true" else ():
-                    out[judge][lie][rows, a] = apart(z, z_hat[judge][lie][rows, a])
-    for judge in ("pixel error", "copy-last"):  # they know no actions
-        out[judge] |= {lie: out[judge]["true"] for lie in TOLD}
+                for premise in premises:
+                    z_now, z_hat = expected[judge][premise]
+                    row = premise if premise in TOLD else v
+                    out[judge][row][rows, a] = apart(z, z_hat[rows, a])
+                    if judge == "this model":  # its copy-last, which knows no actions
+                        out["copy-last"][row][rows, a] = apart(z, z_now[rows])
+    out["pixel error"] |= {lie: out["pixel error"]["true"] for lie in TOLD}
     return out
 
 
@@ -760,6 +786,30 @@ def outcome(env, saved, actions, off_road):
     return made - off_road * off
 
 
+def lived_frames(env, episode, k, act, repeat):
+    """What really comes of plans act (n, H, 3) from latent k on, in a fast env on the episode's
+    track: (n, H, 64, 64, 3), one frame a latent."""
+    env.unwrapped.t = math.inf  # the zoom is over
+    env.unwrapped.defer()
+    for actions in act.repeat(repeat, axis=1):
+        restore_state(env, episode.saved[k])
+        for _ in play(env, actions):
+            pass
+    frames = env.unwrapped.painted()  # of each plan the car as it is placed, then every step
+    return frames.reshape(len(act), -1, *frames.shape[1:])[:, repeat::repeat]
+
+
+def lived_energies(subject, env, episode, k, act, cfg):
+    """The energies (n,) that plans act (n, H, 3) have where they really lead."""
+    h, (n, H, _) = subject.encoder.history, act.shape
+    came = lived_frames(env, episode, k, act, subject.encoder.repeat)
+    past = np.broadcast_to(episode.obs[k + 2 - h:k + 1], (n, h - 1, *came.shape[2:]))
+    film = np.concatenate([past, came], axis=1)  # (n, h - 1 + H, 64, 64, 3)
+    obs = np.stack([film[:, t:t + h] for t in range(H)], axis=1).reshape(n * H, h, 64, 64, 3)
+    z = subject.encode(subject.encoder, planes(obs)).view(n, H, -1).to(subject.device)
+    return subject.cost.energy(z, cfg.energy).sum(dim=1).cpu().numpy()
+
+
 def candidates(previous, cfg, generator, device):
     """Plans u (N, H, 2) around the last one, shifted: those of the planner's first round."""
     mean = torch.cat([previous[1:], previous[-1:]])
@@ -794,38 +844,47 @@ def states_of(spots, args):
     for source in dict.fromkeys(spots.source):
         own = np.flatnonzero((spots.source == source) & spots.within(IN_SIGHT))
         rows += np.sort(rng.permutation(own)[:args.states]).tolist()
-    return spots[np.array(sorted(rows), int)]
+    if not rows:
+        fail("no window has the road in sight to judge plans from; raise --windows or --tracks")
+    return spots[np.array(sorted(rows))]
 
 
-FIGURES = ("spearman", "spearman, untrained predictor", "regret of the lowest energy",
-           "regret of the planner's plan", "regret, untrained predictor", "regret of a random plan",
+FIGURES = ("spearman", "spearman, untrained predictor", "spearman, energy of what came",
+           "regret of the lowest energy", "regret of the planner's plan",
+           "regret, untrained predictor", "regret of a random plan",
            "regret of the simulator's best", "spread of the outcomes")
 
 
-def drive_plans(subject, env, episode, k, args):
+def drive_plans(subject, envs, episode, k, args):
     """(a figure each of FIGURES, energies (N,), true outcomes (N,)) of the plans at latent k."""
+    physics, fast = envs
     act, energies, own = judge_plans(subject, episode, k, args.seed + 1000 * episode.track, args)
-    value = lambda a: outcome(env, episode.saved[k], a.repeat(subject.encoder.repeat, axis=0),
+    value = lambda a: outcome(physics, episode.saved[k], a.repeat(subject.encoder.repeat, axis=0),
                               args.off_road)
     made = np.array([value(a) for a in act])
+    some = act[:args.lived]
+    came = lived_energies(subject, fast, episode, k, some, args)
     e, blank = energies["this model"], energies["untrained"]
     driven = (made[e.argmin()], value(own), made[blank.argmin()], made.mean(), made.max())
-    figures = [spearman(-e, made), spearman(-blank, made), *(made.max() - x for x in driven),
-               made.std()]
+    figures = [spearman(-e, made), spearman(-blank, made), spearman(-came, made[:len(some)]),
+               *(made.max() - x for x in driven), made.std()]
     return figures, e, made
 
 
 def plans(subject, spots, args):
     """Part 4: ({"all" or source: {figure: cell}}, energies (n, N), outcomes (n, N), states)."""
-    spots, env, track, rows = states_of(spots, args), make_env("physics"), None, []
+    spots, envs = states_of(spots, args), (make_env("physics"), make_env("fast"))
+    track, rows = None, []
     for e, k in tqdm(list(zip(spots.e.tolist(), spots.k.tolist())), desc="plans", unit="state",
                      leave=False):
         episode = spots.episodes[e]
         if episode.track != track:
             track = episode.track
-            env.reset(seed=track)
-        rows.append(drive_plans(subject, env, episode, k, args))
-    env.close()
+            for env in envs:
+                env.reset(seed=track)
+        rows.append(drive_plans(subject, envs, episode, k, args))
+    for env in envs:
+        env.close()
     figures, energy, true = (np.array(x) for x in zip(*rows))
     return summarise(figures, spots, args), energy, true, spots
 
@@ -877,13 +936,13 @@ def show_dreams(found):
 def show_futures(found):
     for judge in JUDGES:
         table(f"3. Impossible futures: AUROC against true ones, {judge}", [f"+{h}" for h in AHEAD],
-              {v: [by[judge][h]["auroc"] for h in AHEAD] for v, by in found.items()}, 24)
+              {v: [by[judge][h]["auroc"] for h in AHEAD] for v, by in found.items()}, 28)
     own = {v: by["this model"] for v, by in found.items()}
     figures = [(what, h) for what in ("tpr_at_1pct", "pairs") for h in AHEAD]
     table("3. This model: share found at 1 % false alarms (f), share of pairs told apart (p)",
           [*(f"{what[0].replace('t', 'f')} +{h}" for what, h in figures), f"n +{max(AHEAD)}"],
           {v: [*(by[h][what] for what, h in figures), str(by[max(AHEAD)]["auroc"]["n"])]
-           for v, by in own.items()}, 24, 13)
+           for v, by in own.items()}, 28, 13)
 
 
 def show_plans(found):
@@ -895,14 +954,13 @@ def show_plans(found):
 
 # ------------------------------------------------------------------ the page
 
-def heat(ax, values, rows, columns, low, high, title, digits=2):
-    """A table of numbers (n, m) in colours, nan blank."""
-    ax.imshow(np.clip(values, low, high), cmap="RdYlGn", vmin=low, vmax=high, aspect="auto",
-              alpha=0.75)
+def heat(ax, values, shade, rows, columns, title):
+    """A table of numbers (n, m), nan blank, in colours: a shade of 1 is good, 0 is bad."""
+    ax.imshow(np.clip(shade, 0, 1), cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", alpha=0.75)
     for (i, j), v in np.ndenumerate(values):
         if np.isfinite(v):
-            ax.text(j, i, f"{v:.{digits}f}" if v > -9.95 else "<-9.9", ha="center", va="center",
-                    fontsize=6.5)
+            ax.text(j, i, f"{v:.2f}" if v > -9.95 else "< -9.9", ha="center", va="center",
+                    fontsize=7)
     ax.set_xticks(range(len(columns)), columns, fontsize=7)
     ax.set_yticks(range(len(rows)), rows, fontsize=7)
     ax.tick_params(length=0)
@@ -917,9 +975,11 @@ def page_knows(ax, rows):
     values = np.array([[number(row["cells"][q]) for q in (*PROBED, OFF_ROAD)]
                        for row in rows.values()])
     columns = [q.replace("_", "\n") for q in PROBED] + ["off road\n(AUC)"]
-    heat(ax, values, list(rows), columns, 0, 1,
+    heat(ax, values, values, list(rows), columns,
          "1. What the latent knows: R² where the road is in view")
-    ax.axhline(7.5 if len(rows) > 8 else -1, color="black", lw=1)
+    real = sum("imagined" not in name for name in rows)
+    for y in range(real, len(rows), max(1, (len(rows) - real) // len(AHEAD))):
+        ax.axhline(y - 0.5, color="white", lw=3)
 
 
 def page_dreams(ax, found):
@@ -932,10 +992,15 @@ def page_dreams(ax, found):
     for (source, rows), style in zip(list(found.items())[1:], ("--", ":", "-.")):
         ax.plot(steps, [c["value"] for c in rows["this predictor"]], color="C0", lw=0.9, ls=style,
                 label=f"this predictor, {source}")
-    ax.set(yscale="log", xlabel="latents ahead", xlim=(1, FAR))
+    ax.set(yscale="log", xlim=(1, FAR))
+    ax.set_xlabel("latents ahead", fontsize=8)
     ax.set_ylabel("squared error over copy-last's", fontsize=8)
+    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if ax.get_ylim()[0] < t
+             < ax.get_ylim()[1]]
+    ax.set_yticks(ticks, map(str, ticks))
+    ax.set_yticks([], minor=True)
     ax.set_title("2. How long dreams hold", fontsize=9, loc="left")
-    ax.grid(alpha=0.3, which="both")
+    ax.grid(alpha=0.3)
     ax.tick_params(labelsize=7)
     ax.legend(fontsize=6.5, ncol=2)
 
@@ -944,18 +1009,19 @@ def page_futures(ax, found):
     values = np.array([[number(by[j][h]["auroc"]) for j in JUDGES for h in AHEAD]
                        for by in found.values()])
     columns = [f"+{h}" + (f"\n{j}" if h == AHEAD[1] else "") for j in JUDGES for h in AHEAD]
-    heat(ax, values, list(found), columns, 0, 1,
+    control = np.array([v in COLOURS for v in found])[:, None]
+    heat(ax, values, np.where(control, 1 - 2 * np.abs(values - 0.5), values), list(found), columns,
          "3. Impossible futures: AUROC against true ones (0.5: chance, and the control's place)")
     for x in range(1, len(JUDGES)):
         ax.axvline(len(AHEAD) * x - 0.5, color="white", lw=3)
-    ax.axhline(len(found) - 1.5, color="white", lw=3)
+    ax.axhline(len(found) - len(COLOURS) - 0.5, color="white", lw=3)
 
 
 def page_plans(ax, found, energy, true, spots, bins=8):
     """Mean true outcome, over a random plan's, by rank of dreamt energy within its state."""
     rank = (np.argsort(np.argsort(energy, axis=1), axis=1) + 0.5) / energy.shape[1]
     gain = true - true.mean(axis=1, keepdims=True)
-    ax.scatter(rank.ravel(), gain.ravel(), s=1, alpha=0.08, color="grey", rasterized=True, lw=0)
+    ax.scatter(rank.ravel(), gain.ravel(), s=4, alpha=0.25, color="grey", lw=0)
     edges = np.linspace(0, 1, bins + 1)
     for i, source in enumerate(dict.fromkeys(spots.source)):
         own = spots.source == source
@@ -968,8 +1034,8 @@ def page_plans(ax, found, energy, true, spots, bins=8):
     ax.axhline(best, color="black", lw=0.9, ls="--", label="the simulator's best")
     ax.axhline(0, color="black", lw=0.9, label="a random plan")
     low, high = np.quantile(gain, [0.005, 0.995])
-    ax.set(xlabel="rank of the dreamt energy among a state's plans (0: lowest)",
-           ylim=(low, 1.1 * max(high, best)))
+    ax.set(xlim=(0, 1), ylim=(low, 1.1 * max(high, best)))
+    ax.set_xlabel("rank of the dreamt energy among a state's plans (0: lowest)", fontsize=8)
     ax.set_ylabel("true outcome, tiles over a random plan's", fontsize=8)
     ax.set_title("4. Plans: dreamt energy against true outcome", fontsize=9, loc="left")
     ax.tick_params(labelsize=7)
@@ -1007,25 +1073,28 @@ def possible(subject, args):
             print(f"left out: {part}, which needs a {' and a '.join(lacking)} of {subject.path}")
         else:
             out.append(part)
+    if not out:
+        fail(f"--parts {' '.join(args.parts)}: none of them can be judged; train what is missing, "
+             "or ask for --parts knows")
     return out
 
 
 def prepare(subject, args):
     """(training episodes, new episodes, windows of the new ones), encoded."""
-    sources, repeat = load_sources(args), subject.encoder.repeat
-    train = read_episodes(sources, args.train_frames, repeat, args.seed)
-    test = drive_anew(sources, args, repeat)
+    sources = load_sources(args)
+    train = read_episodes(sources, args.train_frames, subject.encoder, args.seed)
+    test = drive_anew(sources, args, subject.encoder.repeat)
     subject.encode_episodes(train + test)
-    some = choose_spots(train, 500, repeat, args.seed)
+    some = choose_spots(train, 500, args.seed)
     subject.twin.calibrate(features_of(subject.twin, some.frames(subject.newest()),
                                        subject.device, subject.dtype))
     H = max(AHEAD)
-    spots = choose_spots(test, args.windows, repeat, args.seed,
-                         behind=H + subject.encoder.history, ahead=max(FAR, 2 * H))
+    spots = choose_spots(test, args.windows, args.seed, behind=H + subject.encoder.history,
+                         ahead=max(FAR, 2 * H))
     return train, test, spots
 
 
-def judge(subject, parts, train, test, spots, args):
+def evaluate(subject, parts, train, test, spots, args):
     """Runs the parts and prints each: ({part: its figures}, {part: how to draw it})."""
     found, pages = {}, {}
     if "knows" in parts:
@@ -1061,7 +1130,7 @@ def main():
     if "dreams" in parts:
         subject.decoder = load_decoder(args.root, subject.key, subject.device)
     with threadpool_limits(args.threads or None, "blas"):  # --threads holds for scikit-learn too
-        found, pages = judge(subject, parts, train, test, spots, args)
+        found, pages = evaluate(subject, parts, train, test, spots, args)
     minutes = (time.time() - began) / 60
     report = {"command": " ".join(sys.argv), "commit": git_commit(), "versions": versions(),
               "args": {k: str(v) for k, v in vars(args).items()}, "checkpoint": str(subject.path),

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import shutil
 
 import cv2
 import numpy as np
@@ -11,16 +12,17 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from car_env import make_env, place_car
+from collect_data import run_episode
 from collect_recovery_data import FaultyExpert
 from conftest import script
 from evaluate import (AHEAD, FAR, FIGURES, FILMS, JUDGES, OFF_ROAD, PARTS, PROBED, VIOLATIONS,
-                      Episode, Labels, Spots, Subject, auc, cells, choose_spots, linear_dream,
-                      mark, outcome, partners, play, possible, probe, restore_state, save_state,
-                      separated, spearman)
+                      Episode, Labels, Recorder, Spots, Subject, auc, cells, choose_spots, choosing,
+                      linear_dream, lived_frames, main, mark, on_grid, outcome, partners, play,
+                      possible, probe, restore_state, save_state, separated, spearman)
+from runtime import Refusal
 
-TINY = ["--tracks", "2", "--train_frames", "500", "--frames", "100", "--windows", "10", "--states",
-        "1", "--samples", "16", "--ceiling_steps", "3", "--ceiling_batch", "16", "--bootstrap",
-        "10", "--threads", "2"]
+TINY = ("--tracks 2 --train_frames 500 --frames 100 --windows 10 --states 1 --samples 16 --lived 4 "
+        "--ceiling_steps 3 --ceiling_batch 8 --bootstrap 5").split()
 SOURCES = ["data_race", "data_recovery", "data"]
 
 
@@ -28,7 +30,7 @@ SOURCES = ["data_race", "data_recovery", "data"]
 def card(chain):
     """(report.json, what was printed, ROOT/visuals) of the small chain."""
     root, _ = chain
-    done = script("evaluate.py", *TINY, root=root)
+    done = script("evaluate.py", *TINY, "--threads", "1", root=root)  # two would spin beside others
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((root / "visuals" / "report.json").read_text()), done.stdout, root / "visuals"
 
@@ -129,31 +131,49 @@ def refused(done, *words):
 
 def test_bad_checkpoints_are_refused(chain, tmp_path):
     models = chain[0] / "models"
-    refused(script("evaluate.py", "--checkpoint", tmp_path / "none.pth", root=chain[0]),
-            "none.pth", "train_encoder.py")
     refused(script("evaluate.py", "--checkpoint", models / "predictor_ep2.pth", root=chain[0]),
             "predictor_ep2.pth", "expected a net named encoder")
+    with pytest.raises(Refusal, match="none.pth: not found; .*train_encoder.py"):
+        Subject(flags(chain[0], tmp_path / "none.pth"))
     payload = torch.load(models / "encoder_mixed_ep2.pth", weights_only=True)
     payload["nets"]["encoder"]["args"]["width"] = 0.25
     torch.save(payload, tmp_path / "wide.pth")
-    refused(script("evaluate.py", "--checkpoint", tmp_path / "wide.pth", root=chain[0]),
-            "wide.pth", "width")
+    with pytest.raises(Refusal, match="wide.pth.*do not fit.*width"):
+        Subject(flags(chain[0], tmp_path / "wide.pth"))
+
+
+def flags(root, checkpoint):
+    """What Subject looks at."""
+    return argparse.Namespace(root=root, checkpoint=checkpoint, device="cpu", precision="fp32",
+                              threads=0, seed=0, parts=["plans"])
 
 
 def test_tracks_for_reporting_are_refused():
-    done = script("evaluate.py", "--track_seed", "100000")
-    assert done.returncode == 2 and "is not in 200000..299999" in done.stderr
+    assert choosing("200000") == 200_000
+    with pytest.raises(argparse.ArgumentTypeError, match="not in 200000..299999"):
+        choosing("100000")
 
 
-def test_parts_without_a_matching_predictor_are_left_out(chain, capsys):
-    args = argparse.Namespace(root=chain[0], device="cpu", precision="fp32", threads=0, seed=0,
-                              checkpoint=chain[0] / "models" / "encoder_mixed_ep1.pth",
-                              parts=list(PARTS))
-    assert possible(Subject(args), args) == ["knows"]
+def test_parts_without_a_matching_predictor_are_left_out(chain, tmp_path, monkeypatch, capsys):
+    root = chain[0]
+    for name in SOURCES:
+        (tmp_path / name).symlink_to(root / name)
+    models = tmp_path / "models"
+    shutil.copytree(root / "models", models)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *TINY, "--ceiling_steps", "0", "--root",
+                                     str(tmp_path), "--checkpoint",
+                                     str(models / "encoder_mixed_ep1.pth")])
+    assert main() == 0
     said = capsys.readouterr().out
-    assert "trained on another encoder" in said and "left out: plans" in said
-    args.checkpoint = None
-    assert possible(Subject(args), args) == list(PARTS)
+    assert "trained on another encoder" in said
+    assert all(f"left out: {part}" in said for part in ("dreams", "futures", "plans"))
+    report = json.loads((tmp_path / "visuals" / "report.json").read_text())
+    assert report["checkpoint"].endswith("ep1.pth") and set(report["parts"]) == {"knows"}
+    assert not any("imagined" in row or "ceiling" in row for row in report["parts"]["knows"])
+    assert cv2.imread(str(tmp_path / "visuals" / "report.png")).std() > 5
+    args = flags(root, models / "encoder_mixed_ep1.pth")
+    with pytest.raises(Refusal, match="--parts plans"):
+        possible(Subject(args), args)
 
 
 # ------------------------------------------------------------------ that the figures can be wrong
@@ -201,14 +221,14 @@ def episodes_of_a_linear_world(count, K=60, D=4):
         for a in act:
             z.append(z[-1] @ turn + a @ push)
         out.append(Episode("data", i, np.zeros((K, 1, 1, 3), np.uint8), act, np.zeros((K, 20)),
-                           act, z=torch.from_numpy(np.array(z, np.float32))))
+                           25, z=torch.from_numpy(np.array(z, np.float32))))
     return out
 
 
 def test_the_linear_predictor_solves_a_linear_world():
     world = episodes_of_a_linear_world(12)
-    fit = choose_spots(world[:10], 120, 2, 0, ahead=5)
-    ask = choose_spots(world[10:], 30, 2, 0, ahead=5)
+    fit = choose_spots(world[:10], 120, 0, ahead=5)
+    ask = choose_spots(world[10:], 30, 0, ahead=5)
     z = ask.z(0, 5)
     error = (linear_dream(fit, z[:, 0], ask.act(5), 5) - z[:, 1:]).pow(2).mean()
     assert error < 0.01 * (z[:, :1] - z[:, 1:]).pow(2).mean()
@@ -241,6 +261,30 @@ def test_a_restored_state_goes_on_as_the_first_one_did():
         careless.append(np.abs(np.subtract(car.hull.position, at[t + 30][:2])).max())
     assert np.median(worst) < 1e-4 and max(worst) < 1e-3, worst
     assert min(careless) > 1
+
+
+class Weaver:
+    """Holds each action for two steps, on and off the gas, left and right."""
+    max_steps = 160
+
+    def reset(self, env, rng):
+        self.t = 0
+
+    def act(self, env):
+        self.t += 1
+        half = (self.t - 1) // 2
+        return np.array([0.1 * math.sin(half / 3), 0.3 * (half % 7 > 1), 0], np.float32)
+
+
+def test_what_really_came_is_filmed_as_it_was():
+    env, twin, driver = make_env("fast"), make_env("fast"), Recorder(Weaver(), 2)
+    arrays, _ = run_episode(env, driver, 200_004, np.random.default_rng(0))
+    episode = on_grid("data", 200_004, arrays, 2, driver.saved)
+    twin.reset(seed=200_004)
+    plans = np.stack([episode.act[40:55], episode.act[25:40]])
+    came = lived_frames(twin, episode, 40, plans, 2).astype(int)
+    off = np.abs(came - episode.obs[41:56]).mean(axis=(1, 2, 3, 4))
+    assert off[0] < 0.5 and off[1] > 2 * off[0] + 0.2, off  # grey levels, of 255
 
 
 def test_outcomes_tell_driving_from_standing_and_from_the_grass():
