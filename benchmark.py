@@ -49,7 +49,7 @@ def parse_args():
     p.add_argument("--root", type=Path, default=Path("."),
                    help="visuals/ is written in here, paired: models/ is read from here")
     p.add_argument("--rounds", type=int, default=5, help="env: a median needs an odd number")
-    p.add_argument("--frames", type=int, default=40_000, help="collect, loader: of each source")
+    p.add_argument("--frames", type=int, default=40_000, help="loader: of each source; collect: of each worker")
     p.add_argument("--episodes", type=int, default=1000, help="collect: over which memory is shown")
     p.add_argument("--batches", type=int, default=10_000, help="loader: over which memory is shown")
     p.add_argument("--chunks", type=int, default=10_000, help="loader: of the folder opened anew")
@@ -196,7 +196,7 @@ def bench_collect(args):
         rates, stock = {1: [], 2: []}, [stock_rate()]
         for workers in (1, 2, 2, 1):  # the machine's own drift falls on both
             with tempfile.TemporaryDirectory() as root:
-                collecting(root, script, args.frames, workers)
+                collecting(root, script, args.frames * workers, workers)
                 folder = Path(root) / name
                 rates[workers].append(steady_rate(folder))
                 size = sum(p.stat().st_size for p in folder.glob("*.npz"))
