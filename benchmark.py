@@ -170,13 +170,14 @@ def collecting(root, script, frames, workers, watch=lambda pid: None):
     """Runs a collector; watch(its pid) is called twice a second."""
     command = [sys.executable, HERE / script, "--root", root, "--frames", frames, "--workers",
                workers]  # fmt: skip
-    process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
-    while process.poll() is None:
-        watch(process.pid)
-        time.sleep(0.5)
-    if process.returncode:
-        sys.exit(process.stdout.read())
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen([str(c) for c in command], stdout=said, stderr=said)
+        while process.poll() is None:
+            watch(process.pid)
+            time.sleep(0.5)
+        if process.returncode:
+            said.seek(0)
+            sys.exit(said.read())
 
 
 def steady_rate(folder):
@@ -186,6 +187,8 @@ def steady_rate(folder):
         ends[chunk.meta["worker"]].append((chunk.path.stat().st_mtime, chunk.frames))
     rate = 0
     for files in map(sorted, ends.values()):
+        if len(files) < 2:
+            sys.exit(f"{folder}: a worker wrote one episode only; raise --frames")
         rate += sum(n for _, n in files[1:]) / (files[-1][0] - files[0][0])
     return rate
 

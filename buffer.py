@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import queue
 import struct
 import threading
@@ -38,7 +39,7 @@ from runtime import Refusal, fail, replace_atomically, run, versions, writable
 
 SCHEMA = 1  # of chunks; a newer one is skipped and named
 DEFLATE_LEVEL = 1  # of isal: a fifth of the time of zlib's level 2, and a little smaller
-MAX_STEPS = 20_000  # no episode is longer: a header that says so is damaged or a zip bomb
+MAX_STEPS = 2_000  # no episode is longer: a header that says so is damaged or a zip bomb
 HELD_OUT_MOD = 10  # tracks whose seed is divisible by this are held out of training
 MAX_DAMAGED = 0.01  # share of unreadable chunks above which training refuses to start
 OPEN = 84  # episodes that are open at a time, of all sources together: 1 GB if all are whole
@@ -49,7 +50,8 @@ FRAME = (64, 64, 3)
 FIELDS = {"obs": (np.uint8, 1, FRAME), "act": (np.float32, 0, (3,)), "reward": (np.float32, 0, ()),
           "terminated": (np.bool_, 0, ()), "truncated": (np.bool_, 0, ()),
           "telemetry": (np.float32, 1, None)}  # name: dtype, rows beyond T, shape of a row
-META = ("schema", "source", "track_seed", "uid", "policy", "preprocess", "frames", "return_")
+META = {"schema": int, "source": str, "track_seed": int, "uid": str, "policy": dict,
+        "preprocess": int, "frames": int, "return_": float}
 
 
 # ------------------------------------------------------------------ one chunk
@@ -117,50 +119,66 @@ def _inflate(f, z, name):
     return raw
 
 
-def _member(f, z, name):
-    """One array of an open chunk, read-only."""
+def _header(dtype, shape):
+    """The NPY_HEADER bytes that numpy writes before an array of this kind."""
+    out, dtype = io.BytesIO(), np.dtype(dtype)
+    np.lib.format.write_array_header_1_0(out, {
+        "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+    return out.getvalue()
+
+
+def _member(f, z, name, dtype, shape):
+    """One array of an open chunk, read-only. Headers are compared, never parsed."""
     raw = _inflate(f, z, name)
-    head = io.BytesIO(raw)
-    version = np.lib.format.read_magic(head)
-    if version != (1, 0):
-        raise ValueError(f"{name}: expected an array of numpy's format 1.0, found {version}")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
-    if dtype.hasobject or fortran:
-        raise ValueError(f"{name}: expected plain numbers in C order, found {dtype}")
-    return np.frombuffer(raw, dtype, math.prod(shape), head.tell()).reshape(shape)
+    if raw[:NPY_HEADER] != _header(dtype, shape):
+        raise ValueError(f"{name}: expected {np.dtype(dtype)} {shape}, found another array")
+    return np.frombuffer(raw, dtype, math.prod(shape), NPY_HEADER).reshape(shape)
 
 
 BROKEN = (ValueError, KeyError, IndexError, TypeError, OSError, EOFError, RuntimeError,
-          zipfile.BadZipFile, zlib.error, isal_zlib.error, struct.error, OverflowError, SyntaxError,
-          UnicodeDecodeError)  # raised by zipfile and numpy on damaged or hostile files
+          OverflowError, zipfile.BadZipFile, zlib.error, isal_zlib.error, struct.error
+          )  # raised by zipfile and json on damaged or hostile files
 
 
 def _open_meta(f, z):
-    """The meta of an open chunk; ValueError unless all members are as large as it says."""
-    if z.getinfo("meta.npy").file_size > 1 << 20:
+    """(meta, {name: shape}) of an open chunk; ValueError unless all members are as large as the
+    meta says."""
+    size = z.getinfo("meta.npy").file_size - NPY_HEADER
+    if size > 1 << 20:
         raise ValueError("meta over 1 MiB")
-    meta = json.loads(str(_member(f, z, "meta")))
-    missing = [k for k in META if k not in meta]
-    if missing:
-        raise ValueError(f"meta lacks {', '.join(missing)}")
+    meta = json.loads(str(_member(f, z, "meta", f"<U{size // 4}", ())))
+    if not isinstance(meta, dict):
+        raise ValueError("meta is no dict")
+    for k, kind in META.items():
+        if type(meta.get(k)) is not kind:
+            raise ValueError(f"meta: expected {k} to be {kind.__name__}, found {meta.get(k)!r:.40}")
+    T = meta["frames"]
     if meta["schema"] != SCHEMA:
         raise ValueError(f"chunk schema {meta['schema']}, this code reads {SCHEMA}")
-    T = meta["frames"]
-    if not isinstance(T, int) or not 0 < T <= MAX_STEPS:
-        raise ValueError(f"{T} steps, expected 1 to {MAX_STEPS}")
+    if not 0 < T <= MAX_STEPS or not math.isfinite(meta["return_"]):
+        raise ValueError(f"{T} steps with a return of {meta['return_']}, expected 1 to {MAX_STEPS}")
+    shapes = {}
     for name, (dtype, extra, row) in FIELDS.items():
         size = z.getinfo(f"{name}.npy").file_size - NPY_HEADER
         one = (T + extra) * np.dtype(dtype).itemsize * math.prod(row or ())
         if size != one and (row is not None or size % one or size > 1000 * one):
             raise ValueError(f"{name} holds {size} bytes, expected {one} for {T} steps")
-    return meta
+        shapes[name] = (T + extra, *((size // one,) if row is None else row))
+    return meta, shapes
+
+
+def _refuse_special(path):
+    """A pipe or a device would never end."""
+    if not Path(path).is_file():
+        raise ValueError("not a file")
 
 
 def read_meta(path):
     """The meta of a chunk, nothing inflated but the meta, the sizes checked. Refusal if bad."""
     try:
+        _refuse_special(path)
         with open(path, "rb") as f, zipfile.ZipFile(f) as z:
-            return _open_meta(f, z)
+            return _open_meta(f, z)[0]
     except BROKEN as e:
         raise Refusal(f"{path}: damaged or foreign ({e or type(e).__name__})") from None
 
@@ -168,15 +186,11 @@ def read_meta(path):
 def read_chunk(path, *names):
     """{name: array} of the named fields (all if none is named), CRC checked. Refusal if bad."""
     try:
+        _refuse_special(path)
         with open(path, "rb") as f, zipfile.ZipFile(f) as z:
-            T = _open_meta(f, z)["frames"]
-            out = {k: _member(f, z, k) for k in names or FIELDS}
+            _, shapes = _open_meta(f, z)
+            out = {k: _member(f, z, k, FIELDS[k][0], shapes[k]) for k in names or FIELDS}
         for k, v in out.items():
-            dtype, extra, row = FIELDS[k]
-            row = v.shape[1:] if row is None else row
-            if (v.dtype, v.shape) != (dtype, (T + extra, *row)):
-                raise ValueError(f"{k} is {v.dtype} {v.shape}, expected {np.dtype(dtype)} "
-                                 f"{(T + extra, *row)}")
             if v.dtype == np.float32 and not np.isfinite(v).all():
                 raise ValueError(f"{k} is not finite")
         return out
@@ -185,17 +199,23 @@ def read_chunk(path, *names):
 
 
 class Damage:
-    """Counts the chunks of `total` that turn out to be damaged, names each once, and refuses when
-    they are more than MAX_DAMAGED of all."""
+    """Counts the damaged ones of a folder's `total` chunks, names each once, and refuses when they
+    are more than MAX_DAMAGED of all. `Damage.of(chunks)` is their folder's, one a process."""
+
+    folders = {}
 
     def __init__(self, total):
         self.total, self.lines = total, {}
+
+    @classmethod
+    def of(cls, chunks):
+        return cls.folders.setdefault(chunks[0].path.parent, cls(len(chunks)))
 
     def add(self, refusal):
         line = str(refusal)
         if line not in self.lines:
             self.lines[line] = True
-            tqdm.write(f"skipped {line}")
+            tqdm.write(f"skipped {line}; damaged so far: {len(self.lines)} of {self.total}")
         if len(self.lines) > MAX_DAMAGED * self.total:
             fail(f"{len(self.lines)} of {self.total} chunks are unreadable, over {MAX_DAMAGED:.0%}, "
                  f"first {next(iter(self.lines))}; `python buffer.py` names each: delete them and "
@@ -265,7 +285,11 @@ def load_sources(args):
     for name in args.data:
         made_by = MADE_BY.get(name, "a collector")
         made_by += "" if args.root == Path(".") else f" --root {args.root}"
-        chunks, damaged, _ = index(args.root / name)
+        chunks, damaged, duplicates = index(args.root / name)
+        Damage.folders[args.root / name] = Damage(len(chunks) + len(damaged))
+        Damage.folders[args.root / name].lines = dict.fromkeys(damaged, True)
+        for line in duplicates:
+            print(f"not counted: {line}")
         if len(damaged) > MAX_DAMAGED * (len(chunks) + len(damaged)):
             fail(f"{args.root / name}: {len(damaged)} of {len(chunks) + len(damaged)} chunks are "
                  f"unreadable, first {damaged[0]}; delete them (`python buffer.py "
@@ -299,8 +323,8 @@ def shares_of(sources, batch_size, shares=None):
 
 
 def spread(n, rng):
-    """A random order of 0..n-1 in which neighbours are far apart: one residue class of about
-    sqrt(n) after the other, consecutive classes never next to each other."""
+    """A random order of 0..n-1 in which neighbours are far apart, where n is large enough: one
+    residue class modulo about sqrt(n) after the other, consecutive ones never in a row."""
     modulus = math.isqrt(n)
     steps = [a for a in range(2, modulus - 1) if math.gcd(a, modulus) == 1]
     if not steps:
@@ -383,7 +407,7 @@ class Loader:
         self.sources, self.seed, self.threads = sources, seed, threads
         self.latents, self.history, self.repeat = latents, history, repeat
         self.counts = shares_of(sources, batch_size, shares).tolist()
-        self.damage = [Damage(len(chunks)) for chunks in sources]
+        self.damage = [Damage.of(chunks) for chunks in sources]
         width = -(-OPEN // sum(n > 0 for n in self.counts))
         self.streams = [Stream([self._windows(c) for c in chunks], n, width, (seed, s))
                         for s, (chunks, n) in enumerate(zip(sources, self.counts))]
@@ -520,7 +544,7 @@ def sample_frames(chunks, history, repeat, count, seed=0, fields=("telemetry",),
     rng = np.random.default_rng([seed, 7])
     chunks = [c for c in chunks if c.frames > skip + 1]
     per = np.diff(np.linspace(0, count, len(chunks) + 1).astype(int))
-    obs, rows, damage = [], {k: [] for k in fields}, Damage(len(chunks))
+    obs, rows, damage = [], {k: [] for k in fields}, Damage.of(chunks)
     for chunk, n in zip(chunks, per):
         if n == 0:
             continue
@@ -557,7 +581,9 @@ class Latents:
         self.dim, self.repeat = dim, repeat
         self.rows = {}
         if self.index_path.exists() and self.path.exists():
-            self.rows = json.loads(self.index_path.read_text())["rows"]  # uid: [first row, frames]
+            rows = json.loads(self.index_path.read_text())["rows"]  # uid: [first row, frames]
+            end = self.path.stat().st_size // (2 * dim)
+            self.rows = {uid: (a, T) for uid, (a, T) in rows.items() if a + T + 1 <= end}
         for old in self.path.parent.glob("latents_*"):
             if old.stem != stem.name:
                 old.unlink()  # another encoder's
@@ -567,20 +593,20 @@ class Latents:
             with open(self.path, "r+b" if self.rows else "wb") as f:
                 f.truncate(end * dim * 2)
                 f.seek(0, 2)
-                damage = Damage(len(chunks))
                 for chunk in progress(missing):
                     if stop:
                         break  # what is encoded stays
                     try:
                         obs = read_chunk(chunk.path, "obs", "act")["obs"]
                     except Refusal as e:
-                        damage.add(e)
+                        Damage.of([chunk]).add(e)
                         continue
                     z = self._encode(obs, history, repeat, encode)
                     f.write(z.tobytes())
                     self.rows[chunk.meta["uid"]] = [end, chunk.frames]
                     end += len(obs)
                 f.flush()
+                os.fsync(f.fileno())  # before the index that promises the rows
             body = json.dumps({"dim": dim, "versions": versions(), "rows": self.rows}).encode()
             replace_atomically(self.index_path, lambda f: f.write(body))
         if stop:
@@ -588,8 +614,13 @@ class Latents:
         self.z = np.memmap(self.path, np.float16, "r", shape=(end, dim))
         self.act = np.zeros((end, 3), np.float32)  # mean action of the `repeat` steps from a row on
         for chunk in self.cached(chunks):
+            try:
+                act = read_chunk(chunk.path, "act")["act"]
+            except Refusal as e:
+                Damage.of([chunk]).add(e)
+                del self.rows[chunk.meta["uid"]]
+                continue
             a, T = self.rows[chunk.meta["uid"]]
-            act = read_chunk(chunk.path, "act")["act"]
             if T >= repeat:
                 cum = np.cumsum(np.concatenate([np.zeros((1, 3)), act]), axis=0)
                 self.act[a:a + T + 1 - repeat] = (cum[repeat:] - cum[:-repeat]) / repeat

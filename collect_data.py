@@ -7,6 +7,8 @@ odd headings. Writes ROOT/data/*.npz, one episode a file; started again it goes 
     python collect_data.py --frames 20000       minutes on a laptop: see the README
 """
 
+import errno
+import fcntl
 import multiprocessing as mp
 import os
 import re
@@ -17,6 +19,7 @@ import socket
 import threading
 import time
 import zlib
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -31,7 +34,6 @@ from runtime import Stop, fail, git_commit, natural, parser, positive, run, vers
 FIRST_SEED = 10_000_000  # tracks below are for choosing and for evaluation, never collected
 EPISODES_PER_WORKER = 300  # then it is replaced: Box2D leaks on create and destroy
 STALE = 5  # s after which a half-written file whose process is gone is removed
-ORPHAN_CHECK = 0.5  # s between two looks of a worker at whether its parent still lives
 MIN_FREE = 512  # MiB of disk to be left over; where there will be less, nothing is started
 BYTES_A_FRAME = 1600  # on disk, about
 RETRIES = 20  # deaths of workers without one finished episode between them, then it gives up
@@ -128,7 +130,7 @@ def number_of(job, worker, episode):
 def work(conn, job, worker):
     """A worker: episode numbers come in, finished episodes' summaries go out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    threading.Thread(target=die_with_the_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=die_with_the_collector, daemon=True).start()
     env = make_env(job["env"])
     for left in reversed(range(EPISODES_PER_WORKER)):
         try:
@@ -139,10 +141,9 @@ def work(conn, job, worker):
     conn.close()
 
 
-def die_with_the_parent(parent):
-    """An orphan has nobody to collect for."""
-    while os.getppid() == parent:
-        time.sleep(ORPHAN_CHECK)
+def die_with_the_collector():
+    """An orphan has nobody to collect for. (The fork server, its parent, would live on with it.)"""
+    mp.parent_process().join()
     os._exit(1)
 
 
@@ -157,8 +158,9 @@ def record(env, job, worker, episode):
     try:
         write_chunk(job["folder"], meta, **arrays)
     except OSError as e:
-        return {"error": f"{job['folder']}: {e.strerror}; free some space and run the same "
-                         "command again"}
+        mend = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+        return {"error": f"{job['folder']}: {e.strerror or e}; {mend} and run the same command "
+                         "again", "retires": True}
     grass = int((arrays["telemetry"][1:, OFF_ROAD] > 0).sum())
     return {"frames": len(arrays["act"]), "return": float(arrays["reward"].sum()), **end,
             "grass": grass, "mistakes": meta["mistakes"]}
@@ -171,7 +173,13 @@ def collect(args, source, make_policy):
     nothing with it but its episode; it is replaced. Returns the exit code.
     """
     folder = writable(args.root / source)
-    sweep(folder, f"{source}-{socket.gethostname()}-")
+    with only_collector(folder, args.machine_id):
+        return fill(args, source, folder, make_policy)
+
+
+def fill(args, source, folder, make_policy):
+    """`collect` for the only collector of the folder."""
+    sweep(folder, f"{source}-{socket.gethostname()}-s")
     chunks, damaged, duplicates = index(folder)
     for line in damaged + duplicates:
         print(f"not counted: {line}")
@@ -203,6 +211,23 @@ def collect(args, source, make_policy):
     if error:
         fail(error)
     return 130 if stop else 0
+
+
+@contextmanager
+def only_collector(folder, machine_id):
+    """Locks the folder for this machine id, whose episodes a second collector would drive again;
+    the lock ends with the process, whatever ends it."""
+    path = folder / f".machine-{machine_id}.lock"
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"{folder}: another collector of machine {machine_id} is at work there; wait for "
+                 "it, or give this one another --machine_id")
+        try:
+            yield
+        finally:
+            path.unlink()
 
 
 def make_job(args, source, folder, make_policy):
@@ -282,12 +307,12 @@ class Crew:
         for process, _ in self.workers.values():
             process.join(5)
         for pid in self.pids:
-            for tmp in self.job["folder"].glob(f".*.{pid}.tmp"):
+            for tmp in self.job["folder"].glob(f".{self.job['stem']}-*.{pid}.tmp"):
                 tmp.unlink(missing_ok=True)
 
 
 def sweep(folder, stem):
-    """Removes what killed processes of this machine, named in `stem`, left half written."""
+    """Removes what killed processes of this machine, whose names begin so, left half written."""
     for tmp in folder.glob(f".{stem}*.npz.*.tmp"):
         pid = tmp.name.split(".")[-2]
         if not Path(f"/proc/{pid}").exists() and time.time() - tmp.stat().st_mtime > STALE:

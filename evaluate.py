@@ -163,7 +163,7 @@ def read_episodes(sources, count, encoder, seed):
     """Parts of training episodes of each folder, drawn at random: `count` latents or a few more."""
     out = []
     for name, (chunks, _) in sources.items():
-        rng, damage, have = np.random.default_rng([seed, 1]), Damage(len(chunks)), 0
+        rng, damage, have = np.random.default_rng([seed, 1]), Damage.of(chunks), 0
         for i in rng.permutation(len(chunks)):
             try:
                 arrays = read_chunk(chunks[i].path, "obs", "act", "telemetry")

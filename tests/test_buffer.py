@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import os
 import struct
 import tempfile
 import time
@@ -118,11 +119,20 @@ def ruins(tmp_path):
     rewritten(whole, "pickled.npz", act=npy(np.array([[{}] * 3] * 50, dtype=object)).ljust(728)[:728])
     rewritten(whole, "nan.npz", act=npy(np.full((50, 3), np.nan, np.float32)))
     rewritten(whole, "schema.npz", meta=npy(np.array(json.dumps({**meta, "schema": 99}))))
+    for name, change in (("list", {"uid": ["x"]}), ("seed", {"track_seed": "1"}),
+                         ("nothing", {"preprocess": None})):
+        rewritten(whole, f"{name}.npz", meta=npy(np.array(json.dumps({**meta, **change}))))
+    broken = npy(np.array(json.dumps(meta)))
+    rewritten(whole, "header.npz", meta=broken.replace(b"{'descr'", b"{'descr("))
+    rewritten(whole, "deep.npz", meta=npy(np.array("[" * 50_000)))
+    os.mkfifo(folder / "pipe.npz")
     rewritten(whole, "bomb.npz", obs=bytes(10**8))
     rewritten(whole, "shape.npz", obs=npy(np.zeros((51, 32, 128, 3), np.uint8)))
     return folder, {"flipped": "damaged inside", "truncated": "zip", "text": "zip",
-                    "empty": "zip", "objects": "damaged", "pickled": "plain numbers", "nan": "finite",
-                    "schema": "schema 99", "bomb": "obs holds",
+                    "empty": "zip", "objects": "damaged", "pickled": "another array", "nan": "finite",
+                    "schema": "schema 99", "list": "uid", "seed": "track_seed",
+                    "nothing": "preprocess", "header": "meta", "deep": "recursion",
+                    "pipe": "not a file", "bomb": "obs holds",
                     "shape": "obs"}
 
 
@@ -252,6 +262,21 @@ def test_latent_cache_encodes_only_what_is_new(tmp_path, folders):
     assert torch.allclose(act[..., 1], z[:, :-1, 1] + 0.5)
     Latents(tmp_path, "other", 2, 3, 2, encode, folders[0])
     assert {p.stem for p in (tmp_path / "models").iterdir()} == {"latents_other"}
+
+
+def test_a_latent_cache_that_lost_its_end_is_encoded_again(tmp_path, folders):
+    def encode(obs):
+        return torch.stack([x.float() + 1 for x in where(obs[:, -1])], 1)
+
+    whole = Latents(tmp_path, "k", 2, 3, 2, encode, folders[0])
+    rows = np.array(whole.z)
+    path = tmp_path / "models" / "latents_k.f16"
+    for cut in (0, 10, len(rows) * 2):  # bytes that are left
+        path.write_bytes(path.read_bytes()[:cut])
+        again = Latents(tmp_path, "k", 2, 3, 2, encode, folders[0])
+        for chunk in folders[0]:
+            (a, T), (b, _) = whole.rows[chunk.meta["uid"]], again.rows[chunk.meta["uid"]]
+            assert np.array_equal(rows[a:a + T + 1], again.z[b:b + T + 1])
 
 
 def test_a_source_without_held_out_tracks_is_refused(tmp_path, folders):

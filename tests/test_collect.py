@@ -24,10 +24,10 @@ GONE = 10  # s within which a stopped collector has left nothing behind
 REPLACED = 5  # s within which a killed worker has a successor
 
 
-def start(root, frames, workers=2, name="collect_data.py", **kw):
+def start(root, frames, workers=2, name="collect_data.py", more=()):
     return subprocess.Popen([sys.executable, str(REPO / name), "--root", str(root), "--frames",
-                             str(frames), "--workers", str(workers)], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **kw)
+                             str(frames), "--workers", str(workers), *more],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def descendants(pid):
@@ -116,6 +116,30 @@ def test_killed_workers_and_parents_cost_one_episode_each_at_most(tmp_path):
 @pytest.mark.slow
 def test_two_hundred_kills(tmp_path):
     print(storm(tmp_path, kills=200, seed=1))
+
+
+def test_orphans_do_not_finish_their_episode(tmp_path):
+    process = start(tmp_path, 5000, 1, "collect_race_data.py", more=["--env", "official"])
+    wait_for(lambda: alive(workers_of(process.pid)), 30)
+    time.sleep(2)  # into an episode of six seconds
+    family = descendants(process.pid)
+    process.kill()
+    wait_for(lambda: not alive(family), 2)
+    assert not list((tmp_path / "data_race").glob("*.npz"))
+
+
+def test_two_collectors_of_one_machine_do_not_drive_the_same(tmp_path):
+    first = start(tmp_path, 50_000, 1)
+    wait_for(lambda: list((tmp_path / "data").glob("*.npz")), 30)
+    second = script("collect_data.py", "--frames", "60000", "--workers", "1", root=tmp_path)
+    assert second.returncode == 2 and "--machine_id" in second.stderr
+    other = script("collect_data.py", "--frames", "2000", "--workers", "1", "--machine_id", "1",
+                   root=tmp_path)
+    assert other.returncode == 0, other.stderr
+    first.terminate()
+    first.communicate(timeout=GONE)
+    whole(tmp_path / "data")
+    assert not list((tmp_path / "data").glob(".*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
