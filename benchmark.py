@@ -1,6 +1,6 @@
 """Speed and faithfulness, measured beside what they replace, in one run.
 
-    python benchmark.py env collect loader fidelity     # 9 minutes on 2 cores
+    python benchmark.py env collect loader fidelity     # 12 minutes on 2 cores
 
 env       steps per CPU second (one core, whatever else the machine does), over whole episodes with
           their resets and observations: the official env with `preprocess`, the fast env, the same
