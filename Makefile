@@ -20,8 +20,8 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) collect_race_data.py $(LAPTOP) --frames 30000
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 40000
 	$(PY) collect_data.py $(LAPTOP) --frames 18000
-	$(PY) train_encoder.py $(LAPTOP) $(SHARES) --width 0.25 --dim 128 --epochs 4 --steps_per_epoch 125 --batch_size 96 --lr 2e-3
-	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 240
+	$(PY) train_encoder.py $(LAPTOP) $(SHARES) --width 0.25 --dim 128 --epochs 4 --steps_per_epoch 90 --batch_size 96 --lr 2e-3
+	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 320
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) --hidden 256 --epochs 3 --steps_per_epoch 150 --batch_size 512
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 1
 	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400
