@@ -227,7 +227,7 @@ def only_collector(folder, machine_id):
         try:
             yield
         finally:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def make_job(args, source, folder, make_policy):
