@@ -51,8 +51,7 @@ from torch import nn
 from tqdm import tqdm
 
 from buffer import Damage, load_sources, read_chunk
-from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, is_tile, make_env, place_car,
-                     telemetry)
+from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, is_tile, make_env, place_car)
 from collect_data import make_random, run_episode
 from collect_race_data import make_expert
 from collect_recovery_data import make_faulty
