@@ -5,6 +5,8 @@ PY = .venv/bin/python
 LAPTOP = --root $(ROOT)
 # shares of a batch: expert, recovery, random
 SHARES = --shares 0.35 0.45 0.2
+# the small encoder of a laptop
+EYE = --width 0.25 --dim 128 --strides 2 2 2 1 --batch_size 96 --lr 2e-3
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -17,15 +19,27 @@ help:  ## this list
 install: .venv/installed  ## .venv with requirements.txt in it
 
 demo: .venv/installed  ## every stage small, into demo/: from nothing to a driven lap on two cores
-	$(PY) collect_race_data.py $(LAPTOP) --frames 30000
-	$(PY) collect_recovery_data.py $(LAPTOP) --frames 40000
-	$(PY) collect_data.py $(LAPTOP) --frames 18000
-	$(PY) train_encoder.py $(LAPTOP) $(SHARES) --width 0.25 --dim 128 --epochs 4 --steps_per_epoch 90 --batch_size 96 --lr 2e-3
+	$(PY) collect_race_data.py $(LAPTOP) --frames 60000
+	$(PY) collect_recovery_data.py $(LAPTOP) --frames 80000
+	$(PY) collect_data.py $(LAPTOP) --frames 30000
+	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --epochs 4 --steps_per_epoch 160
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 320
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) --hidden 256 --epochs 3 --steps_per_epoch 150 --batch_size 512
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 1
 	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400
 	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --compare random no_model expert --json $(ROOT)/visuals/drive_mpc.json
+
+pretrained: ROOT = pretrained
+pretrained: .venv/installed  ## an hour and a half on two cores: the weights in models/pretrained/, anew
+	$(PY) collect_race_data.py $(LAPTOP) --frames 260000
+	$(PY) collect_recovery_data.py $(LAPTOP) --frames 340000
+	$(PY) collect_data.py $(LAPTOP) --frames 100000
+	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --epochs 10 --steps_per_epoch 500
+	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 1500
+	$(PY) train_predictor.py $(LAPTOP) $(SHARES) --hidden 256 --epochs 4 --steps_per_epoch 750 --batch_size 512
+	$(PY) train_cost_model.py $(LAPTOP) --epochs 4
+	mkdir -p models/pretrained && rm -f models/pretrained/*.pth
+	cp $(ROOT)/models/encoder_mixed_ep10.pth $(ROOT)/models/decoder_ep10.pth $(ROOT)/models/predictor_ep4.pth $(ROOT)/models/cost_model_final.pth models/pretrained/
 
 test: .venv/installed  ## the tests, under ten minutes on two cores
 	$(PY) -m pytest
@@ -45,4 +59,4 @@ all: .venv/installed  ## the whole plan at full scale: 5.8 million frames, a GPU
 	$(PY) demo_energy.py --headless
 	$(PY) drive_mpc.py --episodes 100 --track_seed 100000 --compare random no_model untrained expert --json visuals/drive_mpc.json
 
-.PHONY: help install demo test test-all all
+.PHONY: help install demo pretrained test test-all all

@@ -13,6 +13,9 @@ loader    images per second of mixed batches of 256 and of windows of 16, from c
           the page cache; how batches are mixed; memory; the first batch of 10,000 chunks.
 fidelity  mean absolute difference, in grey levels of 255, of `preprocess(official frame)` and the
           fast env's frame of the same state, by situation; writes visuals/fidelity.png.
+train     the encoder's training loop, data and augmentation included, beside the bare forward,
+          backward and step of the same nets on one prepared batch, taking turns; and what share of
+          this device's rate of matrix products that is. Trains on the episodes of --root.
 paired    returns of the nets under --root in the official and in the fast env, track by track.
 """
 
@@ -33,12 +36,19 @@ import cv2
 import gymnasium
 import numpy as np
 import pygame
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from buffer import Loader, index, load_sources, read_chunk, write_chunk
+import train_encoder
+from buffer import Loader, index, load_sources, on_device, read_chunk, write_chunk
 from car_env import FPS, PLAYFIELD, TELEMETRY, make_env, observe, place_car, telemetry
+from networks import latest, optimise
+from runtime import autocast, fail, run, set_up
 
 CHOOSING = 200_500  # first of the tracks that nets are compared on: never collected nor reported
 MANY = 10**6  # more than any episode has steps
+READ_AHEAD = 12  # batches that the loader may have ready
+LAPTOP = "--width 0.25 --dim 128 --strides 2 2 2 1 --batch_size 96 --lr 2e-3".split()
 WARM_UP = 4  # episodes before anything is timed, of the hundreds in a worker's life
 FEATURE = {name: i for i, name in enumerate(TELEMETRY)}
 
@@ -47,13 +57,14 @@ def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("what", nargs="+", choices=list(BENCHMARKS), help="what to measure")
     p.add_argument("--root", type=Path, default=Path("."),
-                   help="visuals/ is written in here, paired: models/ is read from here")
-    p.add_argument("--rounds", type=int, default=5, help="env: a median needs an odd number")
+                   help="visuals/ is written in here; train reads data/, paired models/ from here")
+    p.add_argument("--rounds", type=int, default=5, help="env, train: a median needs an odd number")
     p.add_argument("--frames", type=int, default=40_000, help="loader: of each source; collect: of each worker")
     p.add_argument("--episodes", type=int, default=1000, help="collect: over which memory is shown")
     p.add_argument("--batches", type=int, default=10_000, help="loader: over which memory is shown")
     p.add_argument("--chunks", type=int, default=10_000, help="loader: of the folder opened anew")
     p.add_argument("--steps", type=int, default=1000, help="env: steps of an episode")
+    p.add_argument("--train_steps", type=int, default=20, help="train: in each of --rounds")
     p.add_argument("--tracks", type=int, default=20, help="fidelity, paired: how many")
     return p.parse_args()
 
@@ -429,11 +440,79 @@ def bench_fidelity(args):
     print(f"worst frame of each: {path}")
 
 
+# ---- train ---------------------------------------------------------------------------------------
+
+
+def matrix_rate(device, dtype, side=4096, rounds=5):
+    """FLOP/s of the best of some products of square matrices: a peak that can be reached."""
+    a, count = torch.randn(side, side, device=device, dtype=dtype), 20 if device.type == "cuda" else 1
+    work = lambda: [a @ a for _ in range(count)]
+    return 2 * side**3 * count / min([timed(work, device) for _ in range(rounds + 1)][1:])
+
+
+def timed(work, device):
+    """Seconds that the device works on `work()`."""
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    sync()
+    start = time.perf_counter()
+    work()
+    sync()
+    return time.perf_counter() - start
+
+
+def bench_train(args):
+    flags = [] if torch.cuda.is_available() else LAPTOP
+    cfg = train_encoder.arguments(["--root", str(args.root), *flags])
+    device, dtype = set_up(cfg)
+    sources = load_sources(cfg)
+    nets, optim, scaler = train_encoder.make_nets(cfg, device, dtype)
+    loader = train_encoder.make_loader(cfg, sources, 0, cfg.batch_size, cfg.seed)
+    batches = on_device(loader.batches(), device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def learn(x, act):
+        with autocast(device, dtype):
+            loss, *_ = train_encoder.loss_fn(nets, x, act, cfg)
+        optimise(loss, nets.values(), optim, scaler, cfg.lr)
+
+    def loop():
+        for _ in range(args.train_steps):
+            obs, act = next(batches)
+            learn(train_encoder.views(obs, cfg, generator), act)
+
+    obs, act = next(batches)
+    fixed = train_encoder.views(obs, cfg, generator)
+    with FlopCounterMode(display=False) as counter:
+        learn(fixed, act)
+    loop()  # everything is warm
+    def bare():
+        for _ in range(args.train_steps):
+            learn(fixed, act)
+
+    seconds = []
+    for _ in range(args.rounds):
+        alone = timed(bare, device)  # while it runs, the loader reads ahead:
+        for _ in range(READ_AHEAD):  # what is there already counts for neither
+            next(batches)
+        seconds.append((timed(loop, device), alone))
+    seconds = np.array(seconds) / args.train_steps
+    whole, alone = np.median(seconds, axis=0)
+    rate, peak = counter.get_total_flops() / whole, matrix_rate(device, dtype)
+    print(f"{' '.join(flags) or 'full size'}; {device}, {str(dtype)[6:]}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    for name, s in (("the loop", whole), ("the bare net", alone)):
+        print(f"{name:14s}{1000 * s:8.1f} ms a step{len(fixed) / s:10,.0f} images/s")
+    print(f"the loop runs at {np.median(seconds[:, 1] / seconds[:, 0]):.1%} of the bare net, at "
+          f"{rate / 1e9:,.0f} GFLOP/s: {rate / peak:.1%} of {peak / 1e9:,.0f}")
+
+
 # ---- paired --------------------------------------------------------------------------------------
 
 
 def bench_paired(args):
     scores = {}
+    if not latest(args.root / "models", "encoder_mixed").exists():
+        fail(f"{args.root / 'models'}: no encoder there; `python train_encoder.py` makes it")
     with tempfile.TemporaryDirectory() as tmp:
         runs = []
         for kind in ("official", "fast"):  # side by side, a core each
@@ -458,7 +537,7 @@ def bench_paired(args):
 
 
 BENCHMARKS = {"env": bench_env, "collect": bench_collect, "loader": bench_loader,
-              "fidelity": bench_fidelity, "paired": bench_paired}  # fmt: skip
+              "fidelity": bench_fidelity, "train": bench_train, "paired": bench_paired}  # fmt: skip
 
 
 def main():
@@ -470,4 +549,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

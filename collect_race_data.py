@@ -26,6 +26,7 @@ FULL_GAS = 185.0    # rad/s: gas of (omega + 5) / FULL_GAS fills the rear tyres'
 LOST = 15.0         # units from the line: search all of it for the nearest point
 SLOW = 5.0          # units/s below which the direction of travel means nothing
 
+PACES = [0.1, 0.2]  # of --pace, by default
 PACED = {  # what pace 0 and pace 1 differ in; paces between blend them
     #              calm   full
     "v_max":      (64,    108),   # units/s; Box2D stops at 100
@@ -217,6 +218,6 @@ def pace_parser(doc, frames, pace, reason):
 
 
 if __name__ == "__main__":
-    p = pace_parser(__doc__, 1_900_000, [0.1, 0.2],
+    p = pace_parser(__doc__, 1_900_000, PACES,
                     "The driver aims at what the expert does: full pace asks too much of it")
     run(lambda: collect(p.parse_args(), "data_race", make_expert))

@@ -15,7 +15,8 @@ from collect_data import collect
 from collect_race_data import Expert, pace_of, pace_parser
 from runtime import run
 
-KINDS = ("understeer", "oversteer", "late_braking", "wrong_throttle", "swerve")
+KINDS = ("understeer", "oversteer", "late_braking", "wrong_throttle", "swerve", "fumble")
+PACES = [0.1, 0.3, 0.6, 1.0]  # of --pace, by default
 FPS = 50                   # steps a second
 GAP = (1.0, 4.0)           # s, mean pause before a mistake, drawn once per episode
 LENGTH = (0.1, 1.2)        # s, a mistake
@@ -23,6 +24,7 @@ PATIENCE = 4.0             # s after a mistake to recover in
 HELD = 0.2                 # s that recovery must last
 NOISE = 0.05               # standard deviation of steer and gas noise, always on
 NOISE_MEMORY = 0.9         # AR(1) coefficient per step
+FUMBLE = 5.0               # times as much noise, on brake too: as random as a planner's futures
 BEND = 0.05                # radians of steering that show a bend
 START_SHARE = 0.5          # of the episodes begin perturbed
 OFFSET, ASKEW, SPIN = 10.0, 0.8, 2.0  # units, rad, rad/s: standard deviations of such a start
@@ -86,8 +88,14 @@ class FaultyExpert:
         fresh = self.rng.normal(0, NOISE * math.sqrt(1 - NOISE_MEMORY**2), 2).tolist()
         self.noise = [NOISE_MEMORY * old + new for old, new in zip(self.noise, fresh)]
         steer, gas, brake = action
-        gas = gas + self.noise[1] if gas > 0 else 0.0
-        steer = max(-1.0, min(1.0, steer + self.noise[0]))
+        if self.state == "erring" and self.kind == "fumble":
+            steer = steer + FUMBLE * self.noise[0]
+            throttle = gas - brake + FUMBLE * self.noise[1]
+            gas, brake = max(0.0, throttle), max(0.0, -throttle)
+        else:
+            steer = steer + self.noise[0]
+            gas = gas + self.noise[1] if gas > 0 else 0.0
+        steer = max(-1.0, min(1.0, steer))
         return np.array([steer, max(0.0, min(1.0, gas)), max(0.0, min(1.0, brake))], np.float32)
 
     def _advance(self, env, action):
@@ -112,7 +120,7 @@ class FaultyExpert:
         """Whether the mistake would change anything now: most wait for a bend."""
         if self.kind == "late_braking":
             return action[2] > 0
-        return self.kind == "swerve" or abs(action[0]) > BEND
+        return self.kind in ("swerve", "fumble") or abs(action[0]) > BEND
 
     def _drive_on(self):
         self.state, self.clock = "driving", self.rng.exponential(self.mean_gap)
@@ -134,6 +142,6 @@ def make_faulty(job, number):
 
 
 if __name__ == "__main__":
-    p = pace_parser(__doc__, 2_400_000, [0.1, 0.3, 0.6, 1.0],
+    p = pace_parser(__doc__, 2_400_000, PACES,
                     "All of them: the predictor has to know what too fast leads to")
     run(lambda: collect(p.parse_args(), "data_recovery", make_faulty))

@@ -57,16 +57,17 @@ class Elsewhere:
         for _ in range(ZOOM_STEPS):
             self.env.step(np.zeros(3, np.float32))
 
-    def frames(self, state, actions, count, near=None):
-        """(count, 64, 64, 3): the last frames of playing `actions` from a random tile on.
+    def jump(self, least=0):
+        """How many tiles to teleport by: at random, so many at least, either way round."""
+        return int(self.rng.integers(least, len(self.env.unwrapped.track) - least))
 
-        state: {name: value} of the real car's telemetry; near: the tile to stay MIN_JUMP away from.
+    def frames(self, state, actions, count, jump):
+        """(count, 64, 64, 3): the last frames of playing `actions` so many tiles further on.
+
+        state: {name: value} of the real car's telemetry, on its own track.
         """
         env, track = self.env, self.env.unwrapped.track
-        tile = self.rng.integers(len(track))
-        if near is not None:
-            tile = (near + self.rng.integers(MIN_JUMP, len(track) - MIN_JUMP)) % len(track)
-        _, beta, x, y = track[tile]
+        _, beta, x, y = track[(int(state["tile_index"]) + jump) % len(track)]
         off = state["lateral_offset"]
         place_car(env, x + off * np.cos(beta), y + off * np.sin(beta),
                   beta - state["heading_error"], state["speed"], state["yaw_rate"])
@@ -189,8 +190,8 @@ def main():
         if step >= ZOOM_STEPS and (step - ZOOM_STEPS) % e.repeat == 0:
             state = dict(zip(TELEMETRY, telemetry(env).tolist()))  # for the fakes, not the driver
             stacks = {"true": np.stack(recent),
-                      "teleported": same.frames(state, actions, need, int(state["tile_index"])),
-                      "random": other.frames(state, actions, need)}
+                      "teleported": same.frames(state, actions, need, same.jump(MIN_JUMP)),
+                      "random": other.frames(state, actions, need, other.jump())}
             latents = {k: judge.encode(f) for k, f in stacks.items()}
             judge.z.append(latents["true"])
             found = judge.energies(latents)

@@ -1,11 +1,12 @@
 """Day 4: model predictive control. The car minimises energy in its imagination, from pixels alone.
 
 Every `repeat` steps: encode the last frames, dream --samples futures of colored-noise actions over
---horizon latents, sum the energy of each, act. Drives the official CarRacing-v3. Reads ROOT/models;
-writes visuals/drive_mpc.mp4, .gif and, with --json, a file of scores. `--policy random`, `expert`,
-`no_model` (follows random plans while the energy of the present state falls) and `untrained` (a
-fresh predictor) give the rows to compare with, by the same code. The driver gets observations and
-remembers its own actions; scores and tiles are read from the simulator after the fact.
+--horizon latents, sum the energy of each, act. Drives the official CarRacing-v3. Reads ROOT/models,
+or where it has no encoder, the weights that come with the code; writes visuals/drive_mpc.mp4, .gif
+and, with --json, a file of scores. `--policy random`, `expert`, `no_model` (follows random plans
+while the energy of the present state falls) and `untrained` (a fresh predictor) give the rows to
+compare with, by the same code. The driver gets observations and remembers its own actions; scores
+and tiles are read from the simulator after the fact.
 
     python drive_mpc.py --episodes 3 --track_seed 100000
 """
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from car_env import ENV_ID, FPS, ZOOM_STEPS, make_env, observe
 from collect_race_data import Expert
-from networks import Predictor, fingerprint, latest, load_frozen, stack
+from networks import CostModel, Predictor, fingerprint, latest, load_frozen, models_of, stack
 from runtime import (Stop, autocast, fail, fraction, natural, parser, positive, replace_atomically,
                      run, save_gif, save_mp4, set_up, versions, writable)
 from train_predictor import load_decoder
@@ -35,6 +36,8 @@ START_GAS = 0.25  # held through the opening zoom, in which latents mean little
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
 GAS = 0.47  # gas of u = 1: more spins the car in bends, and no plan catches it (LOG.md)
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
+RHO = 0.8  # correlation of the noise of a plan from step to step
+NOISE = 0.4, 0.5  # its standard deviation in units of full steering, full throttle
 POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
 VIDEO_FPS = 25
 WORST = 1e9  # energy of a future that overflowed
@@ -84,16 +87,17 @@ def planning(p):
     g.add_argument("--planner", choices=["shooting", "icem", "mppi"], default="mppi",
                    help="shooting: the plan of lowest energy; icem: elites refine mean and spread; "
                         "mppi: the elites' mean weighted by energy")
-    g.add_argument("--energy", choices=["density", "classifier"], default="density",
-                   help="of a latent: distance to the expert's, or the classifier's logit")
+    g.add_argument("--energy", choices=CostModel.KINDS, default="contrast",
+                   help="of a latent: distance to the expert's with near misses told apart, "
+                        "distance alone, or the logit of expert against random")
     g.add_argument("--samples", type=several, default=1000, help="futures dreamt in a round")
     g.add_argument("--horizon", type=positive, default=15, help="latents in a future")
     g.add_argument("--rounds", type=positive, default=1, help="of refinement (icem, mppi)")
     g.add_argument("--elites", type=positive, default=32,
                    help="best plans of a round, from which icem and mppi make the next")
-    g.add_argument("--rho", type=correlation, default=0.8,
+    g.add_argument("--rho", type=correlation, default=RHO,
                    help="correlation of the noise from step to step (AR(1), variance kept)")
-    g.add_argument("--noise", type=float, nargs=2, default=[0.4, 0.5],
+    g.add_argument("--noise", type=float, nargs=2, default=list(NOISE),
                    metavar=("STEER", "THROTTLE"), help="standard deviation, in units of full")
 
 
@@ -218,9 +222,10 @@ class NoModelDriver(Driver):
 
 
 def load_driver(args, cfg, policy="mpc"):
-    """(driver, decoder or None): the nets of ROOT/models, checked to belong together."""
+    """(driver, decoder or None): the nets of ROOT/models, or those that come with the code, checked
+    to belong together."""
     device, dtype = set_up(args)
-    models = args.root / "models"
+    models = models_of(args.root)
     encoder, _ = load_frozen(latest(models, "encoder_mixed"), "encoder", device,
                              "python train_encoder.py")
     predictor, of_predictor = load_frozen(latest(models, "predictor"), "predictor", device,
@@ -237,14 +242,16 @@ def load_driver(args, cfg, policy="mpc"):
         predictor = Predictor(**predictor.args).to(device).eval().requires_grad_(False)
     nets = {"encoder": encoder, "predictor": predictor, "cost": cost}
     kind = NoModelDriver if policy == "no_model" else Driver
-    return kind(nets, cfg, device, dtype, args.seed), load_decoder(args.root, key, device)
+    driver = kind(nets, cfg, device, dtype, args.seed)
+    driver.models = str(models)
+    return driver, load_decoder(models, key, device)
 
 
 class Blind:
     """The rows to compare with that are no pixel drivers: uniform random actions, or the expert."""
 
     def __init__(self, env, policy, pace, seed):
-        self.env, self.ms = env, []
+        self.env, self.ms, self.models = env, [], None
         if policy == "expert":
             self.expert = Expert(pace)
             self.reset = lambda track_seed: self.expert.reset(env)
@@ -277,11 +284,11 @@ def drive(env, driver, track_seed, watch=lambda *seen: True):
             "plan_ms_p50": round(float(ms[0]), 2), "plan_ms_p99": round(float(ms[1]), 2)}
 
 
-def summary(policy, episodes, kind="official"):
+def summary(policy, episodes, kind="official", models=None):
     """The report of --json: the rows, their mean and spread, and what produced them."""
     returns = [e["return"] for e in episodes]
     env_id = ENV_ID if kind == "official" else f"{ENV_ID} {kind}"
-    return {"env_id": env_id, "policy": policy, "versions": versions(), "episodes": episodes,
+    return {"env_id": env_id, "policy": policy, "models": models, "versions": versions(), "episodes": episodes,
             "mean": round(float(np.mean(returns)), 2), "std": round(float(np.std(returns)), 2),
             "laps_finished": sum(e["lap_finished"] for e in episodes)}
 
@@ -443,7 +450,7 @@ def run_policy(args, policy, film, stop):
                    f"{r['tiles_missed']:6} {'yes' if r['lap_finished'] else 'no':>4} "
                    f"{r['plan_ms_p50']:11.1f} {r['plan_ms_p99']:6.1f}")
     env.close()
-    return summary(policy, rows, args.env) if rows else None
+    return summary(policy, rows, args.env, driver.models) if rows else None
 
 
 def compare(reports, env_name):

@@ -1,8 +1,9 @@
 """The report card: what the latents know, how long dreams hold, which futures are found impossible,
 and whether the energy's judgement matches the world. Every figure stands beside its null.
 
-Reads ROOT/models and the training episodes of ROOT/data_race, data_recovery and data; drives new
-episodes of the same three kinds on tracks 200000 to 299999, which nothing was fitted to. Prints
+Reads ROOT/models, or the weights that come with the code, and the training episodes of
+ROOT/data_race, data_recovery and data, or drives some; then drives new episodes of the same three
+kinds on tracks 200000 to 299999, which nothing was fitted to. Prints
 tables (a value ± half its 95 % interval, bootstrapped over tracks), writes ROOT/visuals/report.json
 (all figures, with n and intervals), report.png, and report_dreams.png where there is a decoder.
 
@@ -11,10 +12,11 @@ tables (a value ± half its 95 % interval, bootstrapped over tracks), writes ROO
             Half of the variance of side speed lies in a hundredth of the frames, slides: its R² is
             of a few frames, as its interval shows.
 2. dreams   squared error of each imagined step over that of copy-last.
-3. futures  surprise, the distance between imagined and actual latent, of true and violated futures.
-            A future counts where the violation shows: teleports with the road in view, frozen,
-            reversed and double speed on a moving car, swapped and mirrored on unlike actions.
-            Two controls should not alarm: the light changes, or another light throughout.
+3. futures  surprise, the distance between imagined and actual latents in units of the dream's usual
+            errors, of true and violated futures, films of 1, 5 and 15 latents. One counts where
+            its violation shows: teleports with the road in view, frozen, reversed and double speed
+            on a moving car, swapped and mirrored on unlike actions. Two controls should not alarm:
+            the light changes, or another light throughout.
 4. plans    candidates drawn as the planner draws them, dreamt and then driven in the simulator. The
             outcome is the tiles made along the track less --off_road tiles a second of four wheels
             off the road. A state is restored on a new car from position, angle and speeds of all
@@ -42,6 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import rankdata
+from sklearn.covariance import ledoit_wolf
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Ridge
@@ -52,33 +55,32 @@ from tqdm import tqdm
 
 from buffer import Damage, load_sources, read_chunk
 from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, is_tile, make_env, place_car)
-from collect_data import make_random, run_episode
-from collect_race_data import make_expert
-from collect_recovery_data import make_faulty
-from demo_energy import Elsewhere
+from collect_data import FIRST_SEED, make_random, run_episode
+from collect_race_data import PACES as RACE_PACES, make_expert
+from collect_recovery_data import PACES as RECOVERY_PACES, make_faulty
+from demo_energy import MIN_JUMP, Elsewhere
 from drive_mpc import colored_noise, plan, planning, several, to_action
-from networks import (Predictor, TinyEncoder, cosine, fingerprint, latest, load_frozen, optimise,
-                      stack, unit_act)
+from networks import (Predictor, TinyEncoder, cosine, fingerprint, latest, load_frozen, models_of,
+                      optimise, stack, unit_act)
 from runtime import (Refusal, autocast, fail, git_commit, natural, parser, positive, pyplot,
                      replace_atomically, run, save_figure, set_up, versions, writable)
-from train_encoder import HUD_ROW, features_of, jitter
+from train_encoder import features_of, jitter
 from train_predictor import draw_dream, dream, load_decoder
 
 DRIVERS = {"data_race": make_expert, "data_recovery": make_faulty, "data": make_random}
 CHOOSING = range(200_000, 300_000)  # track seeds; 100000 to 100099 are for reporting
+TRAINING = range(FIRST_SEED, 2 * FIRST_SEED)
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20", "side_speed")
 OFF_ROAD = "off road (AUC)"
 AHEAD = (1, 5, 15)  # latents ahead at which imagination is probed and futures are judged
 FAR = 30  # latents ahead to which dreams are followed
 IN_VIEW = 7.0, 1.0  # units off the centre line, rad off its direction: the road is in view
 IN_SIGHT = 20.0, math.pi / 2  # the same, where a plan can still find the road
-TINT = 0.1  # the colour control scales each channel by 1 ± this, beside the encoder's own jitter
 MOVING = 5.0  # units/s, from which a film shows which way and how fast it runs
 UNLIKE = 0.5  # of two action sequences, mean distance in units of their usual size
 STEERED = 0.03  # mean |steer| from which a mirrored one is another
 FALSE_ALARMS = 0.01
 WARM_UP = 5  # plans made before the judged one, as the driver would have
-TILE = 3.5  # units
 SEGMENT = 120  # latents of a training episode, at most: many tracks tell more than many frames
 BLOCK = 512  # stacks of frames that are in memory at a time
 
@@ -87,7 +89,7 @@ def arguments():
     p = parser(__doc__)
     g = p.add_argument_group("what is judged")
     g.add_argument("--checkpoint", type=Path,
-                   help="any encoder checkpoint (default: the newest of ROOT/models); what needs "
+                   help="any encoder checkpoint (default: the newest of ROOT/models, or the one that comes with the code); what needs "
                         "a predictor or cost model trained on it is left out if there is none")
     g.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS),
                    help="some of the card only: the other tables are left out")
@@ -158,6 +160,13 @@ def on_grid(source, track, arrays, repeat, saved=()):
                    list(saved))
 
 
+def segment(episode, rng, history):
+    """A part of the episode after the zoom, drawn at random, or None of one that ends before."""
+    room = len(episode.obs) - SEGMENT - episode.first
+    start = episode.first + (rng.integers(room + 1) if room > 0 else 0)
+    return episode.part(start, SEGMENT, history) if start < len(episode.obs) else None
+
+
 def read_episodes(sources, count, encoder, seed):
     """Parts of training episodes of each folder, drawn at random: `count` latents or a few more."""
     out = []
@@ -170,11 +179,9 @@ def read_episodes(sources, count, encoder, seed):
                 damage.add(e)
                 continue
             x = on_grid(name, chunks[i].meta["track_seed"], arrays, encoder.repeat)
-            room = len(x.obs) - SEGMENT - x.first
-            start = x.first + (rng.integers(room + 1) if room > 0 else 0)
-            if start < len(x.obs):
-                out.append(x.part(start, SEGMENT, encoder.history))
-                have += len(out[-1].obs)
+            if part := segment(x, rng, encoder.history):
+                out.append(part)
+                have += len(part.obs)
             if have >= count:
                 break
     return out
@@ -198,20 +205,46 @@ class Recorder:
         return self.policy.act(env)
 
 
-def drive_anew(sources, args, repeat):
-    """New episodes of each kind of driving, at the paces of the folders, each on its own track."""
+def drive(tracks, paces, args, repeat):
+    """New episodes: for each kind of driving, at its paces, one on each of its tracks."""
     env, out = make_env("fast"), []
-    bar = tqdm(total=len(sources) * args.tracks, desc="drive", unit="episode", leave=False)
-    for name, (chunks, _) in sources.items():
-        paces = {c.meta["policy"]["pace"] for c in chunks if "pace" in c.meta["policy"]}
-        for i in range(args.tracks):
-            track = CHOOSING[0] + (args.track_seed - CHOOSING[0] + len(out)) % len(CHOOSING)
-            policy = Recorder(DRIVERS[name]({"paces": sorted(paces)}, i)[0], repeat)
+    bar = tqdm(total=sum(map(len, tracks.values())), desc="drive", unit="episode", leave=False)
+    for name, seeds in tracks.items():
+        for i, track in enumerate(seeds):
+            policy = Recorder(DRIVERS[name]({"paces": paces[name]}, i)[0], repeat)
             arrays, _ = run_episode(env, policy, track, np.random.default_rng([args.seed, track]))
             out.append(on_grid(name, track, arrays, repeat, policy.saved))
             bar.update()
     bar.close()
     return out
+
+
+def numbered(first, count, within):
+    """{kind of driving: `count` track seeds}, no two alike, from `first` on and around."""
+    seeds = iter(range(first - within[0], first - within[0] + count * len(DRIVERS)))
+    return {name: [within[next(seeds) % len(within)] for _ in range(count)] for name in DRIVERS}
+
+
+def all_episodes(args, encoder):
+    """(parts of training episodes, new episodes): those of the folders, or where ROOT has none,
+    own ones on tracks that collectors may drive."""
+    if any(any((args.root / name).glob("*.npz")) for name in args.data):
+        sources = load_sources(args)
+        paces = {name: sorted({c.meta["policy"]["pace"] for c in chunks
+                               if "pace" in c.meta["policy"]})
+                 for name, (chunks, _) in sources.items()}
+        train = read_episodes(sources, args.train_frames, encoder, args.seed)
+    else:
+        paces = {"data_race": RACE_PACES, "data_recovery": RECOVERY_PACES, "data": []}
+        tracks = numbered(FIRST_SEED, -(-args.train_frames // SEGMENT), TRAINING)
+        print(f"{args.root}: no episodes there to fit probes to; drives "
+              f"{len(tracks['data'])} of each kind on tracks from {FIRST_SEED} on")
+        rng = np.random.default_rng([args.seed, 1])
+        parts = [segment(x, rng, encoder.history)
+                 for x in drive(tracks, paces, args, encoder.repeat)]
+        train = [x for x in parts if x]
+    tracks = numbered(args.track_seed, args.tracks, CHOOSING)
+    return train, drive({name: tracks[name] for name in paces}, paces, args, encoder.repeat)
 
 
 def planes(frames):
@@ -237,6 +270,10 @@ class Spots:
 
     def __getitem__(self, rows):
         return Spots(self.episodes, self.e[rows], self.k[rows])
+
+    def later(self, latents):
+        """The Spots so many latents later."""
+        return Spots(self.episodes, self.e, self.k + latents)
 
     def frames(self, offsets):
         """obs (n, len(offsets), 3, 64, 64) uint8: frames so many latents later, or the first."""
@@ -295,7 +332,7 @@ class Subject:
 
     def __init__(self, args):
         self.device, self.dtype = set_up(args)
-        self.models = args.root / "models"
+        self.models = args.root / "models" if args.checkpoint else models_of(args.root)
         self.where = "" if args.root == Path(".") else f" --root {args.root}"
         self.path = args.checkpoint or latest(self.models, "encoder_mixed")
         self.encoder, _ = load_frozen(self.path, "encoder", self.device, "python train_encoder.py")
@@ -611,8 +648,9 @@ JUDGES = "this model", "untrained nets", "pixel error", "copy-last"
 
 
 def teleported(subject, spots, args):
-    """{violation: frames (n, len(AHEAD), history, 64, 64, 3)}: the car is put elsewhere, its pose
-    and speed kept and its last actions played, on its own track or on the next episode's."""
+    """{violation: frames (n, len(AHEAD), history, 64, 64, 3)}: the car is put elsewhere once, its
+    pose and speed kept, and seen there as far along as it was here, on its own track or on the
+    next episode's."""
     e, rng = subject.encoder, np.random.default_rng([args.seed, 7])
     need = (e.history - 1) * e.repeat + 1
     out = {t: np.zeros((len(spots), len(AHEAD), e.history, 64, 64, 3), np.uint8) for t in TELEPORTS}
@@ -621,25 +659,20 @@ def teleported(subject, spots, args):
         twin = Elsewhere(spots.episodes[place].track, rng)
         for name, guest in zip(TELEPORTS, (place, places[i - 1])):
             for row in np.flatnonzero(spots.e == guest):
-                x = spots.episodes[guest]
+                x, jump = spots.episodes[guest], twin.jump(MIN_JUMP if guest == place else 0)
                 for a, h in enumerate(AHEAD):
                     k = spots.k[row] + h
                     state = dict(zip(TELEMETRY, x.state[k].tolist()))
                     last = x.actions[max(0, k * e.repeat - 2 * need):k * e.repeat]
-                    near = int(state["tile_index"]) if name == TELEPORTS[0] else None
-                    frames = twin.frames(state, last, need, near)
+                    frames = twin.frames(state, last, need, jump)
                     out[name][row, a] = frames[::-1][::e.repeat][:e.history][::-1]
         twin.env.close()
     return out
 
 
-def recoloured(obs, generator):
-    """obs (n, history, 3, 64, 64) in another light: brightness, contrast and tint of the scene, one
-    draw a stack, the instruments as they were -> float 0..255."""
-    x = jitter(obs, generator)
-    tint = 1 + TINT * (2 * torch.rand(len(x), 1, 3, 1, 1, generator=generator) - 1)
-    x[..., :HUD_ROW, :] = (x[..., :HUD_ROW, :] * tint).clamp(0, 255)
-    return x
+def relit(obs, generator):
+    """obs (n, history, 3, 64, 64) in another light, one draw a row -> float 0..255."""
+    return jitter(obs.flatten(1, 2), generator).unflatten(1, (-1, 3))
 
 
 def shows(spots, other):
@@ -664,20 +697,56 @@ def expectations(subject, spots, other, seed):
     for judge, (encoder, predictor) in subject.pairs().items():
         light = torch.Generator().manual_seed(seed)
         now = subject.encode_now(encoder, spots)
-        lit = subject.encode_now(encoder, spots, change=lambda obs: recoloured(obs, light))
+        lit = subject.encode_now(encoder, spots, change=lambda obs: relit(obs, light))
         z = {k: lit if k == THROUGHOUT else now for k in told}
         out[judge] = {k: (z[k], subject.imagine(predictor, z[k], a)[:, steps])
                       for k, a in told.items()}
     return out
 
 
-def surprises(subject, spots, other, args):
-    """{judge: {"true" or violation: (n, len(AHEAD))}}: how far each future is from the expected."""
+class Scale:
+    """The unit of a judge's surprise: its usual errors at the steps AHEAD, on training episodes.
+
+    A dream knows some directions of the latent better than others, and all of them less the
+    further ahead it looks. An error is measured in standard deviations, in every direction
+    (Mahalanobis, covariance shrunk after Ledoit and Wolf 2004).
+    """
+
+    def __init__(self, errors):
+        """errors (n, len(AHEAD), D) of true futures."""
+        self.whiten = []
+        for h in range(errors.shape[1]):
+            cov = torch.from_numpy(ledoit_wolf(errors[:, h].double().numpy(),
+                                               assume_centered=True)[0])
+            self.whiten.append(torch.linalg.cholesky(torch.linalg.inv(cov)).float())
+
+    def __call__(self, z, z_hat, a):
+        """(n,): about 1 where latents (n, D) are as far from z_hat as is usual, AHEAD[a] ahead."""
+        return ((z - z_hat) @ self.whiten[a]).pow(2).mean(dim=1).numpy()
+
+
+def scales(subject, train, args):
+    """{judge: Scale} of the judges that look at latents, from windows of training episodes."""
+    spots = choose_spots(train, args.train_frames // 2, args.seed, ahead=max(AHEAD))
+    act, steps, out = spots.act(max(AHEAD)), [h - 1 for h in AHEAD], {}
+    for judge, (encoder, predictor) in subject.pairs().items():
+        now, *came = (subject.encode_now(encoder, spots.later(h)) for h in (0, *AHEAD))
+        came = torch.stack(came, dim=1)
+        out[judge] = Scale(came - subject.imagine(predictor, now, act)[:, steps])
+        if judge == "this model":
+            out["copy-last"] = Scale(came - now[:, None])
+    return out
+
+
+def surprises(subject, spots, other, scale, args):
+    """{judge: {"true" or violation: (n, len(AHEAD))}}: how far each future is from the expected.
+
+    A future is the film up to a step, seen at those of AHEAD that it has: its worst look counts.
+    """
     expected = expectations(subject, spots, other, args.seed)
     elsewhere = teleported(subject, spots, args)
     kinds = ("true", *VIOLATIONS)
     out = {j: {v: np.zeros((len(spots), len(AHEAD))) for v in kinds} for j in JUDGES}
-    apart = lambda z, z_hat: (z - z_hat).pow(2).mean(dim=1).numpy()
     filmed = [(a, h, v) for a, h in enumerate(AHEAD) for v in kinds if v not in TOLD]
     for a, h, v in tqdm(filmed, desc="surprise", unit="film", leave=False):
         light, same = (torch.Generator().manual_seed(args.seed) for _ in range(2))
@@ -685,8 +754,8 @@ def surprises(subject, spots, other, args):
             film = FILMS.get(v, FILMS["true"])(h + subject.newest())
             obs = planes(elsewhere[v][rows, a]) if v in TELEPORTS else spots[rows].frames(film)
             now = spots[rows].frames(subject.newest())
-            obs = recoloured(obs, light) if v in COLOURS else obs
-            now = recoloured(now, same) if v == THROUGHOUT else now
+            obs = relit(obs, light) if v in COLOURS else obs
+            now = relit(now, same) if v == THROUGHOUT else now
             change = obs[:, -1].float() - now[:, -1].float()
             out["pixel error"][v][rows, a] = change.abs().mean(dim=(1, 2, 3))
             premises = ("true", *TOLD) if v == "true" else (v if v == THROUGHOUT else "true",)
@@ -695,11 +764,12 @@ def surprises(subject, spots, other, args):
                 for premise in premises:
                     z_now, z_hat = expected[judge][premise]
                     row = premise if premise in TOLD else v
-                    out[judge][row][rows, a] = apart(z, z_hat[rows, a])
+                    out[judge][row][rows, a] = scale[judge](z, z_hat[rows, a], a)
                     if judge == "this model":  # its copy-last, which knows no actions
-                        out["copy-last"][row][rows, a] = apart(z, z_now[rows])
+                        out["copy-last"][row][rows, a] = scale["copy-last"](z, z_now[rows], a)
     out["pixel error"] |= {lie: out["pixel error"]["true"] for lie in TOLD}
-    return out
+    return {judge: {v: np.maximum.accumulate(s, axis=1) for v, s in rows.items()}
+            for judge, rows in out.items()}
 
 
 def separated(true, violated):
@@ -710,10 +780,11 @@ def separated(true, violated):
     return np.array([auc(violated, true), found, pairs])
 
 
-def futures(subject, spots, args):
+def futures(subject, train, spots, args):
     """Part 3: {violation: {judge: {h: {auroc, tpr_at_1pct, pairs: cells}}}}."""
     other = partners(spots, args.seed)
-    surprise, where, out = surprises(subject, spots, other, args), shows(spots, other), {}
+    surprise = surprises(subject, spots, other, scales(subject, train, args), args)
+    where, out = shows(spots, other), {}
     for violation in tqdm(VIOLATIONS, desc="futures", leave=False):
         out[violation] = {j: {} for j in JUDGES}
         for a, h in enumerate(AHEAD):
@@ -770,10 +841,8 @@ def play(env, actions):
 def along(env):
     """How far along the track the car is, in tiles, and the track's number of tiles."""
     line, at = centre_line(env.unwrapped), env.unwrapped.car.hull.position
-    i = line.nearest(at.x, at.y)
-    beta = line.beta[i]
-    ahead = (at.y - line.y[i]) * math.cos(beta) - (at.x - line.x[i]) * math.sin(beta)
-    return i + ahead / TILE, len(line.x)
+    i, t, *_ = line.place(at.x, at.y)
+    return i + t, len(line.x)
 
 
 def outcome(env, saved, actions, off_road):
@@ -1080,9 +1149,7 @@ def possible(subject, args):
 
 def prepare(subject, args):
     """(training episodes, new episodes, windows of the new ones), encoded."""
-    sources = load_sources(args)
-    train = read_episodes(sources, args.train_frames, subject.encoder, args.seed)
-    test = drive_anew(sources, args, subject.encoder.repeat)
+    train, test = all_episodes(args, subject.encoder)
     subject.encode_episodes(train + test)
     some = choose_spots(train, 500, args.seed)
     subject.twin.calibrate(features_of(subject.twin, some.frames(subject.newest()),
@@ -1109,7 +1176,7 @@ def evaluate(subject, parts, train, test, spots, args):
             draw_dreams(subject, spots, error["this predictor"],
                         args.root / "visuals" / "report_dreams.png")
     if "futures" in parts:
-        violations = found["futures"] = futures(subject, spots, args)
+        violations = found["futures"] = futures(subject, train, spots, args)
         show_futures(violations)
         pages["futures"] = lambda ax: page_futures(ax, violations)
     if "plans" in parts:
@@ -1127,7 +1194,7 @@ def main():
     parts = possible(subject, args)
     train, test, spots = prepare(subject, args)
     if "dreams" in parts:
-        subject.decoder = load_decoder(args.root, subject.key, subject.device)
+        subject.decoder = load_decoder(subject.models, subject.key, subject.device)
     with threadpool_limits(args.threads or None, "blas"):  # --threads holds for scikit-learn too
         found, pages = evaluate(subject, parts, train, test, spots, args)
     minutes = (time.time() - began) / 60

@@ -17,8 +17,10 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from runtime import fail, git_commit, replace_atomically, run, versions
 
+PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 SCHEMA = 1  # of checkpoints; a newer one is refused
 ACT = 3  # steer, gas, brake
+NEAR = 3.0  # weight of the near misses in the energy, beside the density
 INITIAL_STEP = 0.1  # of a linear layer's usual first weights: a fresh predictor nearly copies z
 ACT_SCALE = (0.15, 0.3, 0.1)  # about their standard deviations: nets see actions of unit size
 
@@ -26,15 +28,18 @@ ACT_SCALE = (0.15, 0.3, 0.1)  # about their standard deviations: nets see action
 class TinyEncoder(nn.Module):
     """ResNet-18 (He et al. 2015) without max-pooling: `history` frames -> a latent of `dim`.
 
-    The 4x4 map is projected whole, not averaged: averaging forgets where the road is. `repeat` is
-    the number of environment steps between two frames of the history, and between two latents.
+    The 4x4 map is projected whole, not averaged: averaging forgets where the road is. `strides` of
+    the four stages multiply to 8; 2 2 2 1 shrinks the picture early, for half of the arithmetic of 1 2 2 2.
+    `repeat` is the number of environment steps between two frames of the history, and between two
+    latents.
     `forward` gives standardised latents, the one space in which everything downstream works;
     `features` gives the raw ones that the losses of the encoder see.
     """
 
-    def __init__(self, width=1.0, history=3, repeat=2, dim=512):
+    def __init__(self, width=1.0, history=3, repeat=2, dim=512, strides=(1, 2, 2, 2)):
         super().__init__()
-        self.args = dict(width=width, history=history, repeat=repeat, dim=dim)
+        self.args = dict(width=width, history=history, repeat=repeat, dim=dim,
+                         strides=list(strides))
         self.history, self.repeat, self.dim = history, repeat, dim
         w = max(8, int(64 * width))
         net = ResNet(BasicBlock, [2, 2, 2, 2])
@@ -42,10 +47,8 @@ class TinyEncoder(nn.Module):
         self.body = nn.Sequential(
             nn.Conv2d(3 * history, w, 7, stride=2, padding=3, bias=False),  # (w, 32, 32)
             nn.BatchNorm2d(w), nn.ReLU(inplace=True),
-            net._make_layer(BasicBlock, w, 2),  # (w, 32, 32)
-            net._make_layer(BasicBlock, 2 * w, 2, stride=2),  # (2w, 16, 16)
-            net._make_layer(BasicBlock, 4 * w, 2, stride=2),  # (4w, 8, 8)
-            net._make_layer(BasicBlock, 8 * w, 2, stride=2))  # (8w, 4, 4)
+            *(net._make_layer(BasicBlock, w << i, 2, stride=s)
+              for i, s in enumerate(strides)))  # (8w, 4, 4)
         self.head = nn.Linear(8 * w * 16, dim)
         for m in self.body.modules():
             if isinstance(m, nn.Conv2d):
@@ -56,7 +59,8 @@ class TinyEncoder(nn.Module):
     def features(self, x):
         """(N, 3 * history, 64, 64) uint8 or float in 0..255 -> raw latents (N, D)."""
         assert x.shape[1:] == (3 * self.history, 64, 64), tuple(x.shape)
-        x = torch.sub(x, 127.5).div_(127.5).contiguous(memory_format=torch.channels_last)
+        x = torch.rsub(x.float(), -1.0, alpha=-1 / 127.5)  # to -1..1
+        x = x.contiguous(memory_format=torch.channels_last)
         return self.head(self.body(x).flatten(1)).float()
 
     def forward(self, x):
@@ -182,17 +186,23 @@ class Predictor(nn.Module):
 
 
 class CostModel(nn.Module):
-    """The judge. Two energies of a latent, learned without reward and without labels:
+    """The judge. Energies of a latent, learned without reward and without labels:
 
     `classifier`: the logit of random against expert (the sigmoid is the score, 0 expert 1 random);
     `density`: half the squared Mahalanobis distance to the expert's latents, over D; it rises
-    in every direction that leaves the expert, where a classifier only knows the seen ones.
+    in every direction that leaves the expert, where a classifier only knows the seen ones;
+    `contrast`: the density and NEAR times the softplus of a second logit: what would have come of
+    the expert's own situations under other actions, and all other driving, against the expert. A
+    Gaussian cannot know that 60 units/s are right on the straight and too fast before a bend.
     """
+
+    KINDS = ("contrast", "density", "classifier")
 
     def __init__(self, dim=512, hidden=256):
         super().__init__()
         self.args = dict(dim=dim, hidden=hidden)
         self.net = mlp(dim, hidden, hidden, 1)
+        self.near = mlp(dim, hidden, hidden, 1)
         self.register_buffer("mu", torch.zeros(dim))
         self.register_buffer("whiten", torch.eye(dim))
 
@@ -206,11 +216,22 @@ class CostModel(nn.Module):
         self.mu.copy_(z.mean(dim=0))
         self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))  # white: (z - mu) @ it
 
-    def energy(self, z, kind="density"):
+    def classify(self, z):
+        """(..., D) -> logit of random against expert (...)."""
+        return self.net(z).squeeze(-1).float()
+
+    def miss(self, z):
+        """(..., D) -> logit of near misses and other driving against expert (...)."""
+        return self.near(z).squeeze(-1).float()
+
+    def energy(self, z, kind="contrast"):
         """(..., D) -> (...): low where an expert would be."""
         if kind == "classifier":
-            return self.net(z).squeeze(-1).float()
-        return ((z - self.mu) @ self.whiten).float().pow(2).mean(dim=-1) / 2
+            return self.classify(z)
+        density = ((z - self.mu) @ self.whiten).float().pow(2).mean(dim=-1) / 2
+        if kind == "density":
+            return density
+        return density + NEAR * F.softplus(self.miss(z))
 
     forward = energy
 
@@ -251,7 +272,7 @@ def read(path, made_by="the stage that writes it"):
     return payload
 
 
-def build(payload, name, path="checkpoint"):
+def build(payload, name, path="checkpoint", made_by="the stage that writes it"):
     """The named net of a payload with its weights, refused in one line if they do not fit."""
     if name not in payload["nets"]:
         fail(f"{path}: expected a net named {name}, found {', '.join(payload['nets'])}")
@@ -261,14 +282,14 @@ def build(payload, name, path="checkpoint"):
         net.load_state_dict(entry["weights"])
     except (RuntimeError, KeyError, TypeError) as e:
         fail(f"{path}: the weights of {name} do not fit {entry['class']} with {entry['args']} "
-             f"({str(e).splitlines()[-1].strip()})")
+             f"({str(e).splitlines()[-1].strip()}); `{made_by}` with --fresh makes it anew")
     return net
 
 
 def load_frozen(path, name, device, made_by):
     """(net, payload): a net from a checkpoint, on the device, in eval mode, without gradients."""
     payload = read(path, made_by)
-    return build(payload, name, path).to(device).eval().requires_grad_(False), payload
+    return build(payload, name, path, made_by).to(device).eval().requires_grad_(False), payload
 
 
 RUNTIME_ARGS = {"root", "device", "threads", "fresh", "precision"}  # may change on resume
@@ -382,6 +403,16 @@ def latest(folder, prefix):
     """Path of the highest `prefix_ep{N}.pth`; where there is none, the name of the first."""
     found = sorted(Path(folder).glob(f"{prefix}_ep*.pth"), key=epoch_of)
     return found[-1] if found else Path(folder) / f"{prefix}_ep1.pth"
+
+
+def models_of(root):
+    """ROOT/models, or where it has no encoder, the weights that come with the code; says so."""
+    models = Path(root) / "models"
+    if not latest(models, "encoder_mixed").exists() and latest(PRETRAINED, "encoder_mixed").exists():
+        print(f"{models}: no encoder there; takes the weights that come with the code, "
+              f"{PRETRAINED.relative_to(PRETRAINED.parent.parent)}")
+        return PRETRAINED
+    return models
 
 
 def fingerprint(net):

@@ -4,13 +4,14 @@ Reads ROOT/data_race, data_recovery, data; writes ROOT/models/encoder_mixed_ep{N
 models/encoder.jsonl and visuals/encoder_curves.png. `--objective joint` (default) asks that latents
 be predictable from actions, tell the action, vary, and be uncorrelated; `--objective vicreg` is
 plain VICReg on two photometric views. Each epoch prints a linear probe of what the latents know:
-after the laptop's 6 minutes on two CPU cores expect R² over 0.9 for speed and lateral offset.
+after the laptop's 5 minutes on two CPU cores expect R² over 0.9 for speed and lateral offset.
 
     python train_encoder.py --epochs 50 --batch_size 256
-    python train_encoder.py --width 0.25 --dim 128 --epochs 4 --steps_per_epoch 90 \\
-        --batch_size 96 --lr 2e-3 --shares 0.35 0.45 0.2                             a laptop
+    python train_encoder.py --width 0.25 --dim 128 --strides 2 2 2 1 --epochs 4 \\
+        --steps_per_epoch 160 --batch_size 96 --lr 2e-3 --shares 0.35 0.45 0.2       a laptop
 """
 
+import math
 import time
 
 import numpy as np
@@ -28,7 +29,8 @@ from vicreg import covariance, effective_rank, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
 HUD_ROW = 56  # rows from here on are instruments: augmentation leaves them alone
-JITTER = 0.3  # brightness and contrast are scaled by 1 ± this
+JITTER, TINT = 0.3, 0.1  # brightness and contrast, and each channel, are scaled by 1 ± this
+MEAN_OF = 4  # the mean that contrast keeps is of every fourth row of pixels
 COLLAPSED = 0.02  # mean standard deviation of a latent's dimensions; a healthy one has about 1
 COLLAPSED_RANK = 2  # effective rank of a batch of latents; a healthy one has dozens
 SAVE_EVERY_S = 900
@@ -36,7 +38,7 @@ CHECK_EVERY = 50  # steps between two looks for collapse
 MADE = ("encoder_mixed_ep*.pth", "encoder.jsonl", "decoder_ep*.pth")  # a fresh run sets it aside
 
 
-def arguments():
+def arguments(argv=None):
     p = parser(__doc__, data=True)
     g = p.add_argument_group("model")
     g.add_argument("--width", type=float, default=1.0,
@@ -45,6 +47,8 @@ def arguments():
                    help="size of a latent; 128 learns in fewer steps and plans faster")
     g.add_argument("--history", type=positive, default=3,
                    help="frames a latent sees; one hides speed and yaw rate")
+    g.add_argument("--strides", type=positive, nargs=4, default=[1, 2, 2, 2],
+                   help="of ResNet-18's stages, product 8; 2 2 2 1 is twice as fast")
     g.add_argument("--repeat", type=positive, default=2,
                    help="environment steps between frames, and between latents: 2 is 25 Hz")
     g = p.add_argument_group("objective")
@@ -61,22 +65,37 @@ def arguments():
                    help="joint: weight of the similarity of neighbours in time")
     g.add_argument("--sim", type=float, default=25.0, help="vicreg: weight of the invariance")
     optimisation(p, batch_size=256)
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if args.targets != sorted(set(args.targets)) or args.targets[0] != 1:
         p.error(f"--targets {args.targets}: expected rising steps from 1 on, such as 1 3 8")
+    if math.prod(args.strides) != 8:
+        p.error(f"--strides {args.strides}: expected four numbers with product 8, such as 2 2 2 1")
     args.std = args.std if args.std is not None else {"joint": 16.0, "vicreg": 25.0}[args.objective]
     return args
 
 
-def jitter(obs, generator):
-    """Brightness and contrast, one draw a window: obs (B, L, 3, 64, 64) uint8 -> float 0..255."""
-    x = obs.float()
-    b, c = (1 + JITTER * (2 * torch.rand(2, len(x), 1, 1, 1, 1, generator=generator,
-                                         device=x.device) - 1))
-    scene = x[..., :HUD_ROW, :]
-    mean = scene.mean(dim=(1, 2, 3, 4), keepdim=True)
-    scene.mul_(b * c).add_(b * (1 - c) * mean).clamp_(0, 255)  # ((scene - mean) c + mean) b
-    return x
+def jitter(x, generator):
+    """Brightness, contrast and tint of the scene, one draw a row: x (N, 3 * T, 64, 64) uint8 ->
+    the same in float, 0..255. The instruments stay as they are.
+    """
+    N, C, H, W = x.shape
+    draw = lambda *shape: 2 * torch.rand(*shape, generator=generator, device=x.device) - 1
+    tint = 1 + TINT * draw(N, 1, 3)
+    b, c = 1 + JITTER * draw(2, N, 1, 1)
+    x = x.permute(0, 2, 3, 1).reshape(N, H, W * C)  # as it lies in memory: long rows
+    scene, out = x[:, :HUD_ROW], torch.empty(N, H, W * C, device=x.device)
+    mean = scene[:, ::MEAN_OF].float().mean(dim=(1, 2), keepdim=True)
+    row = tint.repeat(1, 1, W * C // 3)  # (N, 1, W * C)
+    view = torch.mul(scene, b * c * row, out=out[:, :HUD_ROW])  # ((scene - mean) c + mean) b
+    view.add_(b * (1 - c) * mean * row).clamp_(0, 255)
+    out[:, HUD_ROW:] = x[:, HUD_ROW:]
+    return out.view(N, H, W, C).permute(0, 3, 1, 2)
+
+
+def seen_in_light(obs, history, generator, at=None):
+    """Windows (B, L, 3, 64, 64) -> encoder inputs (B * T, 3 * history, 64, 64), float: each latent
+    sees its frames in a light of its own, which is noise to whoever foresees it."""
+    return jitter(stack(obs, history, at), generator)
 
 
 def spread(z):
@@ -92,15 +111,28 @@ def refuse_collapse(z, when):
              "over the last good file; raise --std or --cov or lower --lr, with --fresh")
 
 
-def joint_loss(nets, obs, act, args, generator):
-    """Prediction, inverse dynamics, temporal similarity, variance and covariance of a window.
+def latents_of(args):
+    """Which latents of a window are encoded: joint the first and a dream's targets."""
+    return [0, *args.targets] if args.objective == "joint" else [0]
 
-    obs (B, H + history, 3, 64, 64), act (B, H, 3), H the last of --targets; K latents are encoded,
-    the first and one for each target -> (loss, logs, raw latents (B * K, D)).
+
+def views(obs, args, generator):
+    """Windows (B, L, 3, 64, 64) uint8 -> what the encoder is shown, (K * B, 3 * history, 64, 64):
+    joint the K latents of each window, vicreg the same latent twice, K = 2, all first views first.
     """
-    at = [0, *args.targets]
-    B, K = len(obs), len(at)
-    flat = nets["encoder"].features(stack(jitter(obs, generator), args.history, at))  # (B * K, D)
+    see = lambda: seen_in_light(obs, args.history, generator, latents_of(args))
+    return see() if args.objective == "joint" else torch.cat([see(), see()])
+
+
+def joint_loss(nets, x, act, args):
+    """Prediction, inverse dynamics, temporal similarity, variance and covariance of `views`.
+
+    x (B * K, 3 * history, 64, 64), act (B, H, 3), H the last of --targets; K latents a window, the
+    first and one for each target -> (loss, logs, raw latents (B * K, D)).
+    """
+    at = latents_of(args)
+    B, K = len(act), len(at)
+    flat = nets["encoder"].features(x)  # (B * K, D)
     z = flat.view(B, K, -1)
     z_hat = nets["predictor"].rollout(z[:, 0], act)[:, [t - 1 for t in args.targets]]
     next_to = [k for k in range(K - 1) if at[k + 1] == at[k] + 1]  # neighbours in time
@@ -115,25 +147,36 @@ def joint_loss(nets, obs, act, args, generator):
     return loss, {k: v.detach() for k, v in logs.items()}, flat.detach()
 
 
-def plain_loss(nets, obs, act, args, generator):
+def plain_loss(nets, x, act, args):
     """VICReg on two views of the same frames: the objective of the seeds, to the letter."""
-    za, zb = (nets["projector"](nets["encoder"].features(
-        stack(jitter(obs, generator), args.history))).float() for _ in range(2))
+    za, zb = (nets["projector"](nets["encoder"].features(view)).float() for view in x.chunk(2))
     loss, logs = vicreg_loss(za, zb, args.sim, args.std, args.cov)
     return loss, logs, za.detach()
 
 
-def loss_fn(nets, batch, args, generator):
-    """(loss, logs of detached tensors, what must not collapse (N, D)) of a batch on the device."""
-    return (joint_loss if args.objective == "joint" else plain_loss)(nets, *batch, args, generator)
+def loss_fn(nets, x, act, args):
+    """(loss, logs of detached tensors, what must not collapse (N, D)) of `views` and actions."""
+    return (joint_loss if args.objective == "joint" else plain_loss)(nets, x, act, args)
 
 
-def make_nets(args):
-    """The encoder and the heads that its objective needs."""
-    nets = {"encoder": TinyEncoder(args.width, args.history, args.repeat, args.dim)}
+def make_nets(args, device, dtype):
+    """(the encoder and the heads that its objective needs, their optimiser, its scaler)."""
+    nets = {"encoder": TinyEncoder(args.width, args.history, args.repeat, args.dim, args.strides)}
     if args.objective == "joint":
-        return nets | {"predictor": Predictor(args.dim), "inverse": InverseModel(args.dim)}
-    return nets | {"projector": Projector(args.dim)}
+        nets |= {"predictor": Predictor(args.dim), "inverse": InverseModel(args.dim)}
+    else:
+        nets["projector"] = Projector(args.dim)
+    nets = {k: n.to(device, memory_format=torch.channels_last) for k, n in nets.items()}
+    optim = torch.optim.AdamW([p for n in nets.values() for p in n.parameters()], args.lr,
+                              weight_decay=args.weight_decay)
+    return nets, optim, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def make_loader(args, sources, part, batch_size, seed):
+    """Windows of one part of the sources, 0 to train, 1 held out."""
+    return Loader([s[part] for s in sources.values()], batch_size, seed=seed,
+                  latents=latents_of(args)[-1] + 1, history=args.history, repeat=args.repeat,
+                  shares=args.shares)
 
 
 @torch.no_grad()
@@ -184,9 +227,9 @@ def evaluate(nets, loader, device, dtype, args, batches=8):
     stream = loader.batches()
     generator = torch.Generator(device).manual_seed(0)
     for _ in range(batches):
-        batch = [x.to(device) for x in next(stream)]
+        obs, act = (x.to(device) for x in next(stream))
         with autocast(device, dtype):
-            loss, logs, _ = loss_fn(nets, batch, args, generator)
+            loss, logs, _ = loss_fn(nets, views(obs, args, generator), act, args)
         for k, v in {"loss": loss, **logs}.items():
             total["val_" + k] = total.get("val_" + k, 0) + float(v) / batches
     stream.close()
@@ -204,22 +247,16 @@ def main():
     began, stop = time.time(), Stop()
     device, dtype = set_up(args)
     sources = load_sources(args)
-    at = [0, *args.targets] if args.objective == "joint" else [0]  # latents encoded of a window
-    window = dict(latents=at[-1] + 1, history=args.history, repeat=args.repeat, shares=args.shares)
-    loader = Loader([s[0] for s in sources.values()], args.batch_size, seed=args.seed, **window)
-    held = Loader([s[1] for s in sources.values()], min(args.batch_size, 96), seed=1, **window)
+    loader = make_loader(args, sources, 0, args.batch_size, args.seed)
+    held = make_loader(args, sources, 1, min(args.batch_size, 96), 1)
 
-    nets = {k: n.to(device, memory_format=torch.channels_last)
-            for k, n in make_nets(args).items()}
-    optim = torch.optim.AdamW([p for n in nets.values() for p in n.parameters()], args.lr,
-                              weight_decay=args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    nets, optim, scaler = make_nets(args, device, dtype)
     models = args.root / "models"
     key = data_key(sources)
     saved = resume_run(models / "encoder_resume.pth", nets, optim, scaler, args, MADE, key)
     step = saved["step"] if saved else 0
     per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or max(
-        1, loader.windows // (args.batch_size * len(at)))
+        1, loader.windows // (args.batch_size * len(latents_of(args))))
     steps = args.epochs * per_epoch
     if step >= steps:
         return already_trained(models / f"encoder_mixed_ep{args.epochs}.pth")
@@ -240,10 +277,10 @@ def main():
     while step < steps:
         for net in nets.values():
             net.train()
-        batch = next(batches)
+        obs, act = next(batches)
         generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
         with autocast(device, dtype):
-            loss, logs, z = loss_fn(nets, batch, args, generator)
+            loss, logs, z = loss_fn(nets, views(obs, args, generator), act, args)
         if not torch.isfinite(loss):
             fail(f"step {step}: the loss is {loss.item()}; nothing was saved over the last good "
                  "file; use --precision fp32, or a lower --lr with --fresh")

@@ -122,13 +122,13 @@ def table(rows):
 
 # ------------------------------------------------------------------ pictures
 
-def load_decoder(root, key, device):
-    """The newest decoder that was trained on this encoder, or None with a line that says so."""
-    for path in sorted((root / "models").glob("decoder_ep*.pth"), key=epoch_of, reverse=True):
+def load_decoder(models, key, device):
+    """The newest decoder of a folder that was trained on this encoder, or None, and says so."""
+    for path in sorted(models.glob("decoder_ep*.pth"), key=epoch_of, reverse=True):
         payload = read(path, "python train_decoder.py")
         if payload["encoder_key"] == key:
             return build(payload, "decoder", path).to(device).eval().requires_grad_(False)
-    where = "" if root == Path(".") else f" --root {root}"
+    where = "" if models.parent == Path(".") else f" --root {models.parent}"
     print(f"no decoder of this encoder, so no picture of dreams; `python train_decoder.py --once"
           f"{where}` makes it, this command again then draws them")
     return None
@@ -212,7 +212,7 @@ def main():
     steps = args.epochs * per_epoch
 
     def paint(epoch):  # the decoder may come later than the first epochs
-        decoder = load_decoder(args.root, key, device)
+        decoder = load_decoder(models, key, device)
         if decoder is not None:
             real, dreamt = dream(encoder, predictor.eval(), decoder, *windows, device)
             draw_dream(real[::2], dreamt[::2], list(sources), visuals / f"dream_ep{epoch}.png",

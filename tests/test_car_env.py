@@ -213,6 +213,28 @@ def test_telemetry_finds_the_nearest_tile_after_any_jump():
             assert named(nearer)["tile_index"] == i
 
 
+@pytest.mark.parametrize("offset", [-6, 0, 6])
+def test_telemetry_goes_over_smoothly_from_tile_to_tile(offset):
+    """Along a line at constant offset, turning evenly between tiles: what was asked is told."""
+    env = make_env("physics")
+    env.reset(seed=1)
+    _, betas, xs, ys = np.array(env.unwrapped.track).T
+    curvature, worst = [], np.zeros(2)
+    for i in range(20, len(xs) - 20):
+        for t in np.linspace(0, 1, 5)[:-1]:
+            blend = lambda v: (1 - t) * v[i] + t * v[i + 1]
+            turn = (betas[i + 1] - betas[i] + np.pi) % (2 * np.pi) - np.pi
+            beta = betas[i] + t * turn
+            place_car(env, blend(xs) + offset * np.cos(beta), blend(ys) + offset * np.sin(beta),
+                      beta)
+            state = named(telemetry(env))
+            worst = np.maximum(worst, (abs(state["lateral_offset"] - offset),
+                                       abs(state["heading_error"])))
+            curvature.append(state["curvature_20"])
+    assert worst[0] < 0.01 and worst[1] < 0.005
+    assert np.abs(np.diff(curvature)).max() < 0.03 < np.abs(curvature).max()
+
+
 @pytest.mark.parametrize("kind", ["official", "fast", "physics"])
 def test_place_car_puts_the_car_there(kind):
     env = make_env(kind)

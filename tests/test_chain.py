@@ -252,9 +252,7 @@ def refused(done, *words):
     ("train_decoder.py", ["data_race", "collect_race_data.py"]),
     ("train_predictor.py", ["data_race", "collect_race_data.py"]),
     ("train_cost_model.py", ["data_race", "collect_race_data.py"]),
-    ("drive_mpc.py", ["encoder_mixed_ep1.pth", "train_encoder.py"]),
-    ("evaluate.py", ["encoder_mixed_ep1.pth", "train_encoder.py"]),
-    ("demo_energy.py", ["encoder_mixed_ep1.pth", "train_encoder.py"])])
+])
 def test_missing_input_names_the_command_that_makes_it(tmp_path, name, words):
     refused(script(name, root=tmp_path), *words)
 

@@ -7,7 +7,8 @@ import torch
 
 from networks import InverseModel, Predictor, TinyEncoder, stack, unit_act
 from runtime import Refusal
-from train_encoder import HUD_ROW, JITTER, jitter, loss_fn, refuse_collapse
+from train_encoder import (HUD_ROW, JITTER, MEAN_OF, TINT, jitter, loss_fn, refuse_collapse,
+                           seen_in_light, views)
 
 
 @pytest.fixture
@@ -35,19 +36,32 @@ def test_a_stack_holds_its_frames_oldest_first(obs, history, packed):
     assert torch.equal(stack(obs, history, [0, 2]), some)
 
 
-def test_a_view_changes_brightness_and_contrast_of_the_scene_only(obs):
-    before = obs.clone()
+def test_a_view_changes_brightness_contrast_and_tint_of_the_scene_only(obs):
+    x = stack(obs, 2)
+    before, N = x.clone(), len(x)
     g = torch.Generator().manual_seed(1)
-    view = jitter(obs, g)
+    view = jitter(x, g)
     g.manual_seed(1)
-    b, c = 1 + JITTER * (2 * torch.rand(2, len(obs), 1, 1, 1, 1, generator=g) - 1)
-    assert torch.equal(obs, before)
-    scene = obs[..., :HUD_ROW, :].float()
-    mean = scene.mean(dim=(1, 2, 3, 4), keepdim=True)
-    want = (((scene - mean) * c + mean) * b).clamp(0, 255)  # one draw a window, not a frame
-    assert torch.allclose(view[..., :HUD_ROW, :], want, atol=1e-2)
-    assert torch.equal(view[..., HUD_ROW:, :], obs[..., HUD_ROW:, :].float())
-    assert b.std() > 0.01 and c.std() > 0.01
+    tint = 1 + TINT * (2 * torch.rand(N, 1, 3, generator=g) - 1)
+    b, c = 1 + JITTER * (2 * torch.rand(2, N, 1, 1, generator=g) - 1)
+    assert torch.equal(x, before) and view.is_contiguous(memory_format=torch.channels_last)
+    scene = x[..., :HUD_ROW, :].float()
+    mean = scene[..., ::MEAN_OF, :].mean(dim=(1, 2, 3))
+    for n in range(N):  # one draw a row, of all its frames
+        for k in range(6):
+            want = ((scene[n, k] - mean[n]) * c[n] + mean[n]) * b[n] * tint[n, 0, k % 3]
+            assert torch.allclose(view[n, k, :HUD_ROW], want.clamp(0, 255), atol=1e-2)
+    assert torch.equal(view[..., HUD_ROW:, :], x[..., HUD_ROW:, :].float())
+    assert b.std() > 0.01 and c.std() > 0.01 and tint.std() > 0.01
+
+
+def test_each_latent_of_a_window_is_seen_in_a_light_of_its_own():
+    obs = torch.randint(80, 120, (1, 1, 3, 64, 64), dtype=torch.uint8).expand(2, 6, 3, 64, 64)
+    x = seen_in_light(obs, 3, torch.Generator().manual_seed(1), [0, 1, 3]).unflatten(0, (2, 3))
+    frames = x.unflatten(2, (3, 3))[..., :HUD_ROW, :]  # (B, T, history, 3, 56, 64)
+    assert torch.equal(frames[:, :, 0], frames[:, :, 2])  # its frames in the same
+    means = frames.mean(dim=(2, 3, 4, 5)).flatten()
+    assert len(means.unique()) == 6
 
 
 def test_uint8_and_float_frames_are_the_same_to_the_encoder(obs):
@@ -78,10 +92,11 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
             "inverse": InverseModel(16, 8)}
     obs = obs.repeat(2, 2, 1, 1, 1)[:, :6]  # 4 steps and a frame of history
     act = torch.randn(6, 4, 3)
-    loss, logs, flat = loss_fn(nets, (obs, act), args, torch.Generator().manual_seed(1))
-    seen = jitter(obs, torch.Generator().manual_seed(1))
+    loss, logs, flat = loss_fn(
+        nets, views(obs, args, torch.Generator().manual_seed(1)), act, args)
     at = [0, 1, 3, 4]
-    x = torch.stack([torch.cat([seen[b, t], seen[b, t + 1]]) for b in range(6) for t in at])
+    x = torch.stack([obs[b, t:t + 2] for b in range(6) for t in at])
+    x = jitter(x.flatten(1, 2), torch.Generator().manual_seed(1))
     z = nets["encoder"].features(x).view(6, 4, 16)
     assert torch.allclose(flat, z.flatten(0, 1), atol=1e-5)
     z_hat, pred = z[:, 0], 0.0

@@ -53,6 +53,16 @@ def test_the_card_says_what_made_it(card):
         assert words in said
 
 
+def test_without_episodes_or_nets_it_judges_the_weights_that_come_with_the_code(tmp_path):
+    done = script("evaluate.py", *TINY, "--parts", "knows", "--ceiling_steps", "0", "--threads", "1",
+                  root=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "weights that come with the code" in done.stdout and "no episodes there" in done.stdout
+    report = json.loads((tmp_path / "visuals" / "report.json").read_text())
+    assert "pretrained" in report["checkpoint"]
+    assert report["parts"]["knows"]["this encoder, ridge"]["cells"]["speed"]["value"] > 0.8
+
+
 def test_every_probe_stands_in_the_card_and_one_saw_labels(card):
     rows = card[0]["parts"]["knows"]
     nets = ("this encoder", "untrained encoder", "PCA of the pixels", "ceiling, saw the labels")
