@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from car_env import ENV_ID, FPS, ZOOM_STEPS, make_env, observe
 from collect_race_data import Expert
-from networks import CostModel, Predictor, fingerprint, latest, load_frozen, models_of, stack
+from networks import Predictor, fingerprint, latest, load_frozen, models_of, stack
 from runtime import (Stop, autocast, fail, fraction, natural, parser, positive, replace_atomically,
                      run, save_gif, save_mp4, set_up, versions, writable)
 from train_predictor import load_decoder
@@ -87,9 +87,8 @@ def planning(p):
     g.add_argument("--planner", choices=["shooting", "icem", "mppi"], default="mppi",
                    help="shooting: the plan of lowest energy; icem: elites refine mean and spread; "
                         "mppi: the elites' mean weighted by energy")
-    g.add_argument("--energy", choices=CostModel.KINDS, default="contrast",
-                   help="of a latent: distance to the expert's with near misses told apart, "
-                        "distance alone, or the logit of expert against random")
+    g.add_argument("--energy", choices=["density", "classifier"], default="density",
+                   help="of a latent: distance to the expert's, or the classifier's logit")
     g.add_argument("--samples", type=several, default=1000, help="futures dreamt in a round")
     g.add_argument("--horizon", type=positive, default=15, help="latents in a future")
     g.add_argument("--rounds", type=positive, default=1, help="of refinement (icem, mppi)")

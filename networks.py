@@ -20,7 +20,6 @@ from runtime import fail, git_commit, replace_atomically, run, versions
 PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 SCHEMA = 1  # of checkpoints; a newer one is refused
 ACT = 3  # steer, gas, brake
-NEAR = 3.0  # weight of the near misses in the energy, beside the density
 INITIAL_STEP = 0.1  # of a linear layer's usual first weights: a fresh predictor nearly copies z
 ACT_SCALE = (0.15, 0.3, 0.1)  # about their standard deviations: nets see actions of unit size
 
@@ -186,23 +185,17 @@ class Predictor(nn.Module):
 
 
 class CostModel(nn.Module):
-    """The judge. Energies of a latent, learned without reward and without labels:
+    """The judge. Two energies of a latent, learned without reward and without labels:
 
     `classifier`: the logit of random against expert (the sigmoid is the score, 0 expert 1 random);
     `density`: half the squared Mahalanobis distance to the expert's latents, over D; it rises
-    in every direction that leaves the expert, where a classifier only knows the seen ones;
-    `contrast`: the density and NEAR times the softplus of a second logit: what would have come of
-    the expert's own situations under other actions, and all other driving, against the expert. A
-    Gaussian cannot know that 60 units/s are right on the straight and too fast before a bend.
+    in every direction that leaves the expert, where a classifier only knows the seen ones.
     """
-
-    KINDS = ("contrast", "density", "classifier")
 
     def __init__(self, dim=512, hidden=256):
         super().__init__()
         self.args = dict(dim=dim, hidden=hidden)
         self.net = mlp(dim, hidden, hidden, 1)
-        self.near = mlp(dim, hidden, hidden, 1)
         self.register_buffer("mu", torch.zeros(dim))
         self.register_buffer("whiten", torch.eye(dim))
 
@@ -216,22 +209,11 @@ class CostModel(nn.Module):
         self.mu.copy_(z.mean(dim=0))
         self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))  # white: (z - mu) @ it
 
-    def classify(self, z):
-        """(..., D) -> logit of random against expert (...)."""
-        return self.net(z).squeeze(-1).float()
-
-    def miss(self, z):
-        """(..., D) -> logit of near misses and other driving against expert (...)."""
-        return self.near(z).squeeze(-1).float()
-
-    def energy(self, z, kind="contrast"):
+    def energy(self, z, kind="density"):
         """(..., D) -> (...): low where an expert would be."""
         if kind == "classifier":
-            return self.classify(z)
-        density = ((z - self.mu) @ self.whiten).float().pow(2).mean(dim=-1) / 2
-        if kind == "density":
-            return density
-        return density + NEAR * F.softplus(self.miss(z))
+            return self.net(z).squeeze(-1).float()
+        return ((z - self.mu) @ self.whiten).float().pow(2).mean(dim=-1) / 2
 
     forward = energy
 

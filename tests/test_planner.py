@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from drive_mpc import BRAKE, GAS, NOISE, RHO, STEER, colored_noise, plan, to_action
-from networks import NEAR, CostModel, Predictor
-from train_cost_model import bend
+from drive_mpc import BRAKE, GAS, STEER, colored_noise, plan, to_action
+from networks import CostModel, Predictor
 
 
 class Cart(Predictor):
@@ -101,8 +100,8 @@ def test_density_is_the_mahalanobis_distance():
     mu, inverse = z.double().mean(0), torch.linalg.inv(torch.cov(z.T.double()))
     d = z[:50].double() - mu
     expected = torch.einsum("ni,ij,nj->n", d, inverse, d) / 2 / 6
-    assert torch.allclose(cost.energy(z[:50], "density").double(), expected, rtol=1e-3)
-    assert cost.energy(z, "density").mean() == pytest.approx(0.5, abs=0.01)
+    assert torch.allclose(cost.energy(z[:50]).double(), expected, rtol=1e-3)
+    assert cost.energy(z).mean() == pytest.approx(0.5, abs=0.01)
 
 
 def test_rollout_eats_its_own_output():
@@ -113,26 +112,3 @@ def test_rollout_eats_its_own_output():
     for t in range(4):
         by_hand = net(by_hand, act[:, t])
     assert torch.equal(net.rollout(z, act)[:, -1], by_hand)
-
-
-def test_contrast_adds_the_softplus_of_near_misses_to_the_density():
-    torch.manual_seed(0)
-    cost, z = CostModel(8, 16), torch.randn(5, 7, 8)
-    extra = NEAR * torch.log1p(torch.exp(cost.near(z).squeeze(-1)))
-    assert torch.allclose(cost.energy(z), cost.energy(z, "density") + extra, atol=1e-5)
-    assert cost.energy(z).shape == (5, 7)
-
-
-def test_bent_actions_are_what_the_planner_could_try():
-    """Without a bend the action itself within the limits, else the planner's noise around it."""
-    g = torch.Generator().manual_seed(0)
-    act = to_action(2 * torch.rand(4000, 15, 2, generator=g) - 1)
-    assert torch.allclose(bend(act, torch.zeros(4000, 1, 1), g), act, atol=1e-6)
-    bent = bend(act, torch.ones(4000, 1, 1), g)
-    assert bent.shape == act.shape and (bent[..., 1:] >= 0).all()
-    assert bent[..., 0].abs().max() <= STEER and bent[..., 1].max() <= GAS
-    assert bent[..., 2].max() <= BRAKE and (bent[..., 1] * bent[..., 2] == 0).all()
-    change = (bend(0 * act, torch.ones(4000, 1, 1), g))[..., 0] / STEER
-    assert change.std() == pytest.approx(NOISE[0], rel=0.05)
-    lag = (change[:, 1:] * change[:, :-1]).mean() / change.pow(2).mean()
-    assert lag == pytest.approx(RHO, abs=0.03)
