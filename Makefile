@@ -35,8 +35,8 @@ pretrained: .venv/installed  ## an hour and a half on two cores: the weights in 
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 340000
 	$(PY) collect_data.py $(LAPTOP) --frames 100000
 	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --epochs 10 --steps_per_epoch 500
-	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 1500
-	$(PY) train_predictor.py $(LAPTOP) $(SHARES) --hidden 256 --epochs 4 --steps_per_epoch 750 --batch_size 512
+	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 400
+	$(PY) train_predictor.py $(LAPTOP) $(SHARES) --hidden 256 --epochs 4 --steps_per_epoch 1250 --batch_size 512 --lr 2e-3
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 4
 	mkdir -p models/pretrained && rm -f models/pretrained/*.pth
 	cp $(ROOT)/models/encoder_mixed_ep10.pth $(ROOT)/models/decoder_ep10.pth $(ROOT)/models/predictor_ep4.pth $(ROOT)/models/cost_model_final.pth models/pretrained/

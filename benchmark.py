@@ -445,7 +445,8 @@ def bench_fidelity(args):
 
 def matrix_rate(device, dtype, side=4096, rounds=5):
     """FLOP/s of the best of some products of square matrices: a peak that can be reached."""
-    a, count = torch.randn(side, side, device=device, dtype=dtype), 20 if device.type == "cuda" else 1
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    count = 20 if device.type == "cuda" else 1  # so that starting them costs nothing
     work = lambda: [a @ a for _ in range(count)]
     return 2 * side**3 * count / min([timed(work, device) for _ in range(rounds + 1)][1:])
 

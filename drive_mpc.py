@@ -287,7 +287,8 @@ def summary(policy, episodes, kind="official", models=None):
     """The report of --json: the rows, their mean and spread, and what produced them."""
     returns = [e["return"] for e in episodes]
     env_id = ENV_ID if kind == "official" else f"{ENV_ID} {kind}"
-    return {"env_id": env_id, "policy": policy, "models": models, "versions": versions(), "episodes": episodes,
+    return {"env_id": env_id, "policy": policy, "models": models,
+            "versions": versions(), "episodes": episodes,
             "mean": round(float(np.mean(returns)), 2), "std": round(float(np.std(returns)), 2),
             "laps_finished": sum(e["lap_finished"] for e in episodes)}
 

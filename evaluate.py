@@ -3,9 +3,9 @@ and whether the energy's judgement matches the world. Every figure stands beside
 
 Reads ROOT/models, or the weights that come with the code, and the training episodes of
 ROOT/data_race, data_recovery and data, or drives some; then drives new episodes of the same three
-kinds on tracks 200000 to 299999, which nothing was fitted to. Prints
-tables (a value ± half its 95 % interval, bootstrapped over tracks), writes ROOT/visuals/report.json
-(all figures, with n and intervals), report.png, and report_dreams.png where there is a decoder.
+kinds on tracks 200000 to 299999, which nothing was fitted to. Prints tables (a value ± half its
+95 % interval, bootstrapped over tracks), writes ROOT/visuals/report.json (all figures, with n and
+intervals), report.png, and report_dreams.png where there is a decoder.
 
 1. knows    R² of ridge and small-MLP probes where the road is in view (|offset| < 7 units, |heading
             error| < 1 rad), AUC of any wheel off the road in all frames; from imagined latents too.
@@ -89,7 +89,8 @@ def arguments():
     p = parser(__doc__)
     g = p.add_argument_group("what is judged")
     g.add_argument("--checkpoint", type=Path,
-                   help="any encoder checkpoint (default: the newest of ROOT/models, or the one that comes with the code); what needs "
+                   help="any encoder checkpoint (default: the newest of ROOT/models, or the one "
+                        "that comes with the code); what needs "
                         "a predictor or cost model trained on it is left out if there is none")
     g.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS),
                    help="some of the card only: the other tables are left out")

@@ -28,7 +28,8 @@ class TinyEncoder(nn.Module):
     """ResNet-18 (He et al. 2015) without max-pooling: `history` frames -> a latent of `dim`.
 
     The 4x4 map is projected whole, not averaged: averaging forgets where the road is. `strides` of
-    the four stages multiply to 8; 2 2 2 1 shrinks the picture early, for half of the arithmetic of 1 2 2 2.
+    the four stages multiply to 8; 2 2 2 1 shrinks the picture early, for half of the arithmetic
+    of 1 2 2 2.
     `repeat` is the number of environment steps between two frames of the history, and between two
     latents.
     `forward` gives standardised latents, the one space in which everything downstream works;
@@ -390,7 +391,8 @@ def latest(folder, prefix):
 def models_of(root):
     """ROOT/models, or where it has no encoder, the weights that come with the code; says so."""
     models = Path(root) / "models"
-    if not latest(models, "encoder_mixed").exists() and latest(PRETRAINED, "encoder_mixed").exists():
+    ours, shipped = (latest(folder, "encoder_mixed") for folder in (models, PRETRAINED))
+    if shipped.exists() and not ours.exists():
         print(f"{models}: no encoder there; takes the weights that come with the code, "
               f"{PRETRAINED.relative_to(PRETRAINED.parent.parent)}")
         return PRETRAINED

@@ -330,3 +330,21 @@ def test_help_gives_a_reason_for_every_flag(name):
         reason = re.split(r"\s{2,}", head.strip())[1:]
         reason += [line.strip() for line in more if line[:20].isspace()]
         assert len(" ".join(reason)) > 8, option
+
+
+def test_without_nets_it_drives_with_the_weights_that_come_with_the_code(tmp_path):
+    done = script("drive_mpc.py", "--episodes", 1, "--track_seed", 200_000, "--env", "fast",
+                  "--samples", 64, "--threads", 1, "--no_video", "--json", tmp_path / "s.json",
+                  root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "weights that come with the code" in done.stdout
+    report = json.loads((tmp_path / "s.json").read_text())
+    assert "pretrained" in report["models"] and report["mean"] > 500  # at random: -30
+
+
+def test_training_is_timed_beside_the_bare_net(chain):
+    done = script("benchmark.py", "train", "--rounds", 1, "--train_steps", 2, root=chain[0])
+    assert done.returncode == 0, done.stderr
+    ms = [float(x) for x in re.findall(r"([\d.]+) ms a step", done.stdout)]
+    share = float(re.search(r"the loop runs at ([\d.]+)%", done.stdout)[1])
+    assert len(ms) == 2 and share == pytest.approx(100 * ms[1] / ms[0], abs=0.5)

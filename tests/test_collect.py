@@ -12,13 +12,16 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPO, script
 
 from benchmark import children
 from buffer import index, read_chunk
+from car_env import make_env
 from collect_data import FIRST_SEED, number_of, seeds_of
 from collect_race_data import pace_of
+from collect_recovery_data import FUMBLE, NOISE, FaultyExpert
 
 GONE = 10  # s within which a stopped collector has left nothing behind
 REPLACED = 5  # s within which a killed worker has a successor
@@ -266,3 +269,17 @@ def test_two_machines_are_merged_by_copying(tmp_path):
     assert len({c.meta["track_seed"] for c in chunks}) == len(chunks)
     assert all(re.match(r"data-.+-s0m[01]r000-[0-9a-f]{6}-w0[01]-e\d{6}\.npz", c.path.name)
                for c in chunks)
+
+
+def test_a_fumble_is_as_random_as_a_planner_and_never_gas_with_brake():
+    env, driver = make_env("physics"), FaultyExpert(0.2)
+    env.reset(seed=FIRST_SEED)
+    driver.reset(env, np.random.default_rng(0))
+    bent = []
+    for _ in range(600):
+        driver.state, driver.kind, driver.clock = "erring", "fumble", 50
+        action = driver.act(env)
+        bent.append(action - np.array(driver.expert.controls(env)))
+        assert action[1] * action[2] == 0 and abs(action[0]) <= 1 and action[1:].min() >= 0
+        env.step(driver.expert.act(env))  # the car stays on its line
+    assert np.std(bent, axis=0)[0] == pytest.approx(FUMBLE * NOISE, rel=0.3)

@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 import torch
+from conftest import script
 
 from networks import InverseModel, Predictor, TinyEncoder, stack, unit_act
 from runtime import Refusal
@@ -113,3 +114,15 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     assert torch.allclose(logs["temporal"], same, rtol=1e-3)
     total = sum(getattr(args, k) * v for k, v in logs.items())
     assert torch.allclose(loss, total, rtol=1e-5)
+
+
+def test_strides_change_the_price_of_the_net_not_its_size(obs):
+    x, sizes = stack(obs, 3), []
+    for strides in ((1, 2, 2, 2), (2, 2, 2, 1)):
+        net = TinyEncoder(0.125, dim=16, strides=strides).eval()
+        assert net.body(torch.zeros(1, 9, 64, 64)).shape == (1, 64, 4, 4)
+        assert net(x).shape == (len(x), 16)
+        sizes.append(sum(p.numel() for p in net.parameters()))
+    assert sizes[0] == sizes[1]
+    refused = script("train_encoder.py", "--strides", 1, 1, 2, 2)
+    assert refused.returncode == 2 and "product 8" in refused.stderr

@@ -16,9 +16,10 @@ from collect_data import run_episode
 from collect_recovery_data import FaultyExpert
 from conftest import script
 from evaluate import (AHEAD, FAR, FIGURES, FILMS, JUDGES, OFF_ROAD, PARTS, PROBED, VIOLATIONS,
-                      Episode, Labels, Recorder, Spots, Subject, auc, cells, choose_spots, choosing,
-                      linear_dream, lived_frames, main, mark, on_grid, outcome, partners, play,
-                      possible, probe, restore_state, save_state, separated, spearman)
+                      Episode, Labels, Recorder, Scale, Spots, Subject, auc, cells, choose_spots,
+                      choosing, linear_dream, lived_frames, main, mark, numbered, on_grid, outcome,
+                      partners, play, possible, probe, restore_state, save_state, separated,
+                      spearman)
 from runtime import Refusal
 
 TINY = ("--tracks 2 --train_frames 500 --frames 100 --windows 10 --states 1 --samples 16 --lived 4 "
@@ -54,8 +55,8 @@ def test_the_card_says_what_made_it(card):
 
 
 def test_without_episodes_or_nets_it_judges_the_weights_that_come_with_the_code(tmp_path):
-    done = script("evaluate.py", *TINY, "--parts", "knows", "--ceiling_steps", "0", "--threads", "1",
-                  root=tmp_path)
+    done = script("evaluate.py", *TINY, "--parts", "knows", "--ceiling_steps", "0", "--threads",
+                  "1", root=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "weights that come with the code" in done.stdout and "no episodes there" in done.stdout
     report = json.loads((tmp_path / "visuals" / "report.json").read_text())
@@ -320,3 +321,22 @@ def test_rank_correlation_and_its_interval():
     one, again = (cells(np.mean, tracks, (made,), args)[0] for _ in range(2))
     assert one == again and one["low"] < one["value"] < one["high"]
     assert one["n"] == 64 and one["tracks"] == 8
+
+
+def test_tracks_of_the_kinds_never_meet_and_stay_in_their_range():
+    within = range(200, 230)
+    tracks = numbered(225, 4, within)
+    seeds = [t for own in tracks.values() for t in own]
+    assert set(tracks) == set(SOURCES) and len(set(seeds)) == 12
+    assert seeds[0] == 225 and set(seeds) <= set(within)
+
+
+def test_surprise_is_in_units_of_the_usual_error():
+    """About 1 for errors like those it was fitted to; a rare direction counts more than a usual."""
+    rng = torch.Generator().manual_seed(0)
+    size = torch.tensor([3.0, 1.0, 0.1, 0.1])
+    errors = size * torch.randn(4000, len(AHEAD), 4, generator=rng)
+    scale = Scale(errors)
+    assert scale(errors[:, 1], torch.zeros(4000, 4), 1).mean() == pytest.approx(1, abs=0.05)
+    usual, rare = torch.eye(4)[:1], torch.eye(4)[3:]
+    assert scale(rare, 0 * rare, 0) > 500 * scale(usual, 0 * usual, 0)
