@@ -5,6 +5,7 @@ README. `python networks.py FILE` prints what a checkpoint holds.
 """
 
 import math
+import os
 import re
 import sys
 import time
@@ -83,8 +84,11 @@ def stack(obs, history, at=None):
     B, L, C, H, W = obs.shape
     at = range(L - history + 1) if at is None else at
     obs = obs.permute(0, 1, 3, 4, 2)  # as it lies in memory: the result is channels_last for free
-    x = torch.cat([obs[:, [t + i for t in at]] for i in range(history)], dim=-1)
-    return x.reshape(-1, H, W, C * history).permute(0, 3, 1, 2)  # from (B, T, 64, 64, 3 * history)
+    x = obs.new_empty(B, len(at), H, W, history, C)
+    for k, t in enumerate(at):
+        for i in range(history):
+            x[:, k, ..., i, :] = obs[:, t + i]
+    return x.view(-1, H, W, history * C).permute(0, 3, 1, 2)
 
 
 def mlp(*dims, norm=nn.LayerNorm):
@@ -393,9 +397,8 @@ def models_of(root):
     models = Path(root) / "models"
     ours, shipped = (latest(folder, "encoder_mixed") for folder in (models, PRETRAINED))
     if shipped.exists() and not ours.exists():
-        print(f"{models}: no encoder there; takes the weights that come with the code, "
-              f"{PRETRAINED.relative_to(PRETRAINED.parent.parent)}")
-        return PRETRAINED
+        models = Path(os.path.relpath(PRETRAINED))
+        print(f"{root}: no encoder there; takes the weights that come with the code, {models}")
     return models
 
 

@@ -86,8 +86,8 @@ def jitter(x, generator):
     scene, out = x[:, :HUD_ROW], torch.empty(N, H, W * C, device=x.device)
     mean = scene[:, ::MEAN_OF].float().mean(dim=(1, 2), keepdim=True)
     row = tint.repeat(1, 1, W * C // 3)  # (N, 1, W * C)
-    view = torch.mul(scene, b * c * row, out=out[:, :HUD_ROW])  # ((scene - mean) c + mean) b
-    view.add_(b * (1 - c) * mean * row).clamp_(0, 255)
+    view = out[:, :HUD_ROW].copy_(scene)  # then ((scene - mean) c + mean) b, tinted
+    view.mul_(b * c * row).add_(b * (1 - c) * mean * row).clamp_(0, 255)
     out[:, HUD_ROW:] = x[:, HUD_ROW:]
     return out.view(N, H, W, C).permute(0, 3, 1, 2)
 

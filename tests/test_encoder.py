@@ -123,6 +123,6 @@ def test_strides_change_the_price_of_the_net_not_its_size(obs):
         assert net.body(torch.zeros(1, 9, 64, 64)).shape == (1, 64, 4, 4)
         assert net(x).shape == (len(x), 16)
         sizes.append(sum(p.numel() for p in net.parameters()))
-    assert sizes[0] == sizes[1]
+    assert sizes[0] <= sizes[1] < 1.01 * sizes[0]  # a projection more, of 1x1
     refused = script("train_encoder.py", "--strides", 1, 1, 2, 2)
     assert refused.returncode == 2 and "product 8" in refused.stderr
