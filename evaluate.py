@@ -207,17 +207,16 @@ class Recorder:
 
 
 def drive(tracks, paces, args, repeat):
-    """New episodes: for each kind of driving, at its paces, one on each of its tracks."""
-    env, out = make_env("fast"), []
+    """Drives new episodes, one by one: of each kind, at its paces, one on each of its tracks."""
+    env = make_env("fast")
     bar = tqdm(total=sum(map(len, tracks.values())), desc="drive", unit="episode", leave=False)
     for name, seeds in tracks.items():
         for i, track in enumerate(seeds):
             policy = Recorder(DRIVERS[name]({"paces": paces[name]}, i)[0], repeat)
             arrays, _ = run_episode(env, policy, track, np.random.default_rng([args.seed, track]))
-            out.append(on_grid(name, track, arrays, repeat, policy.saved))
             bar.update()
+            yield on_grid(name, track, arrays, repeat, policy.saved)
     bar.close()
-    return out
 
 
 def numbered(first, count, within):
@@ -245,7 +244,7 @@ def all_episodes(args, encoder):
                  for x in drive(tracks, paces, args, encoder.repeat)]
         train = [x for x in parts if x]
     tracks = numbered(args.track_seed, args.tracks, CHOOSING)
-    return train, drive({name: tracks[name] for name in paces}, paces, args, encoder.repeat)
+    return train, list(drive({name: tracks[name] for name in paces}, paces, args, encoder.repeat))
 
 
 def planes(frames):
