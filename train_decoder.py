@@ -142,6 +142,8 @@ def main():
             decoder = warm_start(models, encoder.dim, args.width).to(
                 device, memory_format=torch.channels_last)
             optim = torch.optim.AdamW(decoder.parameters(), args.lr)
+            if args.compile:
+                decoder.compile()
         loader = Loader([s[0] for s in sources.values()], args.batch_size, 1, encoder.history,
                         encoder.repeat, args.shares, args.seed + epoch)
         decoder.train()
