@@ -268,7 +268,7 @@ def main():
     if step >= steps:
         return already_trained(models / f"encoder_mixed_ep{args.epochs}.pth")
     log = RunLog(args, "encoder", resumed=bool(saved))
-    probe = Probe(sources, args)
+    probe = Probe(sources, args) if RANK == 0 else None
     size = sum(p.numel() for p in nets["encoder"].parameters()) / 1e6
     print(f"{size:.2f}M encoder on {device} in {str(dtype).removeprefix('torch.')}, {steps} steps "
           f"from {step}, {args.batch_size} windows" + f" on {RANKS} processes" * (RANKS > 1))
