@@ -16,8 +16,8 @@ fidelity  mean absolute difference, in grey levels of 255, of `preprocess(offici
 train     the encoder's training loop, data and augmentation included, beside the bare forward,
           backward and step of the same nets on one prepared batch, taking turns; and what share of
           this device's rate of matrix products that is. Trains on the episodes of --root.
-scale     steps per second of the encoder's training, the batch shared by 1 and 2 processes of torchrun,
-          from its own log; on CPUs also one process with as many threads. Data as for train.
+scale     steps per second of the encoder's training, the batch shared by 1 and 2 processes of
+          torchrun, from its own log; on CPUs also one process with 2 threads. Data as for train.
 paired    returns of the nets under --root in the official and in the fast env, track by track.
 """
 
@@ -537,7 +537,8 @@ def training_rate(args, ranks, flags):
                    "--epochs", 1, "--steps_per_epoch", args.rounds * args.train_steps]  # fmt: skip
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
         if done.returncode:
-            sys.exit(done.stderr)
+            fail(next((line for line in done.stderr.splitlines() if line.startswith("error: ")),
+                      done.stderr).removeprefix("error: "))
         rows = map(json.loads, Path(tmp, "models", "encoder.jsonl").read_text().splitlines())
         rows = [row for row in rows if "lr" in row]
     if len(rows) < 3:

@@ -84,8 +84,8 @@ def parser(doc, seed=True, device=True, data=False, shares=True):
         g.add_argument("--fresh", action="store_true",
                        help="start again although a half-finished run could be resumed")
         g.add_argument("--compile", action="store_true",
-                       help="torch.compile the net: minutes at the start, faster steps where torch "
-                            "knows the device well; not tried on ROCm")
+                       help="torch.compile the net: minutes at the start, then faster steps where "
+                            "torch knows the device well; one process only, not tried on ROCm")
         g.add_argument("--tensorboard", action="store_true",
                        help="log to ROOT/models/tensorboard/ too, where the package is installed")
     return p
@@ -222,6 +222,8 @@ def set_up(args, ranks=False):
     if RANKS > 1 and args.batch_size % RANKS:
         fail(f"--batch_size {args.batch_size}: expected a multiple of the {RANKS} processes, which "
              "take equal parts of it")
+    if RANKS > 1 and args.compile:
+        fail("--compile: for one process only; leave it out under torchrun")
     if RANK:
         sys.stdout = open(os.devnull, "w")
     device = pick_device(args)
@@ -256,8 +258,8 @@ def same_start(step, per_epoch):
     """Steps an epoch as rank 0 counts them; refuses ranks that would not start at the same step."""
     starts = everywhere(step, per_epoch)
     if len({step for step, _ in starts}) > 1:
-        fail(f"the processes would start at steps {[int(step) for step, _ in starts]}: all machines "
-             "need the same files under --root/models")
+        fail(f"the processes would start at steps {[int(step) for step, _ in starts]}: all "
+             "machines need the same files under --root/models")
     return int(starts[0][1])
 
 

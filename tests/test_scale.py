@@ -117,8 +117,8 @@ def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(tmp_path):
     two, one = loaded(tmp_path / "two.pt"), everything()
     assert two.keys() == one.keys() and len(one) > 200
     for name, value in one.items():  # running statistics of batch norms too
-        assert torch.allclose(two[name], value, rtol=1e-5, atol=1e-5 * name.startswith("terms")
-                              + 1e-10), name
+        tolerance = 1e-5 if name.startswith("terms") else 1e-10
+        assert torch.allclose(two[name], value, rtol=tolerance, atol=tolerance), name
 
 
 def test_two_processes_stop_together_and_one_goes_on(data, tmp_path):
@@ -169,6 +169,8 @@ def test_what_several_processes_cannot_do_is_said(monkeypatch):
         set_up(argparse.Namespace(batch_size=8))
     with pytest.raises(Refusal, match="--batch_size 9: expected a multiple of the 2"):
         set_up(argparse.Namespace(batch_size=9), ranks=True)
+    with pytest.raises(Refusal, match="--compile: for one process only"):
+        set_up(argparse.Namespace(batch_size=8, compile=True), ranks=True)
     monkeypatch.setattr(runtime, "everywhere", lambda *numbers: [[40.0, 10.0], [0.0, 10.0]])
     with pytest.raises(Refusal, match=r"start at steps \[40, 0\]"):
         runtime.same_start(40, 10)
@@ -414,8 +416,8 @@ def test_compiled_nets_have_the_names_of_plain_ones(data, tmp_path):
 
 if __name__ == "__main__":
     def main():
-        set_up(argparse.Namespace(device="cpu", threads=1, precision="fp32", seed=0, batch_size=8),
-               ranks=True)
+        set_up(argparse.Namespace(device="cpu", threads=1, precision="fp32", seed=0, batch_size=8,
+                                  compile=False), ranks=True)
         found = everything()
         if RANK == 0:
             torch.save(found, sys.argv[1])
