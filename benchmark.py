@@ -60,7 +60,8 @@ def parse_args():
     p.add_argument("what", nargs="+", choices=list(BENCHMARKS), help="what to measure")
     p.add_argument("--root", type=Path, default=Path("."),
                    help="visuals/ is written in here; train reads data/, paired models/ from here")
-    p.add_argument("--rounds", type=int, default=5, help="env, train, scale: a median needs an odd number")
+    p.add_argument("--rounds", type=int, default=5,
+                   help="env, train, scale: a median needs an odd number")
     p.add_argument("--frames", type=int, default=40_000, help="loader: of each source; collect: of each worker")
     p.add_argument("--episodes", type=int, default=1000, help="collect: over which memory is shown")
     p.add_argument("--batches", type=int, default=10_000, help="loader: over which memory is shown")

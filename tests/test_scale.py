@@ -64,7 +64,7 @@ def gradients(objective):
         loss, *_ = loss_of(x, act[mine], args)
     loss.backward()
     return {f"{objective}.{name}.{k}": v for name, net in nets.items()
-            for k, v in [(k, p.grad) for k, p in net.named_parameters()] + list(net.named_buffers())}
+            for k, v in [*((k, p.grad) for k, p in net.named_parameters()), *net.named_buffers()]}
 
 
 def everything():
