@@ -276,7 +276,8 @@ def data_key(sources):
 
 
 MADE_BY = {"data": "python collect_data.py", "data_race": "python collect_race_data.py",
-           "data_recovery": "python collect_recovery_data.py"}
+           "data_recovery": "python collect_recovery_data.py",
+           "data_mpc": "python drive_mpc.py --save_data --track_seed 10000000"}
 
 
 def load_sources(args):
