@@ -3,9 +3,11 @@
 recovery    --starts places a car in trouble (on the grass beside the road, askew, too fast into a
             bend, spinning) and lets each driver drive: how many are back within 3 s, which means
             that for 0.2 s three wheels are on the road, the heading is within 0.5 rad of the
-            line's, and the car moves at more than 15 units/s. Random and expert beside it.
+            line's, and the car moves at more than 15 units/s; a bend has to be behind it.
+            Random and expert beside it.
 behaviours  the energies of lapping, and of what must cost more: standing on the road, creeping
-            along it, driving the wrong way round, circling on the grass.
+            along it, driving the wrong way round, circling on the grass. Beside the wrong way,
+            the right one at the same speed.
 landscape   the energy of plans that hold steering and throttle, in four situations: what the
             planner sees when it looks for the lowest place.
 
@@ -32,10 +34,11 @@ from runtime import (autocast, natural, parser, positive, pyplot, replace_atomic
 
 TRACKS = 200_600, 20  # the first of the tracks, and how many
 WITHIN, HELD = 3.0, 0.2  # s: to be back in, and to stay back
+BEND = 6  # tiles of 3.5 units from the sharpest one of a bend to its end
 CALM = 0.15  # pace of the expert that laps
 GRID = 31  # steerings, and throttles, of a landscape
-BEHAVIOURS = ("lapping", "standing on the road", "creeping", "the wrong way round",
-              "circling on the grass")
+BEHAVIOURS = ("lapping", "the same way at 45 units/s", "the wrong way at 45 units/s",
+              "creeping", "standing on the road", "circling on the grass")
 SECONDS = 3.0  # that each behaviour is watched on each track
 
 
@@ -83,39 +86,43 @@ def bend(curvature, rng):
 # ------------------------------------------------------------------ recovery
 
 def trouble(kind, env, curvature, rng):
-    """Places the car in trouble of a kind; returns what it sees."""
+    """Places the car in trouble of a kind -> (what it sees, tiles to pass before it can be back)"""
     sign, tile = rng.choice((-1, 1)), int(rng.integers(len(curvature)))
     if kind == "on the grass":
         return put(env, tile, sign * rng.uniform(8, 16), rng.uniform(-0.5, 0.5),
-                   rng.uniform(0, 30))
+                   rng.uniform(0, 30)), 0
     if kind == "askew":
         return put(env, tile, rng.uniform(-4, 4), sign * rng.uniform(0.5, math.pi / 2),
-                   rng.uniform(0, 40))
-    if kind == "too fast":  # 60 units/s and more, 10 to 20 units before a bend made for 50
-        before = bend(curvature, rng) - int(rng.integers(3, 7))
-        return put(env, before, rng.uniform(-2, 2), 0.0, rng.uniform(60, 80))
+                   rng.uniform(0, 40)), 0
+    if kind == "too fast":  # 10 to 20 units before a bend that is made for 50 units/s
+        ahead = int(rng.integers(3, 7))
+        return put(env, bend(curvature, rng) - ahead, rng.uniform(-2, 2), 0.0,
+                   rng.uniform(60, 80)), ahead + BEND
     return put(env, tile, rng.uniform(-4, 4), rng.uniform(-0.5, 0.5), rng.uniform(10, 50),
-               sign * rng.uniform(3, 6))
+               sign * rng.uniform(3, 6)), 0
 
 
 KINDS = ("on the grass", "askew", "too fast", "spinning")
 
 
-def is_back(env):
-    s = seen(env)
-    return (s["wheels_off_road"] <= 1 and abs(s["heading_error"]) < 0.5
-            and s["forward_speed"] > 15)
+def recover(env, driver, frame, passed, track_seed):
+    """Seconds until the car is back on the road and moving, or None after WITHIN.
 
-
-def recover(env, driver, frame, track_seed):
-    """Seconds until the car is back on the road and moving, or None after WITHIN."""
+    It counts as back only so many tiles, `passed`, further on: a bend has to be behind it.
+    """
     driver.reset(track_seed)
-    driver.t, held = ZOOM_STEPS, 0  # the opening seconds' routine is over
+    driver.t, held = ZOOM_STEPS, 0  # the opening second's routine is over
+    n = len(env.unwrapped.track)
+    start = seen(env)["tile_index"]
     for step in range(round((WITHIN + HELD) * FPS)):
         frame, _, ended, _, _ = env.unwrapped.step(driver.act(frame))
+        s = seen(env)
+        made = (s["tile_index"] - start + n / 2) % n - n / 2
+        back = (s["wheels_off_road"] <= 1 and abs(s["heading_error"]) < 0.5
+                and s["forward_speed"] > 15 and made >= passed)
+        held = held + 1 if back else 0
         if ended:
             return None
-        held = held + 1 if is_back(env) else 0
         if held == round(HELD * FPS):
             return (step + 1) / FPS - HELD
     return None
@@ -138,8 +145,8 @@ def recovery(args, driver):
         kind, track = KINDS[i % len(KINDS)], args.track_seed + i % TRACKS[1]
         for name, d in drivers.items():
             curvature = on_track(env, track)
-            frame = trouble(kind, env, curvature, np.random.default_rng([args.seed, i]))
-            took[name][kind].append(recover(env, d, frame, track))
+            place = trouble(kind, env, curvature, np.random.default_rng([args.seed, i]))
+            took[name][kind].append(recover(env, d, *place, track))
     env.close()
     out = {}
     for name, kinds in took.items():
@@ -188,9 +195,10 @@ def behave(name, env, rng):
     if name == "creeping":
         put(env, tile, rng.uniform(-3, 3), speed=8)
         return partial(hold_line, 8, 1)
-    if name == "the wrong way round":
-        put(env, tile, rng.uniform(-3, 3), math.pi, speed=45)
-        return partial(hold_line, 45, -1)
+    if name.endswith("at 45 units/s"):
+        way = -1 if "wrong" in name else 1
+        put(env, tile, rng.uniform(-3, 3), math.pi * (way < 0), speed=45)
+        return partial(hold_line, 45, way)
     side = rng.choice((-1, 1))
     put(env, tile, side * rng.uniform(12, 20), rng.uniform(-math.pi, math.pi), speed=20)
     return lambda env: np.array([0.35 * side, 0.3, 0], np.float32)
@@ -216,14 +224,14 @@ def behaviours(args, driver):
                           for kind in ("density", "classifier")}
     env.close()
     out = {}
-    print(f"\nenergy of a frame: median (quarters), and share above the median of lapping\n{'':22}"
+    print(f"\nenergy of a frame: median (quarters), and share above the median of lapping\n{'':28}"
           + "".join(f"{kind:>34}" for kind in ("density", "classifier")))
     for name, found in energies.items():
         out[name] = {}
         for kind, e in found.items():
             above = float((e > np.median(energies["lapping"][kind])).mean())
             out[name][kind] = [*np.percentile(e, (25, 50, 75)).tolist(), above]
-        print(f"{name:22}" + "".join(
+        print(f"{name:28}" + "".join(
             f"{r[1]:10.2f} ({r[0]:.2f} to {r[2]:.2f}) {r[3]:5.0%}".rjust(34)
             for r in out[name].values()))
     return out
