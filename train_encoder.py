@@ -25,7 +25,7 @@ from car_env import TELEMETRY, ZOOM_STEPS
 from networks import (InverseModel, Predictor, Projector, TinyEncoder, already_trained, cosine,
                       optimise, resume_run, save, save_run, stack, unit_act)
 from runtime import (RunLog, Stop, autocast, fail, optimisation, parser, positive, run, set_up)
-from vicreg import covariance, effective_rank, variance, vicreg_loss
+from vicreg import covariance, effective_rank, invariance, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
 HUD_ROW = 56  # rows from here on are instruments: augmentation leaves them alone
@@ -45,6 +45,7 @@ def arguments(argv=None):
                    help="channels over ResNet-18's; 0.25 learns ten times faster on a CPU")
     g.add_argument("--dim", type=positive, default=512,
                    help="size of a latent; 128 learns in fewer steps and plans faster")
+    g.add_argument("--embedding", type=positive, default=1024, help="size of VICReg's expander")
     g.add_argument("--history", type=positive, default=3,
                    help="frames a latent sees; one hides speed and yaw rate")
     g.add_argument("--strides", type=positive, nargs=4, default=[1, 2, 2, 2],
@@ -61,9 +62,10 @@ def arguments(argv=None):
     g.add_argument("--std", type=float, help="weight of the variance hinge (joint 16, vicreg 25)")
     g.add_argument("--cov", type=float, default=1.0, help="weight of the covariance term")
     g.add_argument("--inverse", type=float, default=2.0, help="joint: weight of inverse dynamics")
-    g.add_argument("--temporal", type=float, default=1.0,
-                   help="joint: weight of the similarity of neighbours in time")
-    g.add_argument("--sim", type=float, default=25.0, help="vicreg: weight of the invariance")
+    g.add_argument("--expand", type=float, default=1.0,
+                   help="joint: weight of VICReg between the expander's embeddings of neighbours "
+                        "in time, which keeps the road in the latent")
+    g.add_argument("--sim", type=float, default=25.0, help="weight of VICReg's invariance")
     optimisation(p, batch_size=256)
     args = p.parse_args(argv)
     if args.targets != sorted(set(args.targets)) or args.targets[0] != 1:
@@ -125,25 +127,28 @@ def views(obs, args, generator):
 
 
 def joint_loss(nets, x, act, args):
-    """Prediction, inverse dynamics, temporal similarity, variance and covariance of `views`.
+    """Prediction, inverse dynamics, variance and covariance of `views`, and VICReg of neighbours.
 
     x (B * K, 3 * history, 64, 64), act (B, H, 3), H the last of --targets; K latents a window, the
-    first and one for each target -> (loss, logs, raw latents (B * K, D)).
+    first and one for each target -> (loss, logs, raw latents (B * K, D)). VICReg's views are two
+    latents in a row, its variance and covariance those of the embeddings of all latents.
     """
     at = latents_of(args)
     B, K = len(act), len(at)
     flat = nets["encoder"].features(x)  # (B * K, D)
     z = flat.view(B, K, -1)
     z_hat = nets["predictor"].rollout(z[:, 0], act)[:, [t - 1 for t in args.targets]]
-    next_to = [k for k in range(K - 1) if at[k + 1] == at[k] + 1]  # neighbours in time
-    pair = z[:, next_to].flatten(0, 1), z[:, [k + 1 for k in next_to]].flatten(0, 1)
-    told = nets["inverse"](*pair)
-    done = unit_act(act[:, [at[k] for k in next_to]]).flatten(0, 1)
+    told = nets["inverse"](z[:, 0], z[:, 1])  # the first target is the next latent
     logs = {"pred": F.mse_loss(z_hat.float(), z[:, 1:]),
-            "inverse": F.mse_loss(told.float(), done),
-            "temporal": F.mse_loss(*pair),
+            "inverse": F.mse_loss(told.float(), unit_act(act[:, 0])),
             "std": variance(flat), "cov": covariance(flat)}
     loss = sum(getattr(args, name) * term for name, term in logs.items())
+    if args.expand:
+        e = nets["projector"](flat)
+        near = e.view(B, K, -1)
+        logs |= {"e_sim": invariance(near[:, 0], near[:, 1]), "e_std": variance(e),
+                 "e_cov": covariance(e)}
+        loss = loss + args.expand * (args.sim * logs["e_sim"] + 25 * logs["e_std"] + logs["e_cov"])
     return loss, {k: v.detach() for k, v in logs.items()}, flat.detach()
 
 
@@ -164,8 +169,8 @@ def make_nets(args, device, dtype):
     nets = {"encoder": TinyEncoder(args.width, args.history, args.repeat, args.dim, args.strides)}
     if args.objective == "joint":
         nets |= {"predictor": Predictor(args.dim), "inverse": InverseModel(args.dim)}
-    else:
-        nets["projector"] = Projector(args.dim)
+    if args.objective == "vicreg" or args.expand:
+        nets["projector"] = Projector(args.dim, args.embedding)
     nets = {k: n.to(device, memory_format=torch.channels_last) for k, n in nets.items()}
     optim = torch.optim.AdamW([p for n in nets.values() for p in n.parameters()], args.lr,
                               weight_decay=args.weight_decay)
