@@ -348,12 +348,16 @@ def hold(path):
 
 def rotate(folder, prefix, spared=()):
     """Deletes `prefix_ep{N}.pth` but the last KEPT, every KEPT_EVERY-th, the young ones, those of
-    epochs in `spared`, and those that a process `hold`s."""
+    epochs in `spared`, and those that a process `hold`s; and what a kill left half written."""
     for path in sorted(folder.glob(f"{prefix}_ep*.pth"), key=epoch_of)[:-KEPT]:
         with suppress(OSError), open(path, "rb") as f:
             if (epoch_of(path) % KEPT_EVERY and epoch_of(path) not in spared
                     and time.time() - os.fstat(f.fileno()).st_mtime > YOUNG_S):
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError where it is held
+                path.unlink()
+    for path in folder.glob(".*.pth.*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > YOUNG_S:
                 path.unlink()
 
 

@@ -43,7 +43,7 @@ def run(main):
     except OSError as e:
         if e.errno not in FULL:
             raise
-        tqdm.write(f"error: {e.filename or 'output'}: {e.strerror}; free some space and run the "
+        tqdm.write(f"error: {e.filename}: {e.strerror}; free some space and run the "
                    "same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -97,7 +97,7 @@ def optimisation(p, batch_size, epochs=50, steps_per_epoch=0, lr=1e-3, weight_de
                    help="of a step: windows, or latents of each class for the cost model")
     g.add_argument("--steps_per_epoch", type=natural, default=steps_per_epoch,
                    help="0: as many as show the data about once")
-    g.add_argument("--lr", type=float, default=lr, help="peak of the cosine schedule")
+    g.add_argument("--lr", type=rate, default=lr, help="peak of the cosine schedule")
     g.add_argument("--weight_decay", type=float, default=weight_decay, help="AdamW's, decoupled")
 
 
@@ -113,6 +113,13 @@ def natural(text):
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return int(text)
+
+
+def rate(text):
+    """argparse type: a number > 0 that float32 can multiply with."""
+    if not 0 < float(text) <= 1e30:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return float(text)
 
 
 def fraction(text):
@@ -314,6 +321,7 @@ def replace_atomically(path, write, patient=True):
             os.replace(tmp, path)
             break
         except OSError as e:
+            e.filename = path
             if not patient or e.errno not in FULL or Stop.requested:
                 raise
             if not said:

@@ -164,7 +164,7 @@ def main():
         if step % 20 == 0 or log.due():
             log.log(step, loss=loss, lr=lr, **logs)
         if (step + 1) % per_epoch == 0:
-            energies, auc = evaluate(cost, held, device, f"step {step}, held out")
+            energies, auc = evaluate(cost, held, device, f"step {step + 1}, held out")
             log.log(step + 1, **{f"val_auc_{kind}": a for kind, a in auc.items()})
             log.curves()
         if step + 1 == steps:

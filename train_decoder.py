@@ -23,8 +23,8 @@ from car_env import ZOOM_STEPS
 from networks import (TinyDecoder, build, epoch_of, fingerprint, hold, latest, load_frozen,
                       optimise, read, refuse_nan, restore, rotate, save, save_run, set_aside,
                       so_far, stack)
-from runtime import (Refusal, RunLog, Stop, autocast, fail, parser, positive, pyplot, run,
-                     save_figure, set_up)
+from runtime import (Refusal, RunLog, Stop, autocast, fail, parser, positive, pyplot, rate,
+                     run, save_figure, set_up)
 
 PICTURES = 4  # held-out frames of each source on the sheet
 MADE = ("decoder_ep*.pth", "decoder_resume.pth", "decoder.jsonl")  # --fresh sets them aside
@@ -43,7 +43,7 @@ def arguments():
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=positive, default=600, help="on each checkpoint")
     g.add_argument("--batch_size", type=positive, default=128, help="frames in a step")
-    g.add_argument("--lr", type=float, default=2e-3, help="falls to a tenth over the steps")
+    g.add_argument("--lr", type=rate, default=2e-3, help="falls to a tenth over the steps")
     return p.parse_args()
 
 

@@ -245,7 +245,7 @@ def table(values):
 
 def main():
     args = arguments()
-    began, stop = time.time(), Stop()
+    began = time.time()
     device, dtype = set_up(args)
     sources = load_sources(args)
     loader = make_loader(args, sources, 0, args.batch_size, args.seed)
@@ -274,6 +274,7 @@ def main():
     keep = lambda: save_run(models / "encoder_resume.pth", nets, optim, scaler, **state())
     if not saved:
         keep()  # no epoch's file is ever there without it
+    stop = Stop()  # until here a signal ends it at once: there is nothing to save
     batches, last_save = on_device(loader.batches(step), device), time.time()
     bar = tqdm(total=steps, initial=step, desc="encoder", unit="step", mininterval=1)
     while step < steps:
