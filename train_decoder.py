@@ -124,7 +124,7 @@ def set_up_anyway(args):
     except Refusal as e:
         if not args.device.startswith("cuda"):
             raise
-        print(f"{e}; goes on on the CPU")
+        print(f"{e}; goes on on the CPU", flush=True)
         args.device = "cpu"
         return set_up(args)
 
@@ -199,8 +199,8 @@ def main():
             if stop:
                 break
         batches.close()
-        if stop:
-            break  # the same command goes on here
+        if i + 1 < args.steps:
+            break  # stopped and saved: the same command goes on here
         decoder.eval()
         obs = torch.cat([sample_frames(s[1], encoder.history, encoder.repeat, PICTURES, 3,
                                        fields=(), skip=ZOOM_STEPS)[0] for s in sources.values()])

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 from tqdm import tqdm
 
-from buffer import Loader, load_sources, on_device, provenance, sample_frames
+from buffer import Loader, load_sources, on_device, provenance, sample_frames, shares_of
 from car_env import TELEMETRY, ZOOM_STEPS
 from networks import (InverseModel, Predictor, Projector, TinyEncoder, already_trained, cosine,
                       optimise, refuse_nan, resume_run, rotate, save, save_run, so_far, stack,
@@ -269,7 +269,8 @@ def main():
     if not saved:
         print("untrained:", table(probe(nets["encoder"], device, dtype)))
 
-    frames = dict(zip(sources, len(latents_of(args)) * np.array(loader.counts)))  # of a step
+    frames = dict(zip(sources, len(latents_of(args)) * shares_of(
+        sources, args.batch_size, args.shares)))  # of a step
     state = lambda: so_far(args, step, per_epoch, frames, **data)
     keep = lambda: save_run(models / "encoder_resume.pth", nets, optim, scaler, **state())
     if not saved:

@@ -210,7 +210,7 @@ def main():
     step = saved["step"] if saved else 0
     per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or sampler.steps_per_epoch
     steps = args.epochs * per_epoch
-    frames = dict(zip(sources, sampler.K * sampler.counts))  # of a step
+    frames = dict(zip(sources, sampler.K * shares_of(sources, args.batch_size, args.shares)))
     state = lambda: so_far(args, step, per_epoch, frames, **data)
     keep = lambda: save_run(models / "predictor_resume.pth", nets, optim, scaler, **state())
 
