@@ -339,7 +339,7 @@ def save_run(path, nets, optim, scaler, **state):
 
 
 def hold(path):
-    """The checkpoint as an open file, which `rotate` spares while it is open; None if it is gone."""
+    """The checkpoint as an open file, which `rotate` spares while it is open; None: it is gone."""
     with suppress(OSError):
         f = open(path, "rb")
         fcntl.flock(f, fcntl.LOCK_SH)

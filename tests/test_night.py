@@ -19,7 +19,7 @@ import torch
 import networks
 from buffer import write_chunk
 from car_env import TELEMETRY
-from networks import Predictor, TinyDecoder, TinyEncoder, build, hold, read, rotate, save
+from networks import Predictor, TinyEncoder, build, hold, read, rotate, save
 from runtime import Refusal, run
 
 FOLDERS = ("data_race", "data_recovery", "data")
