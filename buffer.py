@@ -85,7 +85,7 @@ def write_chunk(folder, meta, **arrays):
                         head, np.lib.format.header_data_from_array_1_0(array))
                     out.write(head.getvalue())
                     out.write(memoryview(array).cast("B") if array.ndim else array.tobytes())
-    replace_atomically(path, write)
+    replace_atomically(path, write, patient=False)  # the collector retires its workers
     return path
 
 
@@ -273,6 +273,12 @@ def data_key(sources):
     """16 hex digits that change with the episodes of load_sources' result."""
     uids = sorted(c.meta["uid"] for split in sources.values() for part in split for c in part)
     return hashlib.sha256("\n".join(uids).encode()).hexdigest()[:16]
+
+
+def provenance(sources):
+    """What a checkpoint says of the data, load_sources' result: {fingerprint, preprocessing}."""
+    chunk = next(iter(sources.values()))[0][0]
+    return {"data_key": data_key(sources), "preprocessing": chunk.meta["preprocess"]}
 
 
 MADE_BY = {"data": "python collect_data.py", "data_race": "python collect_race_data.py",

@@ -3,6 +3,7 @@ one-line failures and a clean stop. No learning happens here.
 """
 
 import argparse
+import errno
 import json
 import os
 import platform
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-LOG_EVERY_S = 5  # seconds between two lines of the log
+RETRY_S = 5  # seconds between two tries to write to a full disk
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk, or quota, answers
 
 
 # ------------------------------------------------------------------ arguments and failures
@@ -37,6 +39,12 @@ def run(main):
         sys.exit(main())
     except Refusal as e:
         tqdm.write(f"error: {e}", file=sys.stderr)  # on a line of its own, bar or not
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        tqdm.write(f"error: {e.filename}: {e.strerror}; free some space and run the "
+                   "same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -71,6 +79,12 @@ def parser(doc, seed=True, device=True, data=False, shares=True):
                                 "(default: equal)")
         g.add_argument("--fresh", action="store_true",
                        help="start again although a half-finished run could be resumed")
+        g.add_argument("--save_every", type=float, default=15,
+                       help="minutes of training that a crash may cost at most, where epochs are "
+                            "longer")
+        g.add_argument("--log_every", type=float, default=5,
+                       help="seconds between two lines of the log; 0 logs each step, which a GPU "
+                            "waits for")
     return p
 
 
@@ -83,7 +97,7 @@ def optimisation(p, batch_size, epochs=50, steps_per_epoch=0, lr=1e-3, weight_de
                    help="of a step: windows, or latents of each class for the cost model")
     g.add_argument("--steps_per_epoch", type=natural, default=steps_per_epoch,
                    help="0: as many as show the data about once")
-    g.add_argument("--lr", type=float, default=lr, help="peak of the cosine schedule")
+    g.add_argument("--lr", type=rate, default=lr, help="peak of the cosine schedule")
     g.add_argument("--weight_decay", type=float, default=weight_decay, help="AdamW's, decoupled")
 
 
@@ -99,6 +113,13 @@ def natural(text):
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return int(text)
+
+
+def rate(text):
+    """argparse type: a number > 0 that float32 can multiply with."""
+    if not 0 < float(text) <= 1e30:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return float(text)
 
 
 def fraction(text):
@@ -204,39 +225,44 @@ class RunLog:
     """
 
     def __init__(self, args, stage, resumed=False):
-        self.start, self.last = time.time(), 0.0
+        self.start, self.last, self.every = time.time(), 0.0, args.log_every
         self.path = writable(args.root / "models") / f"{stage}.jsonl"
         self.png = writable(args.root / "visuals") / f"{stage}_curves.png"
         if not resumed:
             self.path.unlink(missing_ok=True)
-        self.step = max([r["step"] for r in self.rows()], default=0)  # where an earlier run ended
         self._write({"command": " ".join(sys.argv), "time": time.strftime("%F %T"),
                      "args": {k: str(v) for k, v in vars(args).items()},
                      "versions": versions(), "commit": git_commit()})
 
     def _write(self, row):
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            if e.errno not in FULL:
+                raise
+            tqdm.write(f"{self.path}: {e.strerror}; a line of the log is lost")
 
     def rows(self):
-        """The steps logged so far; a line that a kill tore is passed over."""
+        """The steps logged so far, in order; a line that a kill tore is passed over."""
         rows = []
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
-        return [r for r in rows if "step" in r]
+        return sorted((r for r in rows if "step" in r), key=lambda r: r["step"])
 
     def due(self):
-        """True when LOG_EVERY_S have passed since the last line."""
-        return time.time() - self.last > LOG_EVERY_S
+        """True when --log_every seconds have passed since the last line."""
+        return time.time() - self.last >= self.every
 
     def log(self, step, **values):
         """One line; tensors and numpy numbers become floats (this is where the device waits)."""
         self.last = time.time()
-        values = {k: round(v.item() if isinstance(v, torch.Tensor) else float(v), 6)
-                  for k, v in values.items()}
+        numbers = {k: v.item() if isinstance(v, torch.Tensor) else float(v)
+                   for k, v in values.items()}
+        values = {k: float(f"{v:.9g}") for k, v in numbers.items()}  # float32 to the last bit
         self._write({"step": int(step), "seconds": round(self.last - self.start, 1), **values})
         return values
 
@@ -280,19 +306,30 @@ def pyplot():
     return plt
 
 
-def replace_atomically(path, write):
+def replace_atomically(path, write, patient=True):
     """The file appears whole or not at all: `write(f)` fills a temporary dot-name in the same
-    folder, which is flushed, fsync'd and renamed to `path`; then the folder is fsync'd."""
-    path = Path(path)
+    folder, which is flushed, fsync'd and renamed to `path`; then the folder is fsync'd. Where the
+    disk is full it says so and tries again until there is room, or a stop is requested."""
+    path, said = Path(path), False
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(tmp, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    while True:
+        try:
+            with open(tmp, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
+            break
+        except OSError as e:
+            e.filename = path
+            if not patient or e.errno not in FULL or Stop.requested:
+                raise
+            if not said:
+                tqdm.write(f"{path}: {e.strerror}; tries again until there is room")
+            said = True
+        finally:
+            tmp.unlink(missing_ok=True)
+        time.sleep(RETRY_S)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -338,15 +375,16 @@ class Stop:
     Loops look at it between two steps, save, and leave with exit code 130.
     """
 
+    requested = False  # of the process: signals have no other address
+
     def __init__(self):
-        self.requested = False
         for sig in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sig, self._handle)
 
     def _handle(self, sig, frame):
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        Stop.requested = True
         print("\nstopping: saving after this step (again to quit at once)", file=sys.stderr)
 
     def __bool__(self):

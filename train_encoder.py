@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 from tqdm import tqdm
 
-from buffer import Loader, data_key, load_sources, on_device, sample_frames
+from buffer import Loader, load_sources, on_device, provenance, sample_frames, shares_of
 from car_env import TELEMETRY, ZOOM_STEPS
 from networks import (InverseModel, Predictor, Projector, TinyEncoder, already_trained, cosine,
-                      optimise, resume_run, save, save_run, stack, unit_act)
+                      optimise, refuse_nan, resume_run, rotate, save, save_run, so_far, stack,
+                      unit_act)
 from runtime import (RunLog, Stop, autocast, fail, optimisation, parser, positive, run, set_up)
 from vicreg import covariance, effective_rank, invariance, variance, vicreg_loss
 
@@ -33,7 +34,6 @@ JITTER, TINT = 0.3, 0.1  # brightness and contrast, and each channel, are scaled
 MEAN_OF = 4  # the mean that contrast keeps is of every fourth row of pixels
 COLLAPSED = 0.02  # mean standard deviation of a latent's dimensions; a healthy one has about 1
 COLLAPSED_RANK = 2  # effective rank of a batch of latents; a healthy one has dozens
-SAVE_EVERY_S = 900
 CHECK_EVERY = 50  # steps between two looks for collapse
 MADE = ("encoder_mixed_ep*.pth", "encoder.jsonl", "decoder_ep*.pth")  # a fresh run sets it aside
 
@@ -215,6 +215,7 @@ class Probe:
         encoder.eval()
         (za, ma, ya), (zb, mb, yb) = [(features_of(encoder, obs, device, dtype), seen, y)
                                       for obs, seen, y in self.parts]
+        refuse_nan(za.sum() + zb.sum(), "the probe")
         encoder.calibrate(za.to(device))
         mean, std = ya[ma].mean(0), ya[ma].std(0) + 1e-6
         scale = za.std(0) + 1e-6
@@ -249,7 +250,7 @@ def table(values):
 
 def main():
     args = arguments()
-    began, stop = time.time(), Stop()
+    began = time.time()
     device, dtype = set_up(args)
     sources = load_sources(args)
     loader = make_loader(args, sources, 0, args.batch_size, args.seed)
@@ -257,8 +258,8 @@ def main():
 
     nets, optim, scaler = make_nets(args, device, dtype)
     models = args.root / "models"
-    key = data_key(sources)
-    saved = resume_run(models / "encoder_resume.pth", nets, optim, scaler, args, MADE, key)
+    data = provenance(sources)
+    saved = resume_run(models / "encoder_resume.pth", nets, optim, scaler, args, MADE, **data)
     step = saved["step"] if saved else 0
     per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or max(
         1, loader.windows // (args.batch_size * len(latents_of(args))))
@@ -273,10 +274,13 @@ def main():
     if not saved:
         print("untrained:", table(probe(nets["encoder"], device, dtype)))
 
-    def keep():
-        save_run(models / "encoder_resume.pth", nets, optim, scaler, args, step, data_key=key,
-                 per_epoch=per_epoch)
-
+    frames = dict(zip(sources, len(latents_of(args)) * shares_of(
+        sources, args.batch_size, args.shares)))  # of a step
+    state = lambda: so_far(args, step, per_epoch, frames, **data)
+    keep = lambda: save_run(models / "encoder_resume.pth", nets, optim, scaler, **state())
+    if not saved:
+        keep()  # no epoch's file is ever there without it
+    stop = Stop()  # until here a signal ends it at once: there is nothing to save
     batches, last_save = on_device(loader.batches(step), device), time.time()
     bar = tqdm(total=steps, initial=step, desc="encoder", unit="step", mininterval=1)
     while step < steps:
@@ -286,31 +290,30 @@ def main():
         generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
         with autocast(device, dtype):
             loss, logs, z = loss_fn(nets, views(obs, args, generator), act, args)
-        if not torch.isfinite(loss):
-            fail(f"step {step}: the loss is {loss.item()}; nothing was saved over the last good "
-                 "file; use --precision fp32, or a lower --lr with --fresh")
+        lr = cosine(step, steps, args.lr)
+        optimise(loss, nets.values(), optim, scaler, lr, f"step {step}")
         if step % CHECK_EVERY == 0 and step > 0:
             refuse_collapse(z, f"step {step}")
-        lr = cosine(step, steps, args.lr)
         if log.due():
             shown = log.log(step, loss=loss, lr=lr, spread=spread(z), rank=effective_rank(z),
                             **logs)
             bar.set_postfix(loss=f"{shown['loss']:.3f}", rank=f"{shown['rank']:.0f}")
-        optimise(loss, nets.values(), optim, scaler, lr)
         step += 1
         bar.update()
         if step % per_epoch == 0:
             epoch = step // per_epoch
-            values = probe(nets["encoder"], device, dtype)
             for net in nets.values():
                 net.eval()
-            values |= evaluate(nets, held, device, dtype, args)
+            values = evaluate(nets, held, device, dtype, args)
+            refuse_nan(values["val_loss"], f"step {step}, held out")
+            values = probe(nets["encoder"], device, dtype) | values
             log.log(step, **values)
             log.curves()
             tqdm.write(f"epoch {epoch}: " + table(values))
-            save(models / f"encoder_mixed_ep{epoch}.pth", nets, epoch=epoch, epochs=args.epochs,
-                 step=step, objective=args.objective, done=epoch == args.epochs)
-        if step % per_epoch == 0 or stop or time.time() - last_save > SAVE_EVERY_S:
+            save(models / f"encoder_mixed_ep{epoch}.pth", nets, **state(), epochs=args.epochs,
+                 objective=args.objective, done=epoch == args.epochs)
+            rotate(models, "encoder_mixed")
+        if step % per_epoch == 0 or stop or time.time() - last_save > 60 * args.save_every:
             keep()
             last_save = time.time()
         if stop:
