@@ -18,6 +18,9 @@ train     the encoder's training loop, data and augmentation included, beside th
           this device's rate of matrix products that is. Trains on the episodes of --root.
 scale     steps per second of the encoder's training, the batch shared by 1 and 2 processes of
           torchrun, from its own log; on CPUs also one process with 2 threads. Data as for train.
+plan      milliseconds of a plan as the driver makes it, encoding included, per plan and per
+          environment step; beside the same nets in a plain loop; for --root's nets or those that
+          come with the code.
 paired    returns of the nets under --root in the official and in the fast env, track by track.
 """
 
@@ -43,7 +46,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_encoder
 from buffer import Loader, index, load_sources, on_device, read_chunk, write_chunk
-from car_env import FPS, PLAYFIELD, TELEMETRY, make_env, observe, place_car, telemetry
+from car_env import (FPS, PLAYFIELD, TELEMETRY, ZOOM_STEPS, make_env, observe, place_car,
+                     telemetry)
+from drive_mpc import colored_noise, load_driver, planning, to_action
 from networks import latest, optimise
 from runtime import autocast, fail, run, set_up
 
@@ -51,6 +56,7 @@ CHOOSING = 200_500  # first of the tracks that nets are compared on: never colle
 MANY = 10**6  # more than any episode has steps
 READ_AHEAD = 12  # batches that the loader may have ready
 LAPTOP = "--width 0.25 --dim 128 --strides 2 2 2 1 --batch_size 96 --lr 2e-3".split()
+PLANS = 200  # that are timed
 WARM_UP = 4  # episodes before anything is timed, of the hundreds in a worker's life
 FEATURE = {name: i for i, name in enumerate(TELEMETRY)}
 
@@ -547,6 +553,52 @@ def training_rate(args, ranks, flags):
     return (rows[-1]["step"] - rows[1]["step"]) / (rows[-1]["seconds"] - rows[1]["seconds"])
 
 
+# ---- plan ----------------------------------------------------------------------------------------
+
+
+def plain_loop(driver):
+    """The seeds' loop with the same nets: dream step by step, judge every step, take the best."""
+    cfg, nets, z = driver.cfg, driver.nets, driver.encode()
+    u = colored_noise(cfg.samples, cfg.horizon, cfg.rho, driver.generator, driver.device)
+    u = (u * torch.tensor(cfg.noise, device=driver.device)).clamp(-1, 1)
+    act, z = to_action(u), z.expand(cfg.samples, -1)
+    total = torch.zeros(cfg.samples, device=driver.device)
+    for t in range(cfg.horizon):
+        z = nets["predictor"](z, act[:, t])
+        total += nets["cost"].energy(z, cfg.energy)
+    return u[int(total.argmin()), 0].tolist()
+
+
+def bench_plan(args):
+    p = argparse.ArgumentParser()
+    planning(p)
+    cfg = p.parse_args([])
+    run_args = train_encoder.arguments(["--root", str(args.root)])
+    driver, _ = load_driver(run_args, cfg)
+    env = make_env("fast")
+    env.reset(seed=CHOOSING)
+    driver.reset(CHOOSING)
+    took = {"the planner": [], "a plain loop": []}
+    for step in range(ZOOM_STEPS + 2 * PLANS + WARM_UP):
+        driver.frames.append(env.step(follow(telemetry(env)))[0])
+        if step >= ZOOM_STEPS:
+            for name, work in (("the planner", driver.think), ("a plain loop",
+                                                               lambda: plain_loop(driver))):
+                start = time.perf_counter()
+                with torch.inference_mode():
+                    work()
+                driver.u.cpu()  # waits for the device
+                if step >= ZOOM_STEPS + WARM_UP:
+                    took[name].append(1000 * (time.perf_counter() - start))
+    repeat = driver.encoder.repeat
+    print(f"{cfg.samples} futures of {cfg.horizon} latents, {repeat} environment steps each, "
+          f"{driver.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'ms':14s}{'p50':>8s}{'p99':>8s}   per environment step: {'p50':>6s}{'p99':>8s}")
+    for name, ms in took.items():
+        p50, p99 = np.percentile(ms, (50, 99))
+        print(f"{name:14s}{p50:8.1f}{p99:8.1f}{'':24s}{p50 / repeat:8.1f}{p99 / repeat:8.1f}")
+
+
 # ---- paired --------------------------------------------------------------------------------------
 
 
@@ -579,7 +631,7 @@ def bench_paired(args):
 
 BENCHMARKS = {"env": bench_env, "collect": bench_collect, "loader": bench_loader,
               "fidelity": bench_fidelity, "train": bench_train, "scale": bench_scale,
-              "paired": bench_paired}  # fmt: skip
+              "plan": bench_plan, "paired": bench_paired}  # fmt: skip
 
 
 def main():

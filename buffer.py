@@ -89,7 +89,7 @@ def write_chunk(folder, meta, **arrays):
                         head, np.lib.format.header_data_from_array_1_0(array))
                     out.write(head.getvalue())
                     out.write(memoryview(array).cast("B") if array.ndim else array.tobytes())
-    replace_atomically(path, write)
+    replace_atomically(path, write, patient=False)  # the collector retires its workers
     return path
 
 
@@ -280,8 +280,15 @@ def data_key(sources):
     return hashlib.sha256("\n".join(uids).encode()).hexdigest()[:16]
 
 
+def provenance(sources):
+    """What a checkpoint says of the data, load_sources' result: {fingerprint, preprocessing}."""
+    chunk = next(iter(sources.values()))[0][0]
+    return {"data_key": data_key(sources), "preprocessing": chunk.meta["preprocess"]}
+
+
 MADE_BY = {"data": "python collect_data.py", "data_race": "python collect_race_data.py",
-           "data_recovery": "python collect_recovery_data.py"}
+           "data_recovery": "python collect_recovery_data.py",
+           "data_mpc": "python drive_mpc.py --save_data --track_seed 10000000"}
 
 
 def load_sources(args):

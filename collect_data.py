@@ -230,15 +230,20 @@ def only_collector(folder, machine_id):
             path.unlink(missing_ok=True)
 
 
+def origin(source, kind):
+    """What a chunk says of where it comes from; kind: of env."""
+    return dict(source=source, host=socket.gethostname(), env=f"{ENV_ID} {kind}",
+                preprocess=PREPROCESS_VERSION, telemetry=list(TELEMETRY), versions=versions(),
+                commit=git_commit())
+
+
 def make_job(args, source, folder, make_policy):
     """All that a worker needs to know."""
     host = socket.gethostname()
     runs = (re.search(r"r(\d+)-\w+-w\d+-e\d+$", p.stem) for p in folder.glob("*.npz"))
     run_no = 1 + max((int(r[1]) for r in runs if r), default=-1)
     stem = f"{source}-{host}-s{args.seed}m{args.machine_id}r{run_no:03d}-{secrets.token_hex(3)}"
-    meta = dict(source=source, run=run_no, host=host, env=f"{ENV_ID} {args.env}",
-                preprocess=PREPROCESS_VERSION, telemetry=list(TELEMETRY), versions=versions(),
-                commit=git_commit())
+    meta = origin(source, args.env) | {"run": run_no}
     return dict(source=source, folder=folder, make_policy=make_policy, seed=args.seed, run=run_no,
                 env=args.env, machine_id=args.machine_id, workers=args.workers,
                 paces=getattr(args, "pace", None), stem=stem, meta=meta)

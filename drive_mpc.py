@@ -14,6 +14,7 @@ and tiles are read from the simulator after the fact.
 import argparse
 import json
 import os
+import secrets
 import sys
 import time
 from collections import deque
@@ -25,7 +26,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from car_env import ENV_ID, FPS, ZOOM_STEPS, make_env, observe
+from buffer import write_chunk
+from car_env import ENV_ID, FPS, ZOOM_STEPS, make_env, observe, telemetry
+from collect_data import FIRST_SEED, origin
 from collect_race_data import Expert
 from networks import Predictor, fingerprint, latest, load_frozen, models_of, stack
 from runtime import (Stop, autocast, fail, fraction, natural, parser, positive, replace_atomically,
@@ -38,6 +41,9 @@ GAS = 0.47  # gas of u = 1: more spins the car in bends, and no plan catches it 
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
 RHO = 0.8  # correlation of the noise of a plan from step to step
 NOISE = 0.4, 0.5  # its standard deviation in units of full steering, full throttle
+DISTURBANCES = ["none", "colours", "noise", "late"]
+GRAIN, LATE = 10, 2  # grey levels, standard deviation of noise; steps that late frames lie back
+OWN = "data_mpc"  # folder of the episodes that --save_data writes
 POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
 VIDEO_FPS = 25
 WORST = 1e9  # energy of a future that overflowed
@@ -60,11 +66,21 @@ def arguments():
     g.add_argument("--env", choices=["official", "fast"], default="official",
                    help="scores are the official environment's; fast is for experiments")
     g.add_argument("--pace", type=fraction, default=0.0, help="of --policy expert")
+    g.add_argument("--disturb", choices=DISTURBANCES, default="none",
+                   help="what the driver was not trained for: other colours of lawn and road, "
+                        f"frames with noise of {GRAIN} grey levels, or {LATE} steps old")
     planning(p)
     g = p.add_argument_group("output")
     g.add_argument("--json", type=Path, help="write the scores there")
+    g.add_argument("--save_data", action="store_true",
+                   help=f"write each episode of --policy as a chunk to ROOT/{OWN}, to learn from: "
+                        f"only on tracks from {FIRST_SEED} on")
     g.add_argument("--no_video", action="store_true", help="scores only, no window, no pictures")
-    return p.parse_args()
+    args = p.parse_args()
+    if args.save_data and args.track_seed < FIRST_SEED:
+        p.error(f"--save_data --track_seed {args.track_seed}: tracks below {FIRST_SEED} are never "
+                f"learned from; expected {FIRST_SEED} or more")
+    return args
 
 
 def several(text):
@@ -260,21 +276,75 @@ class Blind:
             self.act = lambda frame: env.action_space.sample()
 
 
-def drive(env, driver, track_seed, watch=lambda *seen: True):
+class Disturbance:
+    """What stands between the camera and the driver: nothing, noise, or a delay."""
+
+    def __init__(self, kind="none"):
+        self.kind = kind
+
+    def reset(self, track_seed):
+        self.rng, self.past = np.random.default_rng(track_seed), deque(maxlen=LATE + 1)
+
+    def __call__(self, frame):
+        """frame (64, 64, 3) uint8 -> the one that the driver gets."""
+        self.past.append(frame)
+        if self.kind == "noise":
+            return (frame + self.rng.normal(0, GRAIN, frame.shape)).clip(0, 255).astype(np.uint8)
+        return self.past[0] if self.kind == "late" else frame
+
+
+class Tape:
+    """Keeps an episode as a chunk of the folder, telemetry beside what the driver saw and did."""
+
+    def __init__(self, folder, policy, kind):
+        self.folder, self.policy = writable(folder), policy
+        self.meta = origin(folder.name, kind)
+
+    def reset(self):
+        self.obs, self.act, self.reward, self.state = [], [], [], []
+
+    def see(self, env, frame):
+        self.obs.append(frame)
+        self.state.append(telemetry(env))
+
+    def save(self, track_seed, terminated, truncated, lap_finished):
+        """Writes the episode; the uid tells policy and track, and when."""
+        ends = np.zeros((2, len(self.act)), bool)
+        ends[:, -1] = terminated, truncated
+        uid = f"{self.folder.name}-{self.policy}-t{track_seed}-{secrets.token_hex(4)}"
+        write_chunk(self.folder, self.meta | {"track_seed": track_seed, "uid": uid,
+                    "policy": {"name": self.policy}, "lap_finished": lap_finished},
+                    obs=np.stack(self.obs), act=np.stack(self.act),
+                    reward=np.array(self.reward, np.float32), terminated=ends[0],
+                    truncated=ends[1], telemetry=np.stack(self.state))
+
+
+def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=Disturbance(), tape=None):
     """One episode -> its row of the report, or None when it was broken off.
 
-    `watch(env, frame, driver, return)` sees every step and breaks off by returning False.
+    `watch(env, frame, driver, return)` sees every step and breaks off by returning False; a `tape`
+    keeps the episode.
     """
     obs, _ = env.reset(seed=track_seed)
-    driver.reset(track_seed)
+    for part in (driver, disturbance):
+        part.reset(track_seed)
+    if tape:
+        tape.reset()
+        tape.see(env, observe(env, obs))
     total, steps, ended, info = 0.0, 0, False, {}
     while not ended:
-        frame = observe(env, obs)
+        frame = disturbance(observe(env, obs))
         action = driver.act(frame)
         obs, reward, terminated, truncated, info = env.step(action)
         total, steps, ended = total + reward, steps + 1, terminated or truncated
+        if tape:
+            tape.see(env, observe(env, obs))
+            tape.act.append(action)
+            tape.reward.append(reward)
         if not watch(env, frame, driver, total):
             return None
+    if tape:
+        tape.save(track_seed, terminated, truncated, bool(info.get("lap_finished", False)))
     tiles, N = env.unwrapped.tile_visited_count, len(env.unwrapped.track)
     ms = np.percentile(driver.ms, (50, 99)) if driver.ms else (0.0, 0.0)
     return {"track_seed": track_seed, "return": round(float(total), 2), "steps": steps,
@@ -290,6 +360,7 @@ def summary(policy, episodes, kind="official", models=None):
     return {"env_id": env_id, "policy": policy, "models": models,
             "versions": versions(), "episodes": episodes,
             "mean": round(float(np.mean(returns)), 2), "std": round(float(np.std(returns)), 2),
+            "median": round(float(np.median(returns)), 2), "worst": min(returns),
             "laps_finished": sum(e["lap_finished"] for e in episodes)}
 
 
@@ -424,7 +495,12 @@ class Window:
 
 def run_policy(args, policy, film, stop):
     """Drives all episodes with one policy, prints a line each -> its report (None: no episode)."""
-    env = make_env(args.env, **({"render_mode": "rgb_array"} if film else {}))
+    env = make_env(args.env, **({"render_mode": "rgb_array"} if film else {}),
+                   **({"domain_randomize": True} if args.disturb == "colours" else {}))
+    disturbance = Disturbance(args.disturb)
+    tape = None
+    if args.save_data and policy == args.policy:
+        tape = Tape(args.root / OWN, policy, args.env)
     if policy in ("random", "expert"):
         driver = Blind(env, policy, args.pace, args.seed)
     else:
@@ -440,7 +516,7 @@ def run_policy(args, policy, film, stop):
 
     for seed in tqdm(range(args.track_seed, args.track_seed + args.episodes), desc=policy,
                      unit="track", leave=False):
-        r = drive(env, driver, seed, watch)
+        r = drive(env, driver, seed, watch, disturbance, tape)
         if r is None:  # q or Ctrl-C: what is finished counts
             stop.requested = True
             break
@@ -456,14 +532,15 @@ def run_policy(args, policy, film, stop):
 def compare(reports, env_name):
     """The table of several policies on the same tracks."""
     first = reports[0]["episodes"]
-    lines = [f"{'driver':10} {'mean ± std':>15} {'laps':>5} {'missed':>6} {'steps':>6} "
-             f"{'plan ms':>7}   tracks {first[0]['track_seed']} to {first[-1]['track_seed']}, "
-             f"{env_name} env"]
+    lines = [f"{'driver':10} {'mean ± std':>15} {'median':>6} {'worst':>6} {'laps':>7} "
+             f"{'missed':>6} {'steps':>6} {'plan ms':>7}   tracks {first[0]['track_seed']} to "
+             f"{first[-1]['track_seed']}, {env_name} env"]
     for r in reports:
         of = lambda key: np.mean([e[key] for e in r["episodes"]])
-        lines.append(f"{r['policy']:10} {r['mean']:7.1f} ± {r['std']:5.1f} "
-                     f"{r['laps_finished']:2}/{len(first):<2} {of('tiles_missed'):6.1f} "
-                     f"{of('steps'):6.0f} {of('plan_ms_p50'):7.1f}")
+        laps = f"{r['laps_finished']}/{len(r['episodes'])}"
+        lines.append(f"{r['policy']:10} {r['mean']:7.1f} ± {r['std']:5.1f} {r['median']:6.1f} "
+                     f"{r['worst']:6.1f} {laps:>7} {of('tiles_missed'):6.1f} {of('steps'):6.0f} "
+                     f"{of('plan_ms_p50'):7.1f}")
     return "\n".join(lines)
 
 

@@ -6,11 +6,15 @@ weights for other programs.
 """
 
 import argparse
+import fcntl
+import io
 import json
 import math
 import os
 import re
 import time
+import zipfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +28,8 @@ from vicreg import gather
 
 PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 SCHEMA = 1  # of checkpoints; a newer one is refused
+KEPT, KEPT_EVERY = 3, 10  # of a stage's checkpoints: the last so many, and each such epoch
+YOUNG_S = 600  # a checkpoint younger than this is never deleted
 ACT = 3  # steer, gas, brake
 INITIAL_STEP = 0.1  # of a linear layer's usual first weights: a fresh predictor nearly copies z
 ACT_SCALE = (0.15, 0.3, 0.1)  # about their standard deviations: nets see actions of unit size
@@ -278,19 +284,31 @@ def norm_over_ranks(norm, x):
 
 # ------------------------------------------------------------------ checkpoints
 
-NETS = {c.__name__: c for c in (TinyEncoder, Projector, InverseModel, TinyDecoder, Predictor,
-                                CostModel)}
+NETS = {"encoder": TinyEncoder, "projector": Projector, "inverse": InverseModel,
+        "decoder": TinyDecoder, "predictor": Predictor, "cost": CostModel}
 
 
 def save(path, nets, **state):
     """Writes {name: net} and any tensors, numbers, strings, lists and dicts, whole or not at all.
 
     Each net is stored with its class and the arguments that rebuild it, beside versions and commit.
+    Refuses nets that are not finite; where the disk is full, waits for room.
     """
+    for name, net in nets.items():
+        if broken := not_finite(net.state_dict()):
+            fail(f"step {state.get('step')}: {name}'s {broken} is not finite; {path} was not "
+                 "written; use --precision fp32, or a lower --lr with --fresh")
     payload = {"schema": SCHEMA, "versions": versions(), "commit": git_commit(), **state,
                "nets": {name: {"class": type(net).__name__, "args": net.args,
                                "weights": net.state_dict()} for name, net in nets.items()}}
-    replace_atomically(path, lambda f: torch.save(payload, f))
+    body = io.BytesIO()  # torch.save hides what a full disk answers
+    torch.save(payload, body)
+    replace_atomically(path, lambda f: f.write(body.getbuffer()))
+
+
+def not_finite(weights):
+    """The name of the first tensor of a state_dict that is not finite, or None."""
+    return next((name for name, t in weights.items() if not torch.isfinite(t).all()), None)
 
 
 def read(path, made_by="the stage that writes it"):
@@ -301,8 +319,16 @@ def read(path, made_by="the stage that writes it"):
     if not path.exists():
         fail(f"{path}: not found; `{made_by}` makes it")
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as f:
+            torn = zipfile.ZipFile(f).testzip()  # torch does not look at the CRCs
+            if torn:
+                raise zipfile.BadZipFile(torn)
+            f.seek(0)
+            payload = torch.load(f, map_location="cpu", weights_only=True)
         schema = payload["schema"]
+        if schema == SCHEMA and not all({"class", "args", "weights"} <= set(net)
+                                        for net in payload["nets"].values()):
+            raise KeyError("nets")
     except Exception as e:  # torch raises half a dozen types for damaged or hostile files
         fail(f"{path}: expected a checkpoint of this project, found a damaged or foreign file "
              f"({type(e).__name__}); `{made_by}` makes it anew")
@@ -316,14 +342,24 @@ def build(payload, name, path="checkpoint", made_by="the stage that writes it"):
     """The named net of a payload with its weights, refused in one line if they do not fit."""
     if name not in payload["nets"]:
         fail(f"{path}: expected a net named {name}, found {', '.join(payload['nets'])}")
-    entry = payload["nets"][name]
+    entry, kind = payload["nets"][name], NETS[name]
+    if entry["class"] != kind.__name__:
+        fail(f"{path}: expected {name} to be a {kind.__name__}, found a {entry['class']}; "
+             f"`{made_by}` makes it")
     try:
-        net = NETS[entry["class"]](**entry["args"])
+        net = kind(**entry["args"])
         net.load_state_dict(entry["weights"])
-    except (RuntimeError, KeyError, TypeError) as e:
+    except Exception as e:  # the arguments of a foreign file may be anything
         fail(f"{path}: the weights of {name} do not fit {entry['class']} with {entry['args']} "
-             f"({str(e).splitlines()[-1].strip()}); `{made_by}` with --fresh makes it anew")
+             f"({last_line(e)}); `{made_by}` with --fresh makes it anew")
+    if broken := not_finite(entry["weights"]):
+        fail(f"{path}: {name}'s {broken} is not finite; `{made_by}` makes it anew")
     return net
+
+
+def last_line(error):
+    """The last line of an exception, which in torch's is the one that says most."""
+    return (str(error).splitlines() or [type(error).__name__])[-1].strip()
 
 
 def load_frozen(path, name, device, made_by):
@@ -332,16 +368,50 @@ def load_frozen(path, name, device, made_by):
     return build(payload, name, path, made_by).to(device).eval().requires_grad_(False), payload
 
 
-RUNTIME_ARGS = {"root", "device", "threads", "fresh", "precision", "compile", "tensorboard"
-                }  # may change on resume
+RUNTIME_ARGS = {"root", "device", "threads", "fresh", "precision", "compile", "tensorboard", "once",
+                "newest", "save_every", "log_every"}  # may change on resume
 
 
-def save_run(path, nets, optim, scaler, args, step, **state):
-    """Saves all that an interrupted training needs to go on as if it had not been interrupted."""
+def so_far(args, step, per_epoch, per_step, **data):
+    """What each checkpoint says of its training: arguments, step, epoch, and the frames that were
+    seen of each source (`per_step`: in one step); `data` is buffer.provenance's."""
+    return dict(args={k: str(v) for k, v in vars(args).items()}, step=step,
+                epoch=step // per_epoch, per_epoch=per_epoch,
+                frames_seen={name: int(n) * step for name, n in per_step.items()}, **data)
+
+
+def save_run(path, nets, optim, scaler, **state):
+    """Saves all that an interrupted training needs to go on as if it had not been interrupted.
+
+    torch has the only random states that last from step to step: numpy's generators are made
+    anew from seed and step. The schedule follows from the step.
+    """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    save(path, nets, optim=optim.state_dict(), scaler=scaler.state_dict(), step=step,
-         args={k: str(v) for k, v in vars(args).items()}, rng=torch.get_rng_state(), rng_cuda=cuda,
-         **state)
+    save(path, nets, optim=optim.state_dict(), scaler=scaler.state_dict(),
+         rng=torch.get_rng_state(), rng_cuda=cuda, **state)
+
+
+def hold(path):
+    """The checkpoint as an open file, which `rotate` spares while it is open; None: it is gone."""
+    with suppress(OSError):
+        f = open(path, "rb")
+        fcntl.flock(f, fcntl.LOCK_SH)
+        return f
+
+
+def rotate(folder, prefix, spared=()):
+    """Deletes `prefix_ep{N}.pth` but the last KEPT, every KEPT_EVERY-th, the young ones, those of
+    epochs in `spared`, and those that a process `hold`s; and what a kill left half written."""
+    for path in sorted(folder.glob(f"{prefix}_ep*.pth"), key=epoch_of)[:-KEPT]:
+        with suppress(OSError), open(path, "rb") as f:
+            if (epoch_of(path) % KEPT_EVERY and epoch_of(path) not in spared
+                    and time.time() - os.fstat(f.fileno()).st_mtime > YOUNG_S):
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError where it is held
+                path.unlink()
+    for path in folder.glob(".*.pth.*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > YOUNG_S:
+                path.unlink()
 
 
 def set_aside(folder, patterns):
@@ -371,12 +441,22 @@ def resume_run(path, nets, optim, scaler, args, made, data_key, **must):
     if not path.exists():
         return None
     payload = read(path, "the same command with --fresh")
-    if "per_epoch" not in payload:
-        fail(f"{path}: was written by an older version of this code; add --fresh to start again")
     for key, now in must.items():
-        if payload.get(key) != now:
+        if payload.get(key, now) != now:
             fail(f"{path}: was trained on another {key.removesuffix('_key')}; add --fresh to start "
                  "again")
+    restore(path, payload, nets, optim, scaler, args)
+    if payload["data_key"] != data_key:
+        print(f"{path}: the data has changed since; epochs stay as long as they were, --fresh "
+              "starts again")
+    return payload
+
+
+def restore(path, payload, nets, optim, scaler, args):
+    """Puts `save_run`'s payload into nets, optimiser, scaler and random states; refused by name if
+    the arguments are others."""
+    if "per_epoch" not in payload:
+        fail(f"{path}: was written by an older version of this code; add --fresh to start again")
     for key, now in vars(args).items():
         then = payload["args"].get(key)
         if key not in RUNTIME_ARGS and then != str(now):
@@ -386,18 +466,13 @@ def resume_run(path, nets, optim, scaler, args, made, data_key, **must):
         for name, net in nets.items():
             net.load_state_dict(payload["nets"][name]["weights"])
         optim.load_state_dict(payload["optim"])
-    except (RuntimeError, KeyError, ValueError) as e:
-        fail(f"{path}: does not fit these nets ({str(e).splitlines()[-1].strip()}); add --fresh to "
-             "start again")
-    if payload["data_key"] != data_key:
-        print(f"{path}: the data has changed since; epochs stay as long as they were, --fresh "
-              "starts again")
-    if payload["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(payload["scaler"])
-    torch.set_rng_state(payload["rng"])
-    for i, state in enumerate(payload["rng_cuda"][:torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, i)
-    return payload
+        if payload["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(payload["scaler"])
+        torch.set_rng_state(payload["rng"])
+        for i, state in enumerate(payload["rng_cuda"][:torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, i)
+    except Exception as e:  # a foreign file may hold anything
+        fail(f"{path}: does not fit this run ({last_line(e)}); add --fresh to start again")
 
 
 def already_trained(path):
@@ -416,11 +491,21 @@ def cosine(step, steps, peak, warmup=0.05):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def optimise(loss, nets, optim, scaler, lr, clip=1.0):
-    """One step of the optimiser on a finite loss, gradients clipped to norm `clip`.
+def refuse_nan(loss, when):
+    """Refuses a loss (or whatever number) that is not finite."""
+    loss = torch.as_tensor(loss)
+    if not torch.isfinite(loss):
+        fail(f"{when}: the loss is {loss.item()}; nothing was saved over the last good file; use "
+             "--precision fp32, or a lower --lr with --fresh")
 
-    Refuses gradients that are not finite before they reach a weight; fp16's scaler skips them.
+
+def optimise(loss, nets, optim, scaler, lr, when="a step", clip=1.0):
+    """One step of the optimiser, gradients clipped to norm `clip`.
+
+    Refuses a loss, or gradients, that are not finite before they reach a weight (fp16's scaler
+    skips such gradients); `when` says where that was.
     """
+    refuse_nan(loss, when)
     for group in optim.param_groups:
         group["lr"] = lr
     optim.zero_grad(set_to_none=True)
@@ -428,8 +513,8 @@ def optimise(loss, nets, optim, scaler, lr, clip=1.0):
     scaler.unscale_(optim)
     norm = nn.utils.clip_grad_norm_([p for net in nets for p in net.parameters()], clip)
     if not scaler.is_enabled() and not torch.isfinite(norm):
-        fail(f"the gradient's norm is {norm.item()}; nothing was saved over the last good file; "
-             "use --precision fp32, or a lower --lr with --fresh")
+        fail(f"{when}: the gradient's norm is {norm.item()}; nothing was saved over the last good "
+             "file; use --precision fp32, or a lower --lr with --fresh")
     scaler.step(optim)
     scaler.update()
 
@@ -473,7 +558,17 @@ def describe(path):
         size = sum(t.numel() for t in entry["weights"].values())
         print(f"{name:12} {entry['class']} {size / 1e6:.2f}M {entry['args']}")
     for key, value in payload.items():
-        print(f"{key:12} {str(value)[:200]}")
+        if key in ("optim", "scaler", "rng", "rng_cuda"):
+            value = f"{sum(t.numel() for t in tensors(value)):,} numbers"
+        print(f"{key:12} {value}")
+
+
+def tensors(value):
+    """All tensors in a structure of dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value
+    return [t for v in inside for t in tensors(v)] if isinstance(value, (dict, list)) else []
 
 
 def export_safetensors(path, out):

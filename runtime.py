@@ -3,6 +3,7 @@ one-line failures and a clean stop. No learning happens here.
 """
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -21,12 +22,13 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-LOG_EVERY_S = 5  # seconds between two lines of the log
 RANK, LOCAL_RANK, RANKS = (  # which process this is of all, and on its machine; how many there are
     int(os.environ[k]) if dist.is_torchelastic_launched() else default
     for k, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 PATIENCE = timedelta(hours=4)  # others wait while rank 0 encodes, evaluates and paints alone
 FASTER = 0.9  # of the time: --precision auto wants that much before it gives up range or digits
+RETRY_S = 5  # seconds between two tries to write to a full disk
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk, or quota, answers
 
 
 # ------------------------------------------------------------------ arguments and failures
@@ -49,6 +51,12 @@ def run(main):
         sys.exit(code)
     except Refusal as e:
         tqdm.write(f"error: {e}", file=sys.stderr)  # on a line of its own, bar or not
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        tqdm.write(f"error: {e.filename}: {e.strerror}; free some space and run the "
+                   "same command again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -88,6 +96,12 @@ def parser(doc, seed=True, device=True, data=False, shares=True):
                             "torch knows the device well; one process only, not tried on ROCm")
         g.add_argument("--tensorboard", action="store_true",
                        help="log to ROOT/models/tensorboard/ too, where the package is installed")
+        g.add_argument("--save_every", type=float, default=15,
+                       help="minutes of training that a crash may cost at most, where epochs are "
+                            "longer")
+        g.add_argument("--log_every", type=float, default=5,
+                       help="seconds between two lines of the log; 0 logs each step, which a GPU "
+                            "waits for")
     return p
 
 
@@ -100,7 +114,7 @@ def optimisation(p, batch_size, epochs=50, steps_per_epoch=0, lr=1e-3, weight_de
                    help="of a step: windows, or latents of each class for the cost model")
     g.add_argument("--steps_per_epoch", type=natural, default=steps_per_epoch,
                    help="0: as many as show the data about once")
-    g.add_argument("--lr", type=float, default=lr, help="peak of the cosine schedule")
+    g.add_argument("--lr", type=rate, default=lr, help="peak of the cosine schedule")
     g.add_argument("--weight_decay", type=float, default=weight_decay, help="AdamW's, decoupled")
 
 
@@ -116,6 +130,13 @@ def natural(text):
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return int(text)
+
+
+def rate(text):
+    """argparse type: a number > 0 that float32 can multiply with."""
+    if not 0 < float(text) <= 1e30:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return float(text)
 
 
 def fraction(text):
@@ -311,41 +332,47 @@ class RunLog:
     """
 
     def __init__(self, args, stage, resumed=False):
-        self.start, self.last = time.time(), 0.0
+        self.start, self.last, self.every = time.time(), 0.0, args.log_every
         self.path = writable(args.root / "models") / f"{stage}.jsonl"
         self.png = writable(args.root / "visuals") / f"{stage}_curves.png"
         if not resumed and RANK == 0:
             self.path.unlink(missing_ok=True)
-        self.step = max([r["step"] for r in self.rows()], default=0)  # where an earlier run ended
         self._write({"command": " ".join(sys.argv), "time": time.strftime("%F %T"),
                      "args": {k: str(v) for k, v in vars(args).items()},
                      "versions": versions(), "commit": git_commit()})
-        self.board = summary_writer(args, stage, self.step) if args.tensorboard else None
+        self.board = summary_writer(args, stage, self.rows()) if args.tensorboard else None
 
     def _write(self, row):
-        if RANK == 0:
+        if RANK:
+            return
+        try:
             with open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            if e.errno not in FULL:
+                raise
+            tqdm.write(f"{self.path}: {e.strerror}; a line of the log is lost")
 
     def rows(self):
-        """The steps logged so far; a line that a kill tore is passed over."""
+        """The steps logged so far, in order; a line that a kill tore is passed over."""
         rows = []
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
-        return [r for r in rows if "step" in r]
+        return sorted((r for r in rows if "step" in r), key=lambda r: r["step"])
 
     def due(self):
-        """True when LOG_EVERY_S have passed since the last line."""
-        return RANK == 0 and time.time() - self.last > LOG_EVERY_S
+        """True when --log_every seconds have passed since the last line; on the first rank."""
+        return RANK == 0 and time.time() - self.last >= self.every
 
     def log(self, step, **values):
         """One line; tensors and numpy numbers become floats (this is where the device waits)."""
         self.last = time.time()
-        values = {k: round(v.item() if isinstance(v, torch.Tensor) else float(v), 6)
-                  for k, v in values.items()}
+        numbers = {k: v.item() if isinstance(v, torch.Tensor) else float(v)
+                   for k, v in values.items()}
+        values = {k: float(f"{v:.9g}") for k, v in numbers.items()}  # float32 to the last bit
         self._write({"step": int(step), "seconds": round(self.last - self.start, 1), **values})
         if self.board:
             for k, v in values.items():
@@ -384,11 +411,12 @@ class RunLog:
         save_figure(fig, self.png)
 
 
-def summary_writer(args, stage, step):
-    """TensorBoard's writer for rank 0; it hides what an earlier run wrote beyond `step`."""
+def summary_writer(args, stage, rows):
+    """TensorBoard's writer for rank 0; it hides what an earlier run showed beyond its last row."""
     board = optional("torch.utils.tensorboard", "tensorboard")
     folder = args.root / "models" / "tensorboard" / stage
-    return board.SummaryWriter(folder, purge_step=step + 1) if RANK == 0 else None
+    end = rows[-1]["step"] if rows else 0
+    return board.SummaryWriter(folder, purge_step=end + 1) if RANK == 0 else None
 
 
 def optional(module, package):
@@ -408,19 +436,30 @@ def pyplot():
     return plt
 
 
-def replace_atomically(path, write):
+def replace_atomically(path, write, patient=True):
     """The file appears whole or not at all: `write(f)` fills a temporary dot-name in the same
-    folder, which is flushed, fsync'd and renamed to `path`; then the folder is fsync'd."""
-    path = Path(path)
+    folder, which is flushed, fsync'd and renamed to `path`; then the folder is fsync'd. Where the
+    disk is full it says so and tries again until there is room, or a stop is requested."""
+    path, said = Path(path), False
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(tmp, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    while True:
+        try:
+            with open(tmp, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
+            break
+        except OSError as e:
+            e.filename = path
+            if not patient or e.errno not in FULL or Stop.requested:
+                raise
+            if not said:
+                tqdm.write(f"{path}: {e.strerror}; tries again until there is room")
+            said = True
+        finally:
+            tmp.unlink(missing_ok=True)
+        time.sleep(RETRY_S)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -466,15 +505,16 @@ class Stop:
     Loops look at it between two steps, save, and leave with exit code 130.
     """
 
+    requested = False  # of the process: signals have no other address
+
     def __init__(self):
-        self.requested = False
         for sig in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sig, self._handle)
 
     def _handle(self, sig, frame):
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        Stop.requested = True
         print("\nstopping: saving after this step (again to quit at once)", file=sys.stderr)
 
     def __bool__(self):

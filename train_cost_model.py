@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from buffer import data_key, load_sources
+from buffer import load_sources, provenance
 from car_env import ZOOM_STEPS
 from networks import (CostModel, already_trained, cosine, fingerprint, latest, load_frozen,
-                      optimise, resume_run, save, save_run)
+                      optimise, refuse_nan, resume_run, save, save_run, so_far)
 from runtime import (RunLog, Stop, autocast, fail, optimisation, parser, positive, pyplot, run,
                      save_figure, set_up)
 from train_predictor import load_latents
@@ -80,10 +80,11 @@ class Sampler:
 
 
 @torch.no_grad()
-def evaluate(cost, held, device):
+def evaluate(cost, held, device, when="held out"):
     """Held-out energies {(kind, source): (N,)} and AUC of random over expert {kind: float}."""
     energies = {(kind, name): cost.energy(s.real(4000, 1).to(device), kind).cpu().numpy()
                 for name, s in held.items() for kind in ("classifier", "density")}
+    refuse_nan(sum(e.sum() for e in energies.values()), when)
     auc = {}
     for kind in ("classifier", "density"):
         e, c = energies[kind, EXPERT], energies[kind, RANDOM]
@@ -136,10 +137,10 @@ def main():
         cost.net.compile()
     optim = torch.optim.AdamW(cost.net.parameters(), args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=False)  # small and in fp32
-    keys = dict(encoder_key=key, predictor_key=fingerprint(predictor))
-    data = data_key(sources)
-    saved = resume_run(models / "cost_model_resume.pth", {"cost": cost}, optim, scaler, args,
-                       ("cost_model_final.pth", "cost_model.jsonl"), data, **keys)
+    data = provenance(sources) | dict(encoder_key=key, predictor_key=fingerprint(predictor))
+    resume = models / "cost_model_resume.pth"
+    saved = resume_run(resume, {"cost": cost}, optim, scaler, args,
+                       ("cost_model_final.pth", "cost_model.jsonl"), **data)
     step = saved["step"] if saved else 0
     per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or max(
         1, len(train[EXPERT].starts) // args.batch_size)
@@ -148,28 +149,33 @@ def main():
         return already_trained(models / "cost_model_final.pth")
     log = RunLog(args, "cost_model", resumed=bool(saved))
     cost.fit_density(train[EXPERT].real(DENSITY_SAMPLE).to(device), args.shrinkage)
+    frames = dict.fromkeys((EXPERT, RANDOM), args.batch_size)  # of a step
+    state = lambda step: so_far(args, step, per_epoch, frames, **data)
+    keep = lambda step: save_run(resume, {"cost": cost}, optim, scaler, **state(step))
+    if not saved:
+        keep(step)  # the last file is never there without it
+    last_save = time.time()
     for step in tqdm(range(step, steps), initial=step, total=steps, desc="cost model", unit="step",
                      mininterval=1):
         rng = np.random.default_rng([args.seed, step])
         expert, chaos = (train[k].mixed(args.batch_size, rng, device, dtype)
                          for k in (EXPERT, RANDOM))
         loss, logs = loss_fn(cost, expert, chaos)
-        if not torch.isfinite(loss):
-            fail(f"step {step}: the loss is {loss.item()}; nothing was saved; lower --lr")
         lr = cosine(step, steps, args.lr)
-        if step % 20 == 0:
+        optimise(loss, [cost.net], optim, scaler, lr, f"step {step}")
+        if step % 20 == 0 or log.due():
             log.log(step, loss=loss, lr=lr, **logs)
-        optimise(loss, [cost.net], optim, scaler, lr)
         if (step + 1) % per_epoch == 0:
-            energies, auc = evaluate(cost, held, device)
-            log.log(step, **{f"val_auc_{kind}": a for kind, a in auc.items()})
+            energies, auc = evaluate(cost, held, device, f"step {step + 1}, held out")
+            log.log(step + 1, **{f"val_auc_{kind}": a for kind, a in auc.items()})
             log.curves()
         if step + 1 == steps:
-            save(models / "cost_model_final.pth", {"cost": cost}, **keys, auc=auc)
+            save(models / "cost_model_final.pth", {"cost": cost}, **state(step + 1), auc=auc)
             draw_energies(energies, auc, args.root / "visuals" / "energy_histogram.png")
-        if stop or (step + 1) % per_epoch == 0:
-            save_run(models / "cost_model_resume.pth", {"cost": cost}, optim, scaler, args,
-                     step + 1, data_key=data, per_epoch=per_epoch, **keys)
+        late = time.time() - last_save > 60 * args.save_every
+        if stop or late or (step + 1) % per_epoch == 0:
+            keep(step + 1)
+            last_save = time.time()
         if stop and step + 1 < steps:
             print(f"stopped at step {step + 1} of {steps}; the same command goes on")
             return 130

@@ -10,18 +10,21 @@ A checkpoint takes a minute on two CPU cores; expect an error of about 6 grey le
     python train_decoder.py --once                what is there now, then ends
 """
 
+import os
 import time
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from buffer import Loader, load_sources, on_device, sample_frames
+from buffer import Loader, load_sources, on_device, provenance, sample_frames
 from car_env import ZOOM_STEPS
-from networks import (TinyDecoder, build, epoch_of, fingerprint, latest, optimise, read, save,
-                      set_aside, stack)
-from runtime import (Refusal, RunLog, Stop, autocast, fail, parser, positive, pyplot, run,
-                     save_figure, set_up)
+from networks import (TinyDecoder, build, epoch_of, fingerprint, hold, latest, load_frozen,
+                      optimise, read, refuse_nan, restore, rotate, save, save_run, set_aside,
+                      so_far, stack)
+from runtime import (Refusal, RunLog, Stop, autocast, fail, parser, positive, pyplot, rate,
+                     run, save_figure, set_up)
 
 PICTURES = 4  # held-out frames of each source on the sheet
 MADE = ("decoder_ep*.pth", "decoder_resume.pth", "decoder.jsonl")  # --fresh sets them aside
@@ -40,7 +43,7 @@ def arguments():
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=positive, default=600, help="on each checkpoint")
     g.add_argument("--batch_size", type=positive, default=128, help="frames in a step")
-    g.add_argument("--lr", type=float, default=2e-3, help="falls to a tenth over the steps")
+    g.add_argument("--lr", type=rate, default=2e-3, help="falls to a tenth over the steps")
     return p.parse_args()
 
 
@@ -64,15 +67,24 @@ def stamp(path):
         return 0
 
 
+def version(path):
+    """What changes with each replacement or rewriting of a file; None if it is gone."""
+    try:
+        s = path.stat()
+    except FileNotFoundError:
+        return None
+    return s.st_mtime_ns, s.st_size, s.st_ino
+
+
 def waiting(models, visuals, given_up, newest):
     """Encoder checkpoints that are not drawn yet, in numeric order: [(epoch, path)]."""
     found = sorted((epoch_of(p), p) for p in models.glob("encoder_mixed_ep*.pth"))
-    return [(n, p) for n, p in found[-1 if newest else 0:] if (n, stamp(p)) not in given_up
+    return [(n, p) for n, p in found[-1 if newest else 0:] if (n, version(p)) not in given_up
             and not drawn(n, p, models, visuals)]
 
 
 def drawn(epoch, path, models, visuals):
-    """Whether decoder and sheet of this checkpoint exist and are younger than it."""
+    """Whether decoder and sheet of this checkpoint exist and are not older than it."""
     made = (models / f"decoder_ep{epoch}.pth", visuals / f"reconstruct_ep{epoch}.png")
     return all(stamp(m) >= stamp(path) for m in made)
 
@@ -105,10 +117,22 @@ def draw_sheet(real, painted, names, epoch, path):
     return float(error.mean())
 
 
+def set_up_anyway(args):
+    """set_up, on the CPU where the GPU of --device is not there tonight; says so."""
+    try:
+        return set_up(args)
+    except Refusal as e:
+        if not args.device.startswith("cuda"):
+            raise
+        print(f"{e}; goes on on the CPU", flush=True)
+        args.device = "cpu"
+        return set_up(args)
+
+
 def main():
     args = arguments()
     began, stop = time.time(), Stop()
-    device, dtype = set_up(args)
+    device, dtype = set_up_anyway(args)
     models, visuals = args.root / "models", args.root / "visuals"
     resume = models / "decoder_resume.pth"
     sources = load_sources(args)
@@ -118,12 +142,12 @@ def main():
         set_aside(models, MADE)
         set_aside(visuals, ("reconstruct_ep*.png",))
     log = RunLog(args, "decoder", resumed=True)  # one log for all checkpoints, the present one last
-    decoder, optim, given_up, step, last, idle = None, None, set(), log.step, None, False
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    given_up, last, idle = set(), None, False
     while not stop:
         todo = waiting(models, visuals, given_up, args.newest)
+        held = [hold(path) for _, path in todo]  # until the next look no rotation deletes them
         if not todo:
-            if args.once or last and last["done"] or not idle and finished(models, visuals):
+            if args.once or last and last.get("done") or not idle and finished(models, visuals):
                 break
             if not idle:
                 print(f"waiting for {models}/encoder_mixed_ep*.pth; Ctrl-C ends", flush=True)
@@ -131,28 +155,34 @@ def main():
             time.sleep(POLL_S)
             continue
         (epoch, path), idle = todo[0], False
-        given_up.add((epoch, stamp(path)))  # drawn or bad: this version of the file once only
+        found, bad = version(path), None
         try:
-            payload = read(path, "python train_encoder.py")
-            encoder = build(payload, "encoder", path).to(device).eval().requires_grad_(False)
-        except (Refusal, OSError) as e:
-            print(f"skipped: {e}")
+            encoder, payload = load_frozen(path, "encoder", device, "python train_encoder.py")
+        except Refusal as e:
+            bad = e
+        if version(path) != found:
+            continue  # replaced while it was read: looks again
+        given_up.add((epoch, found))  # drawn or bad: this version of the file once only
+        if bad:
+            print(f"skipped: {bad}", flush=True)
             continue
-        if decoder is None or decoder.args["dim"] != encoder.dim:
-            decoder = warm_start(models, encoder.dim, args.width).to(
-                device, memory_format=torch.channels_last)
-            optim = torch.optim.AdamW(decoder.parameters(), args.lr)
-            if args.compile:
-                decoder.compile()
+        torch.manual_seed(args.seed)  # what is learned of a checkpoint depends on files alone
+        nets = {"decoder": warm_start(models, epoch, encoder.dim, args.width).to(
+            device, memory_format=torch.channels_last)}
+        decoder = nets["decoder"].train()
+        optim = torch.optim.AdamW(decoder.parameters(), args.lr)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        if args.compile:
+            decoder.compile()
         loader = Loader([s[0] for s in sources.values()], args.batch_size, 1, encoder.history,
                         encoder.repeat, args.shares, args.seed + epoch)
-        decoder.train()
-        key, i = fingerprint(encoder), 0
-        half = read(resume) if resume.exists() else None
-        if half and half["encoder_key"] == key and half["nets"]["decoder"]["args"] == decoder.args:
-            decoder.load_state_dict(half["nets"]["decoder"]["weights"])  # stopped in this one
-            optim.load_state_dict(half["optim"])
-            i = half["done"]
+        data = provenance(sources) | {"encoder_key": fingerprint(encoder)}
+        frames = dict(zip(sources, loader.counts))  # of a step
+        state = lambda step: so_far(args, step, args.steps, frames, **data) | {"epoch": epoch}
+        half, i, last_save = read(resume) if resume.exists() else None, 0, time.time()
+        if half and half.get("encoder_key") == data["encoder_key"]:  # stopped in this one
+            restore(resume, half, nets, optim, scaler, args)
+            i = half["step"]
         batches = on_device(loader.batches(i), device)
         for i in tqdm(range(i, args.steps), desc=f"decoder, epoch {epoch}", unit="step",
                       initial=i, total=args.steps, mininterval=1):
@@ -161,32 +191,32 @@ def main():
                 with torch.no_grad():
                     z = encoder(stack(obs, encoder.history))
                 loss, logs = loss_fn(decoder, z, newest_frame(obs))
-            if not torch.isfinite(loss):
-                fail(f"decoder step {i} of epoch {epoch}: the loss is {loss.item()}; lower --lr")
             lr = args.lr * 0.1 ** (i / args.steps)
+            optimise(loss, [decoder], optim, scaler, lr, f"step {i} on epoch {epoch}")
             if log.due():
-                log.log(step, loss=loss, lr=lr, **logs)
-            optimise(loss, [decoder], optim, scaler, lr)
-            step += 1
+                log.log(epoch * args.steps + i, loss=loss, lr=lr, **logs)
+            if stop or time.time() - last_save > 60 * args.save_every:
+                save_run(resume, nets, optim, scaler, **state(i + 1))
+                last_save = time.time()
             if stop:
                 break
         batches.close()
-        if stop:  # the same command goes on here
-            save(resume, {"decoder": decoder}, encoder_key=key, optim=optim.state_dict(),
-                 done=i + 1)
-            break
-        resume.unlink(missing_ok=True)
+        if i + 1 < args.steps:
+            break  # stopped and saved: the same command goes on here
         decoder.eval()
-        names = list(sources)
         obs = torch.cat([sample_frames(s[1], encoder.history, encoder.repeat, PICTURES, 3,
                                        fields=(), skip=ZOOM_STEPS)[0] for s in sources.values()])
-        error = draw_sheet(newest_frame(obs), reconstruct(encoder, decoder, obs, device, dtype),
-                           names, epoch, visuals / f"reconstruct_ep{epoch}.png")
-        save(models / f"decoder_ep{epoch}.pth", {"decoder": decoder}, epoch=epoch,
-             encoder_key=key)
-        log.log(step, val_error=error)
+        painted = reconstruct(encoder, decoder, obs, device, dtype)
+        refuse_nan(painted.sum(), f"step {args.steps} on epoch {epoch}, held out")
+        save(models / f"decoder_ep{epoch}.pth", nets, **state(args.steps))
+        sheet = visuals / f"reconstruct_ep{epoch}.png"
+        error = draw_sheet(newest_frame(obs), painted, list(sources), epoch, sheet)
+        os.utime(sheet, ns=(found[0], found[0]))  # what came to the name meanwhile is drawn too
+        resume.unlink(missing_ok=True)
+        rotate(models, "decoder", {epoch_of(p) for p in models.glob("encoder_mixed_ep*.pth")})
+        log.log((epoch + 1) * args.steps, val_error=error)
         log.curves()
-        print(f"{visuals}/reconstruct_ep{epoch}.png: mean error {error:.2f} of 255")
+        print(f"{sheet}: mean error {error:.2f} of 255", flush=True)
         last = payload
     print(f"stopped after {(time.time() - began) / 60:.1f} min" if stop else
           f"done in {(time.time() - began) / 60:.1f} min")
@@ -197,15 +227,16 @@ def finished(models, visuals):
     """Whether the encoder's training has ended and all that it wrote is drawn."""
     path = latest(models, "encoder_mixed")
     try:
-        return read(path)["done"] and drawn(epoch_of(path), path, models, visuals)
-    except (Refusal, OSError):
+        return read(path).get("done") and drawn(epoch_of(path), path, models, visuals)
+    except Refusal:
         return False
 
 
-def warm_start(models, dim, width):
-    """The newest decoder of the same shape, or a fresh one."""
-    path = latest(models, "decoder")
-    if path.exists():
+def warm_start(models, epoch, dim, width):
+    """The newest decoder of an earlier epoch, if it is whole and of this shape, or a fresh one."""
+    earlier = [p for p in models.glob("decoder_ep*.pth") if epoch_of(p) < epoch]
+    with suppress(Refusal, ValueError):  # ValueError: there is none
+        path = max(earlier, key=epoch_of)
         decoder = build(read(path), "decoder", path)
         if decoder.args == dict(dim=dim, width=width):
             return decoder

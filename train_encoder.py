@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 from tqdm import tqdm
 
-from buffer import Loader, data_key, load_sources, on_device, sample_frames
+from buffer import Loader, load_sources, on_device, provenance, sample_frames, shares_of
 from car_env import TELEMETRY, ZOOM_STEPS
 from networks import (InverseModel, Predictor, Projector, TinyEncoder, already_trained, cosine,
-                      optimise, over_ranks, resume_run, save, save_run, stack, unit_act)
+                      optimise, over_ranks, refuse_nan, resume_run, rotate, save, save_run, so_far,
+                      stack, unit_act)
 from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, optimisation, parser,
                      positive, run, same_start, set_up)
-from vicreg import covariance, effective_rank, variance, vicreg_loss
+from vicreg import covariance, effective_rank, invariance, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
 HUD_ROW = 56  # rows from here on are instruments: augmentation leaves them alone
@@ -35,7 +36,6 @@ JITTER, TINT = 0.3, 0.1  # brightness and contrast, and each channel, are scaled
 MEAN_OF = 4  # the mean that contrast keeps is of every fourth row of pixels
 COLLAPSED = 0.02  # mean standard deviation of a latent's dimensions; a healthy one has about 1
 COLLAPSED_RANK = 2  # effective rank of a batch of latents; a healthy one has dozens
-SAVE_EVERY_S = 900
 CHECK_EVERY = 50  # steps between two looks for collapse
 MADE = ("encoder_mixed_ep*.pth", "encoder.jsonl", "decoder_ep*.pth")  # a fresh run sets it aside
 
@@ -47,6 +47,7 @@ def arguments(argv=None):
                    help="channels over ResNet-18's; 0.25 learns ten times faster on a CPU")
     g.add_argument("--dim", type=positive, default=512,
                    help="size of a latent; 128 learns in fewer steps and plans faster")
+    g.add_argument("--embedding", type=positive, default=1024, help="size of VICReg's expander")
     g.add_argument("--history", type=positive, default=3,
                    help="frames a latent sees; one hides speed and yaw rate")
     g.add_argument("--strides", type=positive, nargs=4, default=[1, 2, 2, 2],
@@ -63,9 +64,10 @@ def arguments(argv=None):
     g.add_argument("--std", type=float, help="weight of the variance hinge (joint 16, vicreg 25)")
     g.add_argument("--cov", type=float, default=1.0, help="weight of the covariance term")
     g.add_argument("--inverse", type=float, default=2.0, help="joint: weight of inverse dynamics")
-    g.add_argument("--temporal", type=float, default=1.0,
-                   help="joint: weight of the similarity of neighbours in time")
-    g.add_argument("--sim", type=float, default=25.0, help="vicreg: weight of the invariance")
+    g.add_argument("--expand", type=float, default=1.0,
+                   help="joint: weight of VICReg between the expander's embeddings of neighbours "
+                        "in time, which keeps the road in the latent")
+    g.add_argument("--sim", type=float, default=25.0, help="weight of VICReg's invariance")
     optimisation(p, batch_size=256)
     args = p.parse_args(argv)
     if args.targets != sorted(set(args.targets)) or args.targets[0] != 1:
@@ -127,25 +129,28 @@ def views(obs, args, generator):
 
 
 def joint_loss(nets, x, act, args):
-    """Prediction, inverse dynamics, temporal similarity, variance and covariance of `views`.
+    """Prediction, inverse dynamics, variance and covariance of `views`, and VICReg of neighbours.
 
     x (B * K, 3 * history, 64, 64), act (B, H, 3), H the last of --targets; K latents a window, the
-    first and one for each target -> (loss, logs, raw latents (B * K, D)).
+    first and one for each target -> (loss, logs, raw latents (B * K, D)). VICReg's views are two
+    latents in a row, its variance and covariance those of the embeddings of all latents.
     """
     at = latents_of(args)
     B, K = len(act), len(at)
     flat = nets["encoder"].features(x)  # (B * K, D)
     z = flat.view(B, K, -1)
     z_hat = nets["predictor"].rollout(z[:, 0], act)[:, [t - 1 for t in args.targets]]
-    next_to = [k for k in range(K - 1) if at[k + 1] == at[k] + 1]  # neighbours in time
-    pair = z[:, next_to].flatten(0, 1), z[:, [k + 1 for k in next_to]].flatten(0, 1)
-    told = nets["inverse"](*pair)
-    done = unit_act(act[:, [at[k] for k in next_to]]).flatten(0, 1)
+    told = nets["inverse"](z[:, 0], z[:, 1])  # the first target is the next latent
     logs = {"pred": F.mse_loss(z_hat.float(), z[:, 1:]),
-            "inverse": F.mse_loss(told.float(), done),
-            "temporal": F.mse_loss(*pair),
+            "inverse": F.mse_loss(told.float(), unit_act(act[:, 0])),
             "std": variance(flat), "cov": covariance(flat)}
     loss = sum(getattr(args, name) * term for name, term in logs.items())
+    if args.expand:
+        e = nets["projector"](flat)
+        near = e.view(B, K, -1)
+        logs |= {"e_sim": invariance(near[:, 0], near[:, 1]), "e_std": variance(e),
+                 "e_cov": covariance(e)}
+        loss = loss + args.expand * (args.sim * logs["e_sim"] + 25 * logs["e_std"] + logs["e_cov"])
     return loss, {k: v.detach() for k, v in logs.items()}, flat.detach()
 
 
@@ -166,8 +171,8 @@ def make_nets(args, device, dtype):
     nets = {"encoder": TinyEncoder(args.width, args.history, args.repeat, args.dim, args.strides)}
     if args.objective == "joint":
         nets |= {"predictor": Predictor(args.dim), "inverse": InverseModel(args.dim)}
-    else:
-        nets["projector"] = Projector(args.dim)
+    if args.objective == "vicreg" or args.expand:
+        nets["projector"] = Projector(args.dim, args.embedding)
     nets = {k: n.to(device, memory_format=torch.channels_last) for k, n in nets.items()}
     optim = torch.optim.AdamW([p for n in nets.values() for p in n.parameters()], args.lr,
                               weight_decay=args.weight_decay)
@@ -215,6 +220,7 @@ class Probe:
         encoder.eval()
         (za, ma, ya), (zb, mb, yb) = [(features_of(encoder, obs, device, dtype), seen, y)
                                       for obs, seen, y in self.parts]
+        refuse_nan(za.sum() + zb.sum(), "the probe")
         encoder.calibrate(za.to(device))
         mean, std = ya[ma].mean(0), ya[ma].std(0) + 1e-6
         scale = za.std(0) + 1e-6
@@ -249,7 +255,7 @@ def table(values):
 
 def main():
     args = arguments()
-    began, stop = time.time(), Stop()
+    began = time.time()
     device, dtype = set_up(args, ranks=True)
     sources = load_sources(args)
     loader = make_loader(args, sources, 0, args.batch_size // RANKS, args.seed, RANK, RANKS)
@@ -257,9 +263,9 @@ def main():
 
     nets, optim, scaler = make_nets(args, device, dtype)
     models = args.root / "models"
-    key = data_key(sources)
+    data = provenance(sources)
     with in_turn():
-        saved = resume_run(models / "encoder_resume.pth", nets, optim, scaler, args, MADE, key)
+        saved = resume_run(models / "encoder_resume.pth", nets, optim, scaler, args, MADE, **data)
     step = saved["step"] if saved else 0
     per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or max(
         1, RANKS * loader.windows // (args.batch_size * len(latents_of(args))))
@@ -278,10 +284,13 @@ def main():
     if not saved and RANK == 0:
         print("untrained:", table(probe(nets["encoder"], device, dtype)))
 
-    def keep():
-        save_run(models / "encoder_resume.pth", nets, optim, scaler, args, step, data_key=key,
-                 per_epoch=per_epoch)
-
+    frames = dict(zip(sources, RANKS * len(latents_of(args)) * shares_of(
+        sources, args.batch_size // RANKS, args.shares)))  # of a step
+    state = lambda: so_far(args, step, per_epoch, frames, **data)
+    keep = lambda: save_run(models / "encoder_resume.pth", nets, optim, scaler, **state())
+    if not saved and RANK == 0:
+        keep()  # no epoch's file is ever there without it
+    stop = Stop()  # until here a signal ends it at once: there is nothing to save
     batches, last_save = on_device(loader.batches(step), device), time.time()
     bar = tqdm(total=steps, initial=step, desc="encoder", unit="step", mininterval=1,
                disable=RANK > 0)
@@ -292,33 +301,32 @@ def main():
         generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step + (RANK << 40))
         with autocast(device, dtype):
             loss, logs, z = loss_of(views(obs, args, generator), act, args)
-        if not torch.isfinite(loss):
-            fail(f"step {step}: the loss is {loss.item()}; nothing was saved over the last good "
-                 "file; use --precision fp32, or a lower --lr with --fresh")
+        lr = cosine(step, steps, args.lr)
+        optimise(loss, nets.values(), optim, scaler, lr, f"step {step}")
         if step % CHECK_EVERY == 0 and step > 0:
             refuse_collapse(z, f"step {step}")
-        lr = cosine(step, steps, args.lr)
         if log.due():
             shown = log.log(step, loss=loss, lr=lr, spread=spread(z), rank=effective_rank(z),
                             **logs)
             bar.set_postfix(loss=f"{shown['loss']:.3f}", rank=f"{shown['rank']:.0f}")
-        optimise(loss, nets.values(), optim, scaler, lr)
         step += 1
         bar.update()
         stopping = stop.anywhere()
         if step % per_epoch == 0 and RANK == 0:
             epoch = step // per_epoch
-            values = probe(nets["encoder"], device, dtype)
             for net in nets.values():
                 net.eval()
-            values |= evaluate(nets, held, device, dtype, args)
+            values = evaluate(nets, held, device, dtype, args)
+            refuse_nan(values["val_loss"], f"step {step}, held out")
+            values = probe(nets["encoder"], device, dtype) | values
             log.log(step, **values)
             log.curves()
             tqdm.write(f"epoch {epoch}: " + table(values))
-            save(models / f"encoder_mixed_ep{epoch}.pth", nets, epoch=epoch, epochs=args.epochs,
-                 step=step, objective=args.objective, done=epoch == args.epochs)
-        if RANK == 0 and (step % per_epoch == 0 or stopping
-                          or time.time() - last_save > SAVE_EVERY_S):
+            save(models / f"encoder_mixed_ep{epoch}.pth", nets, **state(), epochs=args.epochs,
+                 objective=args.objective, done=epoch == args.epochs)
+            rotate(models, "encoder_mixed")
+        late = time.time() - last_save > 60 * args.save_every
+        if RANK == 0 and (step % per_epoch == 0 or stopping or late):
             keep()
             last_save = time.time()
         if stopping:

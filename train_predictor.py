@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from buffer import Latents, Loader, data_key, load_sources, shares_of
+from buffer import Latents, Loader, load_sources, provenance, shares_of
 from car_env import FPS
 from networks import (Predictor, already_trained, build, cosine, epoch_of, fingerprint, latest,
-                      load_frozen, optimise, over_ranks, read, resume_run, save, save_run, stack)
+                      load_frozen, optimise, over_ranks, read, refuse_nan, resume_run, rotate, save,
+                      save_run, so_far, stack)
 from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, optimisation, parser,
                      positive, pyplot, run, same_start, save_figure, save_gif, set_up)
 
-SAVE_EVERY_S = 900
 SHOWN = (0, 1, 5, 10, 15)  # steps of a dream that the picture shows
 SWAPPED = "another episode's actions"
 GIF_SCALE = 4  # screen pixels a pixel
@@ -210,14 +210,17 @@ def main():
     optim = torch.optim.AdamW(predictor.parameters(), args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     models, visuals = args.root / "models", args.root / "visuals"
-    data = data_key(sources)
+    data = provenance(sources) | {"encoder_key": key}
     with in_turn():
         saved = resume_run(models / "predictor_resume.pth", nets, optim, scaler, args,
-                           ("predictor_ep*.pth", "predictor.jsonl"), data, encoder_key=key)
+                           ("predictor_ep*.pth", "predictor.jsonl"), **data)
     step = saved["step"] if saved else 0
     per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or sampler.steps_per_epoch
     per_epoch = same_start(step, per_epoch)
     steps = args.epochs * per_epoch
+    frames = dict(zip(sources, sampler.K * shares_of(sources, args.batch_size, args.shares)))
+    state = lambda: so_far(args, step, per_epoch, frames, **data)
+    keep = lambda: save_run(models / "predictor_resume.pth", nets, optim, scaler, **state())
 
     def paint(epoch):  # the decoder may come later than the first epochs
         decoder = load_decoder(models, key, device)
@@ -239,6 +242,8 @@ def main():
     if args.compile:
         predictor.compile()
 
+    if not saved and RANK == 0:
+        keep()  # no epoch's file is ever there without it
     last_save = time.time()
     bar = tqdm(total=steps, initial=step, desc="predictor", unit="step", mininterval=1,
                disable=RANK > 0)
@@ -248,12 +253,9 @@ def main():
         with autocast(device, dtype):
             loss, logs = loss_of(z, act)
         lr = cosine(step, steps, args.lr)
-        if not torch.isfinite(loss):
-            fail(f"step {step}: the loss is {loss.item()}; nothing was saved over the last good "
-                 "file; use --precision fp32, or a lower --lr with --fresh")
+        optimise(loss, nets.values(), optim, scaler, lr, f"step {step}")
         if log.due():
             bar.set_postfix(loss=f"{log.log(step, loss=loss, lr=lr, **logs)['loss']:.3f}")
-        optimise(loss, nets.values(), optim, scaler, lr)
         step += 1
         bar.update()
         stopping = stop.anywhere()
@@ -262,17 +264,18 @@ def main():
             predictor.eval()
             rows = evaluate(predictor, held, device, dtype)
             own = rows["predictor"]
+            refuse_nan(own.mean(), f"step {step}, held out")
             log.log(step, val_loss=own.mean(), val_first=own[0], val_last=own[-1],
                     val_over_copy=own[-1] / rows["copy-last"][-1],
                     val_over_swapped=own[-1] / rows[SWAPPED][-1])
             log.curves()
-            save(models / f"predictor_ep{epoch}.pth", nets, epoch=epoch, epochs=args.epochs,
-                 encoder_key=key, horizon=args.horizon, done=epoch == args.epochs)
+            save(models / f"predictor_ep{epoch}.pth", nets, **state(), epochs=args.epochs,
+                 horizon=args.horizon, done=epoch == args.epochs)
+            rotate(models, "predictor")
             paint(epoch)
-        if RANK == 0 and (step % per_epoch == 0 or stopping
-                          or time.time() - last_save > SAVE_EVERY_S):
-            save_run(models / "predictor_resume.pth", nets, optim, scaler, args, step,
-                     data_key=data, per_epoch=per_epoch, encoder_key=key)
+        late = time.time() - last_save > 60 * args.save_every
+        if RANK == 0 and (step % per_epoch == 0 or stopping or late):
+            keep()
             last_save = time.time()
         if stopping:
             bar.close()

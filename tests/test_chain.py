@@ -195,9 +195,9 @@ def test_a_stopped_decoder_goes_on_where_it_was(chain, tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     half = torch.load(models / "decoder_resume.pth", weights_only=True)
-    assert process.returncode == 130 and 0 < half["done"] < 300
+    assert process.returncode == 130 and 0 < half["step"] < 300
     again = subprocess.run(args, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0 and f"{half['done']}/300" in again.stderr, again.stderr
+    assert again.returncode == 0 and f"{half['step']}/300" in again.stderr, again.stderr
     picture(tmp_path / "visuals" / "reconstruct_ep2.png")
     assert not (models / "decoder_resume.pth").exists()
     subprocess.run([*args[:-2], "--fresh", *args[-2:]], check=True, capture_output=True)

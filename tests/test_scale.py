@@ -51,10 +51,10 @@ def gradients(objective):
     """
     torch.manual_seed(0)
     args = argparse.Namespace(objective=objective, targets=[1, 3], history=1, sim=25.0, pred=10.0,
-                              std=16.0, cov=1.0, inverse=2.0, temporal=1.0)
-    nets = {"encoder": TinyEncoder(0.125, history=1, dim=16)}
-    nets |= {"predictor": Predictor(16, 8), "inverse": InverseModel(16, 8)} \
-        if objective == "joint" else {"projector": Projector(16, 32)}
+                              std=16.0, cov=1.0, inverse=2.0, expand=1.0)
+    nets = {"encoder": TinyEncoder(0.125, history=1, dim=16), "projector": Projector(16, 32)}
+    if objective == "joint":
+        nets |= {"predictor": Predictor(16, 8), "inverse": InverseModel(16, 8)}
     nets = {name: net.double() for name, net in nets.items()}
     x = torch.randint(0, 256, (WINDOWS, len(AT), 3, 64, 64))
     act, mine = torch.randn(WINDOWS, 3, 3).double(), slice(RANK, None, RANKS)
@@ -380,7 +380,7 @@ def test_safetensors_hold_the_weights_and_what_rebuilds_the_nets(tmp_path):
 def test_tensorboard_shows_what_the_log_holds(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    args = argparse.Namespace(root=tmp_path, tensorboard=True)
+    args = argparse.Namespace(root=tmp_path, tensorboard=True, log_every=0)
     for first in (0, 5):  # stopped and resumed
         log = runtime.RunLog(args, "encoder", resumed=bool(first))
         for step in range(first, first + 5):

@@ -1,0 +1,100 @@
+"""The driver as it drives: from observations alone, disturbed, and keeping what it saw."""
+
+import json
+import multiprocessing as mp
+
+import numpy as np
+import pytest
+
+from car_env import make_env, observe
+from conftest import script
+from drive_mpc import Disturbance, drive, load_driver, planning
+from runtime import parser
+
+TRACK = 200_010
+STEPS = 160
+
+
+def simulate(pipe):
+    """The environment alone, in a process of its own: observations out, actions in."""
+    env = make_env("official")
+    obs, _ = env.reset(seed=TRACK)
+    returned = 0.0
+    for _ in range(STEPS):
+        pipe.send(observe(env, obs))
+        obs, reward, *_ = env.step(pipe.recv())
+        returned += float(reward)
+    pipe.send(returned)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    p = parser("")
+    planning(p)
+    args = p.parse_args(["--root", str(tmp_path_factory.mktemp("none")), "--samples", "32",
+                         "--horizon", "5"])
+    return load_driver(args, args)[0]
+
+
+def test_the_driver_needs_nothing_but_observations(driver):
+    """With the environment in another process it drives as it does beside it."""
+    ours, theirs = mp.get_context("spawn").Pipe()
+    process = mp.get_context("spawn").Process(target=simulate, args=(theirs,))
+    process.start()
+    driver.reset(TRACK)
+    acts = []
+    for _ in range(STEPS):
+        acts.append(driver.act(ours.recv()))
+        ours.send(acts[-1])
+    apart = ours.recv()
+    process.join()
+
+    env, seen, total = make_env("official"), [], []
+
+    def watch(env, frame, driver, returned):
+        seen.append(driver.action)
+        total.append(float(returned))
+        return len(seen) < STEPS
+
+    assert drive(env, driver, TRACK, watch) is None  # broken off by watch
+    assert np.array_equal(seen, acts) and total[-1] == pytest.approx(apart, abs=1e-9)
+    assert np.std(acts, axis=0)[0] > 0.01  # it steered
+
+
+def test_disturbances_do_what_they_say():
+    frames = np.random.default_rng(0).integers(60, 200, (6, 64, 64, 3), np.uint8)
+    late, noise, none = (Disturbance(kind) for kind in ("late", "noise", "none"))
+    for d in (late, noise, none):
+        d.reset(TRACK)
+    for t, frame in enumerate(frames):
+        assert np.array_equal(late(frame), frames[max(0, t - 2)])
+        assert np.array_equal(none(frame), frame)
+        gap = noise(frame).astype(float) - frame
+        assert abs(gap.mean()) < 1 and 9 < gap.std() < 11
+    noise.reset(TRACK)
+    again = Disturbance("noise")
+    again.reset(TRACK)
+    assert np.array_equal(noise(frames[0]), again(frames[0]))  # the same on the same track
+
+
+def test_its_own_episodes_are_data_to_learn_from(tmp_path):
+    small = ["--samples", "2", "--horizon", "1", "--env", "fast", "--no_video"]
+    refused = script("drive_mpc.py", *small, "--save_data", "--track_seed", "200000",
+                     root=tmp_path)
+    assert refused.returncode == 2 and "never learned from" in refused.stderr
+    done = script("drive_mpc.py", *small, "--save_data", "--track_seed", "10000019", "--episodes",
+                  "2", "--json", tmp_path / "s.json", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "s.json").read_text())
+    from buffer import index, read_chunk
+    chunks, damaged, _ = index(tmp_path / "data_mpc")
+    assert not damaged and sorted(c.held_out for c in chunks) == [False, True]
+    assert sorted(c.meta["track_seed"] for c in chunks) == [10_000_019, 10_000_020]
+    for row, c in zip(report["episodes"], sorted(chunks, key=lambda c: c.meta["track_seed"])):
+        assert c.frames == row["steps"] and abs(c.meta["return_"] - row["return"]) < 0.01
+        arrays = read_chunk(c.path, "obs", "act", "telemetry")
+        assert arrays["obs"].std() > 20 and arrays["act"].std() > 0
+    from buffer import load_sources
+    from train_encoder import arguments
+    sources = load_sources(arguments(["--root", str(tmp_path), "--data", "data_mpc"]))
+    assert [len(part) for part in sources["data_mpc"]] == [1, 1]  # to train, held out
