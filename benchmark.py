@@ -16,6 +16,8 @@ fidelity  mean absolute difference, in grey levels of 255, of `preprocess(offici
 train     the encoder's training loop, data and augmentation included, beside the bare forward,
           backward and step of the same nets on one prepared batch, taking turns; and what share of
           this device's rate of matrix products that is. Trains on the episodes of --root.
+scale     steps per second of the encoder's training, the batch shared by 1 and 2 processes of
+          torchrun, from its own log; on CPUs also one process with 2 threads. Data as for train.
 plan      milliseconds of a plan as the driver makes it, encoding included, per plan and per
           environment step; beside the same nets in a plain loop; for --root's nets or those that
           come with the code.
@@ -64,13 +66,14 @@ def parse_args():
     p.add_argument("what", nargs="+", choices=list(BENCHMARKS), help="what to measure")
     p.add_argument("--root", type=Path, default=Path("."),
                    help="visuals/ is written in here; train reads data/, paired models/ from here")
-    p.add_argument("--rounds", type=int, default=5, help="env, train: a median needs an odd number")
+    p.add_argument("--rounds", type=int, default=5,
+                   help="env, train, scale: a median needs an odd number")
     p.add_argument("--frames", type=int, default=40_000, help="loader: of each source; collect: of each worker")
     p.add_argument("--episodes", type=int, default=1000, help="collect: over which memory is shown")
     p.add_argument("--batches", type=int, default=10_000, help="loader: over which memory is shown")
     p.add_argument("--chunks", type=int, default=10_000, help="loader: of the folder opened anew")
     p.add_argument("--steps", type=int, default=1000, help="env: steps of an episode")
-    p.add_argument("--train_steps", type=int, default=20, help="train: in each of --rounds")
+    p.add_argument("--train_steps", type=int, default=20, help="train, scale: in each of --rounds")
     p.add_argument("--tracks", type=int, default=20, help="fidelity, paired: how many")
     return p.parse_args()
 
@@ -513,6 +516,43 @@ def bench_train(args):
           f"{rate / 1e9:,.0f} GFLOP/s: {rate / peak:.1%} of {peak / 1e9:,.0f}")
 
 
+# ---- scale ---------------------------------------------------------------------------------------
+
+
+def bench_scale(args):
+    gpus = torch.cuda.device_count()
+    flags = [] if gpus else LAPTOP
+    cfg = train_encoder.arguments(flags)
+    images = cfg.batch_size * len(train_encoder.latents_of(cfg))
+    print(f"{' '.join(flags) or 'full size'}; {gpus} GPUs, batches of {images} images, torch "
+          f"{torch.__version__}\nprocesses threads  ms a step  images/s")
+    first = None
+    for ranks, threads in ((1, 0), (max(2, gpus), 0)) if gpus else ((1, 1), (1, 2), (2, 1)):
+        rate = training_rate(args, ranks, ["--threads", threads, *flags])
+        first = first or rate
+        print(f"{ranks:9d}{threads or 'all':>8}{1000 / rate:11.0f}{images * rate:10,.0f}"
+              f"   {rate / first:.2f} times the first", flush=True)
+
+
+def training_rate(args, ranks, flags):
+    """Steps per second of train_encoder.py with so many processes, start and end left out."""
+    with tempfile.TemporaryDirectory() as tmp:
+        for folder in args.root.resolve().glob("data*"):
+            (Path(tmp) / folder.name).symlink_to(folder)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   f"--nproc_per_node={ranks}", HERE / "train_encoder.py", "--root", tmp, *flags,
+                   "--epochs", 1, "--steps_per_epoch", args.rounds * args.train_steps]  # fmt: skip
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+        if done.returncode:
+            fail(next((line for line in done.stderr.splitlines() if line.startswith("error: ")),
+                      done.stderr).removeprefix("error: "))
+        rows = map(json.loads, Path(tmp, "models", "encoder.jsonl").read_text().splitlines())
+        rows = [row for row in rows if "lr" in row]
+    if len(rows) < 3:
+        fail(f"{len(rows)} lines were logged, expected 3 at least; raise --train_steps")
+    return (rows[-1]["step"] - rows[1]["step"]) / (rows[-1]["seconds"] - rows[1]["seconds"])
+
+
 # ---- plan ----------------------------------------------------------------------------------------
 
 
@@ -590,8 +630,8 @@ def bench_paired(args):
 
 
 BENCHMARKS = {"env": bench_env, "collect": bench_collect, "loader": bench_loader,
-              "fidelity": bench_fidelity, "train": bench_train, "plan": bench_plan,
-              "paired": bench_paired}
+              "fidelity": bench_fidelity, "train": bench_train, "scale": bench_scale,
+              "plan": bench_plan, "paired": bench_paired}  # fmt: skip
 
 
 def main():

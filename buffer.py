@@ -11,16 +11,20 @@ A chunk is one whole episode of T steps in one .npz. How frames, actions and lat
 Frames before the first are the first, repeated; nothing ever crosses an episode.
 
     python buffer.py data data_race data_recovery      what is there, what is damaged and why
+    python buffer.py export --format minari            the same for others, into minari/
 """
 
 import argparse
+import fcntl
 import hashlib
 import io
 import json
 import math
 import os
 import queue
+import shutil
 import struct
+import sys
 import threading
 import time
 import zipfile
@@ -35,7 +39,7 @@ import torch
 from isal import isal_zlib
 from tqdm import tqdm
 
-from runtime import Refusal, fail, replace_atomically, run, versions, writable
+from runtime import Refusal, fail, optional, replace_atomically, run, versions, writable
 
 SCHEMA = 1  # of chunks; a newer one is skipped and named
 DEFLATE_LEVEL = 1  # of isal: a fifth of the time of zlib's level 2, and a little smaller
@@ -174,11 +178,12 @@ def _refuse_special(path):
 
 
 def read_meta(path):
-    """The meta of a chunk, nothing inflated but the meta, the sizes checked. Refusal if bad."""
+    """The meta of a chunk and the CRC of its pixels as `crc`, nothing inflated but the meta, the
+    sizes checked. Refusal if bad."""
     try:
         _refuse_special(path)
         with open(path, "rb") as f, zipfile.ZipFile(f) as z:
-            return _open_meta(f, z)[0]
+            return _open_meta(f, z)[0] | {"crc": z.getinfo("obs.npy").CRC}
     except BROKEN as e:
         raise Refusal(f"{path}: damaged or foreign ({e or type(e).__name__})") from None
 
@@ -575,10 +580,11 @@ class Latents:
     """Latents of every frame of every chunk, cached on disk in half precision and memory-mapped.
 
     One file a pair of encoder and preprocessing, `ROOT/models/latents_<key>.f16`, rows appended
-    chunk by chunk, and an index beside it that is written last: only new chunks are encoded, and
-    another encoder has another file. When `stop` turns true it keeps what is done and raises
-    KeyboardInterrupt. `encode(obs (B, history, 3, 64, 64))` gives
-    z (B, D).
+    chunk by chunk, and an index beside it that is written last and knows length and CRC of each
+    chunk: only what is new or has changed is encoded, and another encoder has another file.
+    2 * dim bytes a frame. A second process waits for the first and finds its work. When `stop`
+    turns true it keeps what is done and raises KeyboardInterrupt.
+    `encode(obs (B, history, 3, 64, 64))` gives z (B, D).
     """
 
     def __init__(self, root, key, dim, history, repeat, encode, chunks, progress=iter,
@@ -586,36 +592,31 @@ class Latents:
         stem = writable(root / "models") / f"latents_{key}"
         self.path, self.index_path = stem.with_suffix(".f16"), stem.with_suffix(".json")
         self.dim, self.repeat = dim, repeat
-        self.rows = {}
-        if self.index_path.exists() and self.path.exists():
-            rows = json.loads(self.index_path.read_text())["rows"]  # uid: [first row, frames]
-            end = self.path.stat().st_size // (2 * dim)
-            self.rows = {uid: (a, T) for uid, (a, T) in rows.items() if a + T + 1 <= end}
         for old in self.path.parent.glob("latents_*"):
             if old.stem != stem.name:
-                old.unlink()  # another encoder's
-        missing = [c for c in chunks if c.meta["uid"] not in self.rows]
-        end = max((a + n + 1 for a, n in self.rows.values()), default=0)
-        if missing:
-            with open(self.path, "r+b" if self.rows else "wb") as f:
-                f.truncate(end * dim * 2)
-                f.seek(0, 2)
-                for chunk in progress(missing):
-                    if stop:
-                        break  # what is encoded stays
-                    try:
-                        obs = read_chunk(chunk.path, "obs", "act")["obs"]
-                    except Refusal as e:
-                        Damage.of([chunk]).add(e)
-                        continue
-                    z = self._encode(obs, history, repeat, encode)
-                    f.write(z.tobytes())
-                    self.rows[chunk.meta["uid"]] = [end, chunk.frames]
-                    end += len(obs)
+                old.unlink(missing_ok=True)  # another encoder's
+        with open(self.path, "ab") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            end = self._known(chunks)
+            missing = [c for c in chunks if c.meta["uid"] not in self.rows]
+            f.truncate(end * dim * 2)  # nothing that a reader may have mapped
+            for chunk in progress(missing) if missing else ():
+                if stop:
+                    break  # what is encoded stays
+                try:
+                    obs = read_chunk(chunk.path, "obs", "act")["obs"]
+                except Refusal as e:
+                    Damage.of([chunk]).add(e)
+                    continue
+                z = self._encode(obs, history, repeat, encode)
+                f.write(z.tobytes())
+                self.rows[chunk.meta["uid"]] = end, chunk.frames, chunk.meta["crc"]
+                end += len(obs)
+            if missing:
                 f.flush()
                 os.fsync(f.fileno())  # before the index that promises the rows
-            body = json.dumps({"dim": dim, "versions": versions(), "rows": self.rows}).encode()
-            replace_atomically(self.index_path, lambda f: f.write(body))
+                body = json.dumps({"dim": dim, "versions": versions(), "rows": self.rows}).encode()
+                replace_atomically(self.index_path, lambda f: f.write(body))
         if stop:
             raise KeyboardInterrupt
         self.z = np.memmap(self.path, np.float16, "r", shape=(end, dim))
@@ -627,10 +628,23 @@ class Latents:
                 Damage.of([chunk]).add(e)
                 del self.rows[chunk.meta["uid"]]
                 continue
-            a, T = self.rows[chunk.meta["uid"]]
+            a, T, _ = self.rows[chunk.meta["uid"]]
             if T >= repeat:
                 cum = np.cumsum(np.concatenate([np.zeros((1, 3)), act]), axis=0)
                 self.act[a:a + T + 1 - repeat] = (cum[repeat:] - cum[:-repeat]) / repeat
+
+    def _known(self, chunks):
+        """Fills self.rows, uid: (first row, frames, CRC), from the index, without what the file has
+        lost and what is another episode now; returns the end of all rows that are promised."""
+        there = self.path.stat().st_size // (2 * self.dim)
+        try:
+            rows = {uid: (a, T, crc) for uid, (a, T, crc) in json.loads(
+                self.index_path.read_text())["rows"].items() if a + T + 1 <= there}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            rows = {}  # not there, or not written by this code
+        now = {c.meta["uid"]: (c.frames, c.meta["crc"]) for c in chunks}
+        self.rows = {uid: row for uid, row in rows.items() if row[1:] == now.get(uid, row[1:])}
+        return max((a + T + 1 for a, T, _ in rows.values()), default=0)
 
     @staticmethod
     def _encode(obs, history, repeat, encode, batch=256):
@@ -649,7 +663,7 @@ class Latents:
         """Rows at which a window of `latents` latents can begin without leaving its episode."""
         span = (latents - 1) * self.repeat
         parts = [np.arange(a + skip, a + T + 1 - span)
-                 for a, T in (self.rows[c.meta["uid"]] for c in self.cached(chunks))
+                 for a, T, _ in (self.rows[c.meta["uid"]] for c in self.cached(chunks))
                  if T + 1 - span > skip]
         return np.concatenate(parts) if parts else np.zeros(0, int)
 
@@ -674,7 +688,71 @@ def verify(chunks):
     return whole, damaged
 
 
+# ------------------------------------------------------------------ export
+
+def export_minari(folders, out, name):
+    """Writes the episodes of folders as the dataset `name` of Minari (minari.farama.org) under
+    `out`, whole or not at all: every array as it is, 12 KB a frame; telemetry in the infos, the
+    track's seed as seed, the description in the options. Damaged chunks are named and left out.
+    """
+    minari, gymnasium = optional("minari", "minari>=0.5.4"), optional("gymnasium", "gymnasium")
+    optional("h5py", "h5py")
+    found = [index(folder) for folder in folders]
+    chunks, damaged = ([x for f in found for x in f[i]] for i in (0, 1))
+    if not chunks:
+        fail(f"{', '.join(map(str, folders))}: no whole chunk there; `python collect_race_data.py` "
+             "makes some")
+    if (out / name).exists():
+        fail(f"{out / name}: exists already; choose another --name or --out")
+
+    def episodes():
+        for chunk in tqdm(chunks, desc="export", unit="episode", mininterval=1):
+            try:
+                data = read_chunk(chunk.path)
+            except Refusal as e:
+                damaged.append(str(e))
+                continue
+            yield minari.data_collector.EpisodeBuffer(
+                seed=chunk.meta["track_seed"], options={"meta": json.dumps(chunk.meta)},
+                observations=data["obs"], actions=data["act"], rewards=data["reward"],
+                terminations=data["terminated"], truncations=data["truncated"],
+                infos={"telemetry": data["telemetry"]})
+
+    tmp = writable(out / f".{name}.{os.getpid()}.tmp")
+    os.environ["MINARI_DATASETS_PATH"] = str(tmp)
+    try:
+        minari.create_dataset_from_buffers(
+            name, episodes(), data_format="hdf5", jpeg_encoding=False,
+            observation_space=gymnasium.spaces.Box(0, 255, FRAME, np.uint8),
+            action_space=gymnasium.spaces.Box(np.float32([-1, 0, 0]), np.float32([1, 1, 1])),
+            description="gymnasium's CarRacing-v3 in 64x64 pixels, collected by TinyJEPA",
+            requirements=["gymnasium[box2d]"])
+        (out / name).parent.mkdir(exist_ok=True)  # a name may have a namespace
+        os.rename(tmp / name, out / name)
+    finally:
+        shutil.rmtree(tmp)
+    for line in damaged:
+        print(f"left out: {line}")
+    print(f"{out / name}: {len(chunks)} episodes; MINARI_DATASETS_PATH={out} python -c "
+          f"'import minari; print(minari.load_dataset(\"{name}\").total_steps)'")
+    return 0
+
+
+def export(argv):
+    """`buffer.py export`: folders of chunks in the format of another library."""
+    p = argparse.ArgumentParser(prog="buffer.py export", description="episodes for other programs")
+    p.add_argument("folders", type=Path, nargs="*", default=[Path(name) for name in MADE_BY],
+                   help=f"of chunks, which become one dataset (default {' '.join(MADE_BY)})")
+    p.add_argument("--format", choices=["minari"], default="minari", help="HDF5 as Minari reads it")
+    p.add_argument("--out", type=Path, default=Path("minari"), help="where datasets are kept")
+    p.add_argument("--name", default="carracing-v0", help="Minari's dataset id, ends in a version")
+    args = p.parse_args(argv)
+    return export_minari(args.folders, args.out, args.name)
+
+
 def main():
+    if sys.argv[1:2] == ["export"]:
+        return export(sys.argv[2:])
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folders", nargs="+", type=Path, help="folders of chunks")

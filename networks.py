@@ -1,18 +1,21 @@
 """The nets (encoder, projector, decoder, predictor, cost model) and the one checkpoint format.
 
 `obs` (B, T, C, 64, 64) uint8, `act` (B, T, 3), `z` (B, T, D), `energy` (B,): the vocabulary of the
-README. `python networks.py FILE` prints what a checkpoint holds.
+README. `python networks.py FILE` prints what a checkpoint holds, `--safetensors OUT` writes its
+weights for other programs.
 """
 
+import argparse
 import fcntl
 import io
+import json
 import math
 import os
 import re
-import sys
 import time
 import zipfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from runtime import fail, git_commit, replace_atomically, run, versions
+from runtime import RANKS, fail, git_commit, optional, replace_atomically, run, versions
+from vicreg import gather
 
 PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 SCHEMA = 1  # of checkpoints; a newer one is refused
@@ -229,6 +233,55 @@ class CostModel(nn.Module):
     forward = energy
 
 
+# ------------------------------------------------------------------ several processes (torchrun)
+
+class _Loss(nn.Module):
+    """What DistributedDataParallel wants to wrap: it averages gradients of `forward` only."""
+
+    def __init__(self, loss_fn, nets):
+        super().__init__()
+        self.loss_fn, self.nets = loss_fn, nn.ModuleDict(nets)
+
+    def forward(self, *batch):
+        return self.loss_fn(self.nets, *batch)
+
+
+def over_ranks(loss_fn, nets):
+    """loss_fn(nets, *batch) as a function of the batch: the part of one rank, while gradients are
+    those of the parts of all together, batch statistics included. Every net must be used.
+    """
+    if RANKS == 1:
+        return partial(loss_fn, nets)
+    for name, net in nets.items():
+        if next(net.parameters()).is_cuda:
+            nets[name] = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        for norm in net.modules():
+            if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                norm.forward = partial(norm_over_ranks, norm)
+    return nn.parallel.DistributedDataParallel(_Loss(loss_fn, nets))
+
+
+def norm_over_ranks(norm, x):
+    """The forward of a batch norm with the statistics of the batches of all ranks, x (N, C, ...):
+    torch's SyncBatchNorm for CPUs, which it does not serve.
+    """
+    if not norm.training:
+        return type(norm).forward(norm, x)
+    over = [d for d in range(x.dim()) if d != 1]
+    wide = lambda v: v.view(1, -1, *[1] * (x.dim() - 2))
+    of_all = lambda v: gather(v[None]).mean(dim=0)
+    y = x.float()
+    mean = of_all(y.mean(over))
+    y = y - wide(mean)
+    var = of_all(y.pow(2).mean(over))
+    n = RANKS * x.numel() // x.shape[1]
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * n / (n - 1), norm.momentum)
+        norm.num_batches_tracked += 1
+    return (y * wide(norm.weight * (var + norm.eps).rsqrt()) + wide(norm.bias)).to(x.dtype)
+
+
 # ------------------------------------------------------------------ checkpoints
 
 NETS = {"encoder": TinyEncoder, "projector": Projector, "inverse": InverseModel,
@@ -315,8 +368,8 @@ def load_frozen(path, name, device, made_by):
     return build(payload, name, path, made_by).to(device).eval().requires_grad_(False), payload
 
 
-RUNTIME_ARGS = {"root", "device", "threads", "fresh", "precision", "once", "newest", "save_every",
-                "log_every"}  # may change on resume
+RUNTIME_ARGS = {"root", "device", "threads", "fresh", "precision", "compile", "tensorboard", "once",
+                "newest", "save_every", "log_every"}  # may change on resume
 
 
 def so_far(args, step, per_epoch, per_step, **data):
@@ -518,5 +571,35 @@ def tensors(value):
     return [t for v in inside for t in tensors(v)] if isinstance(value, (dict, list)) else []
 
 
+def export_safetensors(path, out):
+    """The weights of a checkpoint as one safetensors file (github.com/huggingface/safetensors):
+    tensors `net.parameter`; class and arguments of each net as JSON in the file's metadata.
+    """
+    nets = read(path)["nets"]
+    weights = {f"{name}.{key}": tensor.contiguous()
+               for name, entry in nets.items() for key, tensor in entry["weights"].items()}
+    about = {name: json.dumps({k: entry[k] for k in ("class", "args")})
+             for name, entry in nets.items()}
+    body = optional("safetensors.torch", "safetensors").save(weights, about)
+    replace_atomically(out, lambda f: f.write(body))
+    print(f"{out}: {len(weights)} tensors of {', '.join(nets)}")
+
+
+def main():
+    p = argparse.ArgumentParser(description="what a checkpoint holds")
+    p.add_argument("files", nargs="+", type=Path, help="checkpoints to describe")
+    p.add_argument("--safetensors", type=Path, metavar="OUT",
+                   help="write the weights of the one file to OUT instead")
+    args = p.parse_args()
+    if args.safetensors and len(args.files) > 1:
+        p.error("--safetensors takes one file at a time")
+    for path in args.files:
+        if args.safetensors:
+            export_safetensors(path, args.safetensors)
+        else:
+            describe(path)
+    return 0
+
+
 if __name__ == "__main__":
-    run(lambda: [describe(Path(p)) for p in sys.argv[1:]] and 0)
+    run(main)

@@ -4,6 +4,7 @@ one-line failures and a clean stop. No learning happens here.
 
 import argparse
 import errno
+import importlib
 import json
 import os
 import platform
@@ -11,13 +12,21 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
+RANK, LOCAL_RANK, RANKS = (  # which process this is of all, and on its machine; how many there are
+    int(os.environ[k]) if dist.is_torchelastic_launched() else default
+    for k, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+PATIENCE = timedelta(hours=4)  # others wait while rank 0 encodes, evaluates and paints alone
+FASTER = 0.9  # of the time: --precision auto wants that much before it gives up range or digits
 RETRY_S = 5  # seconds between two tries to write to a full disk
 FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk, or quota, answers
 
@@ -36,7 +45,10 @@ def fail(message):
 def run(main):
     """Calls a script's main; exit codes: 0 done, 2 refused in one line, 130 stopped and saved."""
     try:
-        sys.exit(main())
+        code = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(code)
     except Refusal as e:
         tqdm.write(f"error: {e}", file=sys.stderr)  # on a line of its own, bar or not
         sys.exit(2)
@@ -66,8 +78,8 @@ def parser(doc, seed=True, device=True, data=False, shares=True):
                        help="auto, cpu, cuda or cuda:1 (ROCm cards are cuda too); auto takes the "
                             "first GPU there is")
         g.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                       help="auto: bf16 where the hardware has it, fp16 on other GPUs, fp32 on "
-                            "other CPUs; losses are fp32 always")
+                       help="auto: the fastest here of those that the hardware has (bf16 never "
+                            "on RDNA2), timed; losses are fp32 always")
         g.add_argument("--threads", type=natural, default=0,
                        help="CPU threads (0: all cores); lower it beside another heavy job")
     if data:
@@ -79,6 +91,11 @@ def parser(doc, seed=True, device=True, data=False, shares=True):
                                 "(default: equal)")
         g.add_argument("--fresh", action="store_true",
                        help="start again although a half-finished run could be resumed")
+        g.add_argument("--compile", action="store_true",
+                       help="torch.compile the net: minutes at the start, then faster steps where "
+                            "torch knows the device well; one process only, not tried on ROCm")
+        g.add_argument("--tensorboard", action="store_true",
+                       help="log to ROOT/models/tensorboard/ too, where the package is installed")
         g.add_argument("--save_every", type=float, default=15,
                        help="minutes of training that a crash may cost at most, where epochs are "
                             "longer")
@@ -150,7 +167,9 @@ def pick_device(args):
         torch.set_num_threads(args.threads)
     name = args.device
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and RANKS > 1:
+        name = f"cuda:{LOCAL_RANK}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -164,28 +183,115 @@ def pick_device(args):
 
 
 def pick_precision(name, device):
-    """torch dtype for autocast. RDNA2 (gfx10*) reports bf16 but has none in hardware."""
+    """torch dtype for autocast; says what `auto` took and why. The same on all ranks."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if name != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+        return dtypes[name]
+    has, why = hardware_precisions(device)
+    seconds = [time_steps(device, dtypes[k]) if k in has and len(has) > 1 else
+               0.0 if k in has else float("inf") for k in dtypes]
+    seconds = dict(zip(dtypes, map(max, zip(*everywhere(*seconds)))))  # of the slowest rank
+    half = "fp16" if seconds["fp16"] < FASTER * seconds["bf16"] else "bf16"
+    took = half if seconds[half] < FASTER * seconds["fp32"] else "fp32"
+    timed = ", ".join(f"{k} {1000 * t:.1f}" for k, t in seconds.items() if 0 < t < float("inf"))
+    print(f"precision {took}: {why}" + (f"; ms a step of convolutions: {timed}" if timed else ""))
+    return dtypes[took]
+
+
+def hardware_precisions(device):
+    """(names of the precisions that the device computes in hardware, the reason in words)."""
     if device.type == "cuda":
-        arch = getattr(torch.cuda.get_device_properties(device), "gcnArchName", "")
-        has_bf16 = torch.cuda.is_bf16_supported() and not arch.startswith("gfx10")
-        return torch.bfloat16 if has_bf16 else torch.float16
+        about = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            arch = about.gcnArchName.split(":")[0]
+            has_bf16 = not arch.startswith("gfx10")  # RDNA2 reports bf16 and emulates it
+        else:
+            arch, has_bf16 = f"compute capability {about.major}.{about.minor}", about.major >= 8
+        what = "has bf16" if has_bf16 else "has no bf16 in hardware"
+        return (["bf16"] if has_bf16 else []) + ["fp16", "fp32"], f"{about.name} ({arch}) {what}"
     flags = Path("/proc/cpuinfo")
     flags = flags.read_text() if flags.exists() else ""
-    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+    if "avx512_bf16" in flags or "amx_bf16" in flags:
+        return ["bf16", "fp32"], "this CPU has bf16"
+    return ["fp32"], "this CPU has no bf16 in hardware"
 
 
-def set_up(args):
-    """(device, dtype of autocast) of a stage; seeds torch and sets its threads."""
+def time_steps(device, dtype, steps=5):
+    """Seconds of one forward and backward of the encoder's kind of work, the best of a few."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(9, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(),
+                        nn.Conv2d(128, 128, 3, padding=1), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+                        nn.Linear(2048, 512)).to(device, memory_format=torch.channels_last)
+    x = torch.randn(64 if device.type == "cuda" else 8, 9, 32, 32, device=device).contiguous(
+        memory_format=torch.channels_last)
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best = float("inf")
+    for _ in range(3 + steps):  # the first ones choose kernels and are slow
+        start = time.perf_counter()
+        with autocast(device, dtype):
+            net(x).float().mean().backward()
+        sync()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def set_up(args, ranks=False):
+    """(device, dtype of autocast) of a stage; seeds torch and sets its threads. A stage that knows
+    `ranks` joins the other processes of torchrun, of which only the first one speaks."""
+    if RANKS > 1 and not ranks:
+        fail("this stage runs as one process: start it with python, not torchrun")
+    if RANKS > 1 and args.batch_size % RANKS:
+        fail(f"--batch_size {args.batch_size}: expected a multiple of the {RANKS} processes, which "
+             "take equal parts of it")
+    if RANKS > 1 and args.compile:
+        fail("--compile: for one process only; leave it out under torchrun")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
     device = pick_device(args)
+    if RANKS > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo" + ",cuda:nccl" * (device.type == "cuda"),
+                                timeout=PATIENCE)
+    dtype = pick_precision(args.precision, device)
     torch.manual_seed(args.seed)
-    return device, pick_precision(args.precision, device)
+    return device, dtype
 
 
 def autocast(device, dtype):
     """The autocast context of this device and dtype; none in fp32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+# ------------------------------------------------------------------ several processes (torchrun)
+
+def everywhere(*numbers):
+    """The numbers of all ranks, a list each, in order of rank; all wait for the last one."""
+    mine = torch.tensor(numbers, dtype=torch.float64)
+    if RANKS == 1:
+        return [mine.tolist()]
+    every = [torch.empty_like(mine) for _ in range(RANKS)]
+    dist.all_gather(every, mine)
+    return [numbers.tolist() for numbers in every]
+
+
+def same_start(step, per_epoch):
+    """Steps an epoch as rank 0 counts them; refuses ranks that would not start at the same step."""
+    starts = everywhere(step, per_epoch)
+    if len({step for step, _ in starts}) > 1:
+        fail(f"the processes would start at steps {[int(step) for step, _ in starts]}: all "
+             "machines need the same files under --root/models")
+    return int(starts[0][1])
+
+
+@contextmanager
+def in_turn():
+    """The block runs in one rank after the other: what the first one makes, the others find."""
+    for _ in range(RANK):
+        everywhere()
+    yield
+    for _ in range(RANKS - RANK):
+        everywhere()
 
 
 # ------------------------------------------------------------------ provenance
@@ -221,20 +327,24 @@ class RunLog:
     """`ROOT/models/<stage>.jsonl`, one JSON object a line, and `ROOT/visuals/<stage>_curves.png`.
 
     The first line of a run holds command, arguments, versions and commit. Lines are appended, so
-    a resumed run continues its curves; a fresh run starts the file anew.
+    a resumed run continues its curves; a fresh run starts the file anew. With --tensorboard the
+    same goes to `ROOT/models/tensorboard/<stage>`. Of several ranks the first one writes.
     """
 
     def __init__(self, args, stage, resumed=False):
         self.start, self.last, self.every = time.time(), 0.0, args.log_every
         self.path = writable(args.root / "models") / f"{stage}.jsonl"
         self.png = writable(args.root / "visuals") / f"{stage}_curves.png"
-        if not resumed:
+        if not resumed and RANK == 0:
             self.path.unlink(missing_ok=True)
         self._write({"command": " ".join(sys.argv), "time": time.strftime("%F %T"),
                      "args": {k: str(v) for k, v in vars(args).items()},
                      "versions": versions(), "commit": git_commit()})
+        self.board = summary_writer(args, stage, self.rows()) if args.tensorboard else None
 
     def _write(self, row):
+        if RANK:
+            return
         try:
             with open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
@@ -254,8 +364,8 @@ class RunLog:
         return sorted((r for r in rows if "step" in r), key=lambda r: r["step"])
 
     def due(self):
-        """True when --log_every seconds have passed since the last line."""
-        return time.time() - self.last >= self.every
+        """True when --log_every seconds have passed since the last line; on the first rank."""
+        return RANK == 0 and time.time() - self.last >= self.every
 
     def log(self, step, **values):
         """One line; tensors and numpy numbers become floats (this is where the device waits)."""
@@ -264,6 +374,9 @@ class RunLog:
                    for k, v in values.items()}
         values = {k: float(f"{v:.9g}") for k, v in numbers.items()}  # float32 to the last bit
         self._write({"step": int(step), "seconds": round(self.last - self.start, 1), **values})
+        if self.board:
+            for k, v in values.items():
+                self.board.add_scalar(k, v, int(step))
         return values
 
     def curves(self):
@@ -296,6 +409,23 @@ class RunLog:
         axes.flat[0].legend(fontsize=7)
         fig.supxlabel("step", fontsize=8)
         save_figure(fig, self.png)
+
+
+def summary_writer(args, stage, rows):
+    """TensorBoard's writer for rank 0; it hides what an earlier run showed beyond its last row."""
+    board = optional("torch.utils.tensorboard", "tensorboard")
+    folder = args.root / "models" / "tensorboard" / stage
+    end = rows[-1]["step"] if rows else 0
+    return board.SummaryWriter(folder, purge_step=end + 1) if RANK == 0 else None
+
+
+def optional(module, package):
+    """A module of a package that only this feature needs; without it one line says how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        fail(f"{package} is not installed and this needs it: `pip install '{package}'`")
 
 
 def pyplot():
@@ -389,3 +519,7 @@ class Stop:
 
     def __bool__(self):
         return self.requested
+
+    def anywhere(self):
+        """True once it came to any rank. All ranks ask together, between the same two steps."""
+        return any(requested for requested, in everywhere(self.requested))

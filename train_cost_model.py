@@ -133,6 +133,8 @@ def main():
     train, held = parts
 
     cost = CostModel(encoder.dim, args.hidden).to(device)
+    if args.compile:
+        cost.net.compile()
     optim = torch.optim.AdamW(cost.net.parameters(), args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=False)  # small and in fp32
     data = provenance(sources) | dict(encoder_key=key, predictor_key=fingerprint(predictor))

@@ -172,6 +172,8 @@ def main():
         decoder = nets["decoder"].train()
         optim = torch.optim.AdamW(decoder.parameters(), args.lr)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        if args.compile:
+            decoder.compile()
         loader = Loader([s[0] for s in sources.values()], args.batch_size, 1, encoder.history,
                         encoder.repeat, args.shares, args.seed + epoch)
         data = provenance(sources) | {"encoder_key": fingerprint(encoder)}

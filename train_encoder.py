@@ -7,6 +7,7 @@ plain VICReg on two photometric views. Each epoch prints a linear probe of what 
 after the laptop's 5 minutes on two CPU cores expect R² over 0.9 for speed and lateral offset.
 
     python train_encoder.py --epochs 50 --batch_size 256
+    torchrun --nproc_per_node=2 train_encoder.py --epochs 50 --batch_size 256            two GPUs
     python train_encoder.py --width 0.25 --dim 128 --strides 2 2 2 1 --epochs 4 \\
         --steps_per_epoch 160 --batch_size 96 --lr 2e-3 --shares 0.35 0.45 0.2       a laptop
 """
@@ -23,9 +24,10 @@ from tqdm import tqdm
 from buffer import Loader, load_sources, on_device, provenance, sample_frames, shares_of
 from car_env import TELEMETRY, ZOOM_STEPS
 from networks import (InverseModel, Predictor, Projector, TinyEncoder, already_trained, cosine,
-                      optimise, refuse_nan, resume_run, rotate, save, save_run, so_far, stack,
-                      unit_act)
-from runtime import (RunLog, Stop, autocast, fail, optimisation, parser, positive, run, set_up)
+                      optimise, over_ranks, refuse_nan, resume_run, rotate, save, save_run, so_far,
+                      stack, unit_act)
+from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, optimisation, parser,
+                     positive, run, same_start, set_up)
 from vicreg import covariance, effective_rank, invariance, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
@@ -177,11 +179,14 @@ def make_nets(args, device, dtype):
     return nets, optim, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
-def make_loader(args, sources, part, batch_size, seed):
-    """Windows of one part of the sources, 0 to train, 1 held out."""
-    return Loader([s[part] for s in sources.values()], batch_size, seed=seed,
-                  latents=latents_of(args)[-1] + 1, history=args.history, repeat=args.repeat,
-                  shares=args.shares)
+def make_loader(args, sources, part, batch_size, seed, rank=0, ranks=1):
+    """Windows of one part of the sources, 0 to train, 1 held out; of several ranks each has its own
+    episodes, so that each file is read by one."""
+    chunks = [s[part][rank::ranks] for s in sources.values()]
+    if not all(chunks):
+        fail(f"--data: a folder has fewer episodes than the {ranks} processes; collect more")
+    return Loader(chunks, batch_size, seed=seed, latents=latents_of(args)[-1] + 1,
+                  history=args.history, repeat=args.repeat, shares=args.shares)
 
 
 @torch.no_grad()
@@ -251,45 +256,51 @@ def table(values):
 def main():
     args = arguments()
     began = time.time()
-    device, dtype = set_up(args)
+    device, dtype = set_up(args, ranks=True)
     sources = load_sources(args)
-    loader = make_loader(args, sources, 0, args.batch_size, args.seed)
+    loader = make_loader(args, sources, 0, args.batch_size // RANKS, args.seed, RANK, RANKS)
     held = make_loader(args, sources, 1, min(args.batch_size, 96), 1)
 
     nets, optim, scaler = make_nets(args, device, dtype)
     models = args.root / "models"
     data = provenance(sources)
-    saved = resume_run(models / "encoder_resume.pth", nets, optim, scaler, args, MADE, **data)
+    with in_turn():
+        saved = resume_run(models / "encoder_resume.pth", nets, optim, scaler, args, MADE, **data)
     step = saved["step"] if saved else 0
     per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or max(
-        1, loader.windows // (args.batch_size * len(latents_of(args))))
+        1, RANKS * loader.windows // (args.batch_size * len(latents_of(args))))
+    per_epoch = same_start(step, per_epoch)
     steps = args.epochs * per_epoch
     if step >= steps:
         return already_trained(models / f"encoder_mixed_ep{args.epochs}.pth")
     log = RunLog(args, "encoder", resumed=bool(saved))
-    probe = Probe(sources, args)
+    probe = Probe(sources, args) if RANK == 0 else None
     size = sum(p.numel() for p in nets["encoder"].parameters()) / 1e6
     print(f"{size:.2f}M encoder on {device} in {str(dtype).removeprefix('torch.')}, {steps} steps "
-          f"from {step}, {args.batch_size} windows")
-    if not saved:
+          f"from {step}, {args.batch_size} windows" + f" on {RANKS} processes" * (RANKS > 1))
+    loss_of = over_ranks(loss_fn, nets)
+    if args.compile:
+        nets["encoder"].body.compile()
+    if not saved and RANK == 0:
         print("untrained:", table(probe(nets["encoder"], device, dtype)))
 
-    frames = dict(zip(sources, len(latents_of(args)) * shares_of(
-        sources, args.batch_size, args.shares)))  # of a step
+    frames = dict(zip(sources, RANKS * len(latents_of(args)) * shares_of(
+        sources, args.batch_size // RANKS, args.shares)))  # of a step
     state = lambda: so_far(args, step, per_epoch, frames, **data)
     keep = lambda: save_run(models / "encoder_resume.pth", nets, optim, scaler, **state())
-    if not saved:
+    if not saved and RANK == 0:
         keep()  # no epoch's file is ever there without it
     stop = Stop()  # until here a signal ends it at once: there is nothing to save
     batches, last_save = on_device(loader.batches(step), device), time.time()
-    bar = tqdm(total=steps, initial=step, desc="encoder", unit="step", mininterval=1)
+    bar = tqdm(total=steps, initial=step, desc="encoder", unit="step", mininterval=1,
+               disable=RANK > 0)
     while step < steps:
         for net in nets.values():
             net.train()
         obs, act = next(batches)
-        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
+        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step + (RANK << 40))
         with autocast(device, dtype):
-            loss, logs, z = loss_fn(nets, views(obs, args, generator), act, args)
+            loss, logs, z = loss_of(views(obs, args, generator), act, args)
         lr = cosine(step, steps, args.lr)
         optimise(loss, nets.values(), optim, scaler, lr, f"step {step}")
         if step % CHECK_EVERY == 0 and step > 0:
@@ -300,7 +311,8 @@ def main():
             bar.set_postfix(loss=f"{shown['loss']:.3f}", rank=f"{shown['rank']:.0f}")
         step += 1
         bar.update()
-        if step % per_epoch == 0:
+        stopping = stop.anywhere()
+        if step % per_epoch == 0 and RANK == 0:
             epoch = step // per_epoch
             for net in nets.values():
                 net.eval()
@@ -313,14 +325,17 @@ def main():
             save(models / f"encoder_mixed_ep{epoch}.pth", nets, **state(), epochs=args.epochs,
                  objective=args.objective, done=epoch == args.epochs)
             rotate(models, "encoder_mixed")
-        if step % per_epoch == 0 or stop or time.time() - last_save > 60 * args.save_every:
+        late = time.time() - last_save > 60 * args.save_every
+        if RANK == 0 and (step % per_epoch == 0 or stopping or late):
             keep()
             last_save = time.time()
-        if stop:
+        if stopping:
             bar.close()
             print(f"stopped at step {step} of {steps}; the same command goes on")
             return 130
     bar.close()
+    if RANK:
+        return 0
     peak = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" \
         else ""
     print(f"{models}/encoder_mixed_ep{args.epochs}.pth: {steps} steps in "

@@ -7,6 +7,7 @@ held-out error of each step beside copy-last, another episode's actions and an u
 after the laptop's 3 minutes on two CPU cores expect under 0.3 of copy-last's at step 15.
 
     python train_predictor.py --epochs 50
+    torchrun --nproc_per_node=2 train_predictor.py --epochs 50     # two GPUs
     # a laptop:
     python train_predictor.py --hidden 256 --epochs 3 --steps_per_epoch 150 --batch_size 512
 """
@@ -22,10 +23,10 @@ from tqdm import tqdm
 from buffer import Latents, Loader, load_sources, provenance, shares_of
 from car_env import FPS
 from networks import (Predictor, already_trained, build, cosine, epoch_of, fingerprint, latest,
-                      load_frozen, optimise, read, refuse_nan, resume_run, rotate, save, save_run,
-                      so_far, stack)
-from runtime import (RunLog, Stop, autocast, fail, optimisation, parser, positive, pyplot, run,
-                     save_figure, save_gif, set_up)
+                      load_frozen, optimise, over_ranks, read, refuse_nan, resume_run, rotate, save,
+                      save_run, so_far, stack)
+from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, optimisation, parser,
+                     positive, pyplot, run, same_start, save_figure, save_gif, set_up)
 
 SHOWN = (0, 1, 5, 10, 15)  # steps of a dream that the picture shows
 SWAPPED = "another episode's actions"
@@ -55,18 +56,22 @@ def load_latents(args, device, dtype, sources, stop):
             return encoder(stack(obs.to(device), encoder.history))
 
     chunks = [c for split in sources.values() for part in split for c in part]
-    bar = lambda items: tqdm(items, desc="encode", unit="episode")
+    bar = lambda items: tqdm(items, desc="encode", unit="episode", disable=RANK > 0)
     version = chunks[0].meta["preprocess"]
-    latents = Latents(args.root, f"{key}-p{version}", encoder.dim, encoder.history, encoder.repeat,
-                      encode, chunks, bar, stop)
+    with in_turn():
+        latents = Latents(args.root, f"{key}-p{version}", encoder.dim, encoder.history,
+                          encoder.repeat, encode, chunks, bar, stop)
     return latents, encoder, key
 
 
 class Sampler:
-    """Balanced windows of cached latents: a pure function of seed and step."""
+    """Balanced windows of cached latents: a pure function of seed and step. Of several ranks each
+    reads every so-manieth window of the same batch."""
 
-    def __init__(self, latents, sources, part, batch_size, horizon, shares=None, seed=0):
+    def __init__(self, latents, sources, part, batch_size, horizon, shares=None, seed=0, rank=0,
+                 ranks=1):
         self.latents, self.K, self.seed = latents, horizon + 1, seed
+        self.part = slice(rank, None, ranks)
         self.starts = [latents.starts(split[part], self.K) for split in sources.values()]
         for name, starts in zip(sources, self.starts):
             if len(starts) == 0:
@@ -80,7 +85,7 @@ class Sampler:
         rng = np.random.default_rng([self.seed, step])
         starts = [np.sort(s[rng.integers(len(s), size=n)])
                   for s, n in zip(self.starts, self.counts)]
-        return self.latents.windows(np.concatenate(starts), self.K)
+        return self.latents.windows(np.concatenate(starts)[self.part], self.K)
 
 
 def loss_fn(nets, z, act):
@@ -192,10 +197,11 @@ def animate_dream(real, dreamt, path):
 def main():
     args = arguments()
     began, stop = time.time(), Stop()
-    device, dtype = set_up(args)
+    device, dtype = set_up(args, ranks=True)
     sources = load_sources(args)
     latents, encoder, key = load_latents(args, device, dtype, sources, stop)
-    sampler = Sampler(latents, sources, 0, args.batch_size, args.horizon, args.shares, args.seed)
+    sampler = Sampler(latents, sources, 0, args.batch_size, args.horizon, args.shares, args.seed,
+                      RANK, RANKS)
     held = Sampler(latents, sources, 1, 512, args.horizon, seed=args.seed)
     windows = dream_windows(sources, encoder, args.horizon)
 
@@ -205,10 +211,12 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     models, visuals = args.root / "models", args.root / "visuals"
     data = provenance(sources) | {"encoder_key": key}
-    saved = resume_run(models / "predictor_resume.pth", nets, optim, scaler, args,
-                       ("predictor_ep*.pth", "predictor.jsonl"), **data)
+    with in_turn():
+        saved = resume_run(models / "predictor_resume.pth", nets, optim, scaler, args,
+                           ("predictor_ep*.pth", "predictor.jsonl"), **data)
     step = saved["step"] if saved else 0
     per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or sampler.steps_per_epoch
+    per_epoch = same_start(step, per_epoch)
     steps = args.epochs * per_epoch
     frames = dict(zip(sources, sampler.K * shares_of(sources, args.batch_size, args.shares)))
     state = lambda: so_far(args, step, per_epoch, frames, **data)
@@ -223,29 +231,35 @@ def main():
             animate_dream(real, dreamt, visuals / "output_dream.gif")
 
     if step >= steps:
-        if not (visuals / f"dream_ep{args.epochs}.png").exists():
+        if RANK == 0 and not (visuals / f"dream_ep{args.epochs}.png").exists():
             paint(args.epochs)
         return already_trained(models / f"predictor_ep{args.epochs}.pth")
     log = RunLog(args, "predictor", resumed=bool(saved))
     print(f"{sum(p.numel() for p in predictor.parameters()) / 1e6:.2f}M predictor on {device}, "
-          f"{len(latents.z):,} latents, {steps} steps from {step}")
+          f"{len(latents.z):,} latents, {steps} steps from {step}"
+          + f" on {RANKS} processes" * (RANKS > 1))
+    loss_of = over_ranks(loss_fn, nets)
+    if args.compile:
+        predictor.compile()
 
-    if not saved:
+    if not saved and RANK == 0:
         keep()  # no epoch's file is ever there without it
     last_save = time.time()
-    bar = tqdm(total=steps, initial=step, desc="predictor", unit="step", mininterval=1)
+    bar = tqdm(total=steps, initial=step, desc="predictor", unit="step", mininterval=1,
+               disable=RANK > 0)
     while step < steps:
         predictor.train()
         z, act = (x.to(device, non_blocking=True) for x in sampler(step))
         with autocast(device, dtype):
-            loss, logs = loss_fn(nets, z, act)
+            loss, logs = loss_of(z, act)
         lr = cosine(step, steps, args.lr)
         optimise(loss, nets.values(), optim, scaler, lr, f"step {step}")
         if log.due():
             bar.set_postfix(loss=f"{log.log(step, loss=loss, lr=lr, **logs)['loss']:.3f}")
         step += 1
         bar.update()
-        if step % per_epoch == 0:
+        stopping = stop.anywhere()
+        if step % per_epoch == 0 and RANK == 0:
             epoch = step // per_epoch
             predictor.eval()
             rows = evaluate(predictor, held, device, dtype)
@@ -259,14 +273,17 @@ def main():
                  horizon=args.horizon, done=epoch == args.epochs)
             rotate(models, "predictor")
             paint(epoch)
-        if step % per_epoch == 0 or stop or time.time() - last_save > 60 * args.save_every:
+        late = time.time() - last_save > 60 * args.save_every
+        if RANK == 0 and (step % per_epoch == 0 or stopping or late):
             keep()
             last_save = time.time()
-        if stop:
+        if stopping:
             bar.close()
             print(f"stopped at step {step} of {steps}; the same command goes on")
             return 130
     bar.close()
+    if RANK:
+        return 0
     print(table(rows))
     H = args.horizon
     print(f"{models}/predictor_ep{args.epochs}.pth: {steps} steps in "

@@ -1,12 +1,13 @@
 """VICReg (Bardes, Ponce, LeCun 2021, arXiv:2105.04906): the loss and its three terms.
 
 Statistics are float32 whatever autocast says: in half precision the covariance overflows or
-rounds.
+rounds. Under torchrun variance and covariance are those of the batches of all ranks together.
 """
 
 from functools import wraps
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 STD_EPS = 1e-4  # the paper's epsilon, inside the square root
@@ -21,6 +22,32 @@ def in_float32(term):
     return computed
 
 
+class _Gather(torch.autograd.Function):
+    """A row that all ranks saw has its gradient from all of them."""
+
+    @staticmethod
+    def forward(ctx, z):
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()  # the caller's
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(z):
+    """Rows (N, ...) of each of R ranks -> those of all, (R * N, ...), in order of rank.
+
+    The gradient is that of the sum of all ranks' losses, so with the mean over ranks that
+    DistributedDataParallel takes it is the gradient of the mean loss. Without gradients (one rank
+    evaluates alone) and in a single process z comes back as it is.
+    """
+    return _Gather.apply(z) if dist.is_initialized() and torch.is_grad_enabled() else z
+
+
 @in_float32
 def invariance(za, zb):
     """Mean squared distance between two views, (N, D) x 2 -> scalar. Eq. 5, averaged over D too."""
@@ -30,12 +57,13 @@ def invariance(za, zb):
 @in_float32
 def variance(z):
     """Hinge that asks a standard deviation of 1 in each dimension, (N, D) -> scalar. Eq. 1, 2."""
-    return F.relu(1.0 - torch.sqrt(z.var(dim=0) + STD_EPS)).mean()
+    return F.relu(1.0 - torch.sqrt(gather(z).var(dim=0) + STD_EPS)).mean()
 
 
 @in_float32
 def covariance(z):
     """Squared off-diagonal covariances, summed and divided by D, (N, D) -> scalar. Eq. 3, 4."""
+    z = gather(z)
     N, D = z.shape
     z = z - z.mean(dim=0)
     cov = z.T @ z / (N - 1)  # (D, D)

@@ -275,7 +275,7 @@ def test_a_latent_cache_that_lost_its_end_is_encoded_again(tmp_path, folders):
         path.write_bytes(path.read_bytes()[:cut])
         again = Latents(tmp_path, "k", 2, 3, 2, encode, folders[0])
         for chunk in folders[0]:
-            (a, T), (b, _) = whole.rows[chunk.meta["uid"]], again.rows[chunk.meta["uid"]]
+            (a, T, _), (b, *_) = whole.rows[chunk.meta["uid"]], again.rows[chunk.meta["uid"]]
             assert np.array_equal(rows[a:a + T + 1], again.z[b:b + T + 1])
 
 
