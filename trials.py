@@ -32,7 +32,6 @@ from networks import stack
 from runtime import (autocast, natural, parser, positive, pyplot, replace_atomically, run,
                      save_figure, versions, writable)
 
-TRACKS = 200_600, 20  # the first of the tracks, and how many
 WITHIN, HELD = 3.0, 0.2  # s: to be back in, and to stay back
 BEND = 6  # tiles of 3.5 units from the sharpest one of a bend to its end
 CALM = 0.15  # pace of the expert that laps
@@ -46,7 +45,8 @@ def arguments():
     p = parser(__doc__)
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to try")
     p.add_argument("--starts", type=positive, default=200, help="recovery: cars in trouble")
-    p.add_argument("--track_seed", type=natural, default=TRACKS[0], help="the first track")
+    p.add_argument("--track_seed", type=natural, default=200_600, help="the first track")
+    p.add_argument("--tracks", type=positive, default=20, help="how many")
     planning(p)
     return p.parse_args()
 
@@ -73,9 +73,8 @@ def on_track(env, seed):
 
 
 def bend(curvature, rng):
-    """The tile at which a sharp bend begins, one of the five sharpest."""
-    apart = curvature.copy()
-    tiles = []
+    """The tile in the middle of a sharp bend, one of the five sharpest."""
+    apart, tiles = curvature.copy(), []
     for _ in range(5):
         i = int(apart.argmax())
         tiles.append(i)
@@ -142,7 +141,7 @@ def recovery(args, driver):
                "random": Blind(env, "random", 0, args.seed)}
     took = {name: {kind: [] for kind in KINDS} for name in drivers}
     for i in tqdm(range(args.starts), desc="recovery", unit="start", leave=False):
-        kind, track = KINDS[i % len(KINDS)], args.track_seed + i % TRACKS[1]
+        kind, track = KINDS[i % len(KINDS)], args.track_seed + i % args.tracks
         for name, d in drivers.items():
             curvature = on_track(env, track)
             place = trouble(kind, env, curvature, np.random.default_rng([args.seed, i]))
@@ -210,7 +209,7 @@ def behaviours(args, driver):
     energies = {}
     for name in tqdm(BEHAVIOURS, desc="behaviours", leave=False):
         z = []
-        for i in range(TRACKS[1]):
+        for i in range(args.tracks):
             on_track(env, args.track_seed + i)
             rng, frames = np.random.default_rng([args.seed, i]), []
             act = behave(name, env, rng)
@@ -313,7 +312,7 @@ def main():
     driver, _ = load_driver(args, args)
     found = {name: PARTS[name](args, driver) for name in PARTS if name in args.parts}
     body = {"models": driver.models, "versions": versions(), "track_seed": args.track_seed,
-            "starts": args.starts, **found}
+            "tracks": args.tracks, **found}
     replace_atomically(visuals / "trials.json",
                        lambda f: f.write(json.dumps(body, indent=1).encode()))
     print(f"{visuals / 'trials.json'}")

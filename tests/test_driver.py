@@ -3,6 +3,7 @@
 import json
 import multiprocessing as mp
 
+import cv2
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from car_env import make_env, observe
 from conftest import script
 from drive_mpc import Disturbance, drive, load_driver, planning
 from runtime import parser
+from trials import wilson
 
 TRACK = 200_010
 STEPS = 160
@@ -98,3 +100,29 @@ def test_its_own_episodes_are_data_to_learn_from(tmp_path):
     from train_encoder import arguments
     sources = load_sources(arguments(["--root", str(tmp_path), "--data", "data_mpc"]))
     assert [len(part) for part in sources["data_mpc"]] == [1, 1]  # to train, held out
+
+
+def test_trials_judge_every_driver_by_the_same_starts(tmp_path):
+    done = script("trials.py", "--starts", "4", "--tracks", "2", "--samples", "8", "--horizon", "4",
+                  "--threads", "1", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "visuals" / "trials.json").read_text())
+    assert [r["all"]["n"] for r in found["recovery"].values()] == [4, 4, 4]
+    assert found["recovery"]["expert"]["all"]["share"] >= 0.75  # it sees all, and comes back
+    for r in found["recovery"].values():
+        assert 0 <= r["all"]["low"] <= r["all"]["share"] <= r["all"]["high"] <= 1
+    energies = found["behaviours"]
+    for name in ("creeping", "standing on the road", "circling on the grass"):
+        for kind in ("density", "classifier"):
+            assert energies[name][kind][1] > energies["lapping"][kind][1], (name, kind)
+    straight, *_, fast = found["landscape"].values()
+    assert abs(straight["steer"]) < 0.15 and straight["gas"] > 0  # as a driver would
+    assert fast["brake"] > 0
+    image = cv2.imread(str(tmp_path / "visuals" / "energy_landscape.png"))
+    assert image is not None and image.std() > 5
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    low, high = wilson(8, 10)
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))
+    assert wilson(0, 10)[0] == pytest.approx(0, abs=1e-9)
