@@ -6,7 +6,7 @@ LAPTOP = --root $(ROOT)
 # shares of a batch: expert, recovery, random
 SHARES = --shares 0.35 0.45 0.2
 # the small encoder of a laptop
-EYE = --width 0.25 --dim 128 --strides 2 2 2 1 --batch_size 96 --lr 2e-3
+EYE = --width 0.25 --dim 128 --embedding 512 --strides 2 2 2 1 --batch_size 96 --lr 2e-3
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,12 +34,12 @@ pretrained: .venv/installed  ## an hour and a half on two cores: the weights in 
 	$(PY) collect_race_data.py $(LAPTOP) --frames 260000
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 340000
 	$(PY) collect_data.py $(LAPTOP) --frames 100000
-	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --epochs 10 --steps_per_epoch 500
+	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --epochs 6 --steps_per_epoch 500
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 400
-	$(PY) train_predictor.py $(LAPTOP) $(SHARES) --hidden 256 --epochs 4 --steps_per_epoch 1250 --batch_size 512 --lr 2e-3
+	$(PY) train_predictor.py $(LAPTOP) $(SHARES) --hidden 256 --epochs 3 --steps_per_epoch 1250 --batch_size 512 --lr 2e-3
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 4
 	mkdir -p models/pretrained && rm -f models/pretrained/*.pth
-	cp $(ROOT)/models/encoder_mixed_ep10.pth $(ROOT)/models/decoder_ep10.pth $(ROOT)/models/predictor_ep4.pth $(ROOT)/models/cost_model_final.pth models/pretrained/
+	cp $(ROOT)/models/encoder_mixed_ep6.pth $(ROOT)/models/decoder_ep6.pth $(ROOT)/models/predictor_ep3.pth $(ROOT)/models/cost_model_final.pth models/pretrained/
 
 test: .venv/installed  ## the tests, under ten minutes on two cores
 	$(PY) -m pytest

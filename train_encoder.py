@@ -2,13 +2,14 @@
 
 Reads ROOT/data_race, data_recovery, data; writes ROOT/models/encoder_mixed_ep{N}.pth each epoch,
 models/encoder.jsonl and visuals/encoder_curves.png. `--objective joint` (default) asks that latents
-be predictable from actions, tell the action, vary, and be uncorrelated; `--objective vicreg` is
-plain VICReg on two photometric views. Each epoch prints a linear probe of what the latents know:
-after the laptop's 5 minutes on two CPU cores expect R² over 0.9 for speed and lateral offset.
+be predictable from actions, tell the action, vary and be uncorrelated, and adds VICReg of
+neighbours in time on an expander's embeddings; `--objective vicreg` is plain VICReg on two
+photometric views. Each epoch prints a linear probe of what the latents know: after the laptop's
+5 minutes on two CPU cores expect R² over 0.9 for speed and lateral offset.
 
     python train_encoder.py --epochs 50 --batch_size 256
     torchrun --nproc_per_node=2 train_encoder.py --epochs 50 --batch_size 256            two GPUs
-    python train_encoder.py --width 0.25 --dim 128 --strides 2 2 2 1 --epochs 4 \\
+    python train_encoder.py --width 0.25 --dim 128 --embedding 512 --strides 2 2 2 1 --epochs 4 \\
         --steps_per_epoch 160 --batch_size 96 --lr 2e-3 --shares 0.35 0.45 0.2       a laptop
 """
 
