@@ -46,7 +46,7 @@ def arguments():
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to try")
     p.add_argument("--starts", type=positive, default=200, help="recovery: cars in trouble")
     p.add_argument("--track_seed", type=natural, default=200_600, help="the first track")
-    p.add_argument("--tracks", type=positive, default=20, help="how many")
+    p.add_argument("--tracks", type=positive, default=20, help="how many tracks")
     planning(p)
     return p.parse_args()
 

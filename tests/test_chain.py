@@ -134,6 +134,7 @@ def test_demo_energy_writes_its_pictures(chain):
     assert (root / "visuals" / "demo_energy.mp4").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_resume_equals_no_interruption(chain, tmp_path):
     """Ctrl-C in the middle, the same command again: the same weights to the bit."""
     for name in ("data", "data_race", "data_recovery"):
@@ -180,6 +181,7 @@ def test_the_watcher_draws_what_is_good_in_order_names_the_bad_and_ends(chain, t
         picture(tmp_path / "visuals" / f"reconstruct_ep{epoch}.png")
 
 
+@pytest.mark.slow
 def test_a_stopped_decoder_goes_on_where_it_was(chain, tmp_path):
     for name in ("data", "data_race", "data_recovery"):
         (tmp_path / name).symlink_to(chain[0] / name)
@@ -221,6 +223,7 @@ def test_more_data_does_not_renumber_what_is_trained(chain, tmp_path):
     assert "already trained" in done.stdout
 
 
+@pytest.mark.slow
 def test_plain_vicreg_trains_too(chain, tmp_path):
     for name in ("data", "data_race", "data_recovery"):
         (tmp_path / name).symlink_to(chain[0] / name)
@@ -346,6 +349,7 @@ def test_without_nets_it_drives_with_the_weights_that_come_with_the_code(tmp_pat
     assert "pretrained" in report["models"] and report["mean"] > 500  # at random: -30
 
 
+@pytest.mark.slow
 def test_training_is_timed_beside_the_bare_net(chain):
     done = script("benchmark.py", "train", "--rounds", 1, "--train_steps", 2, root=chain[0])
     assert done.returncode == 0, done.stderr
