@@ -12,7 +12,7 @@ landscape   the energy of plans that hold steering and throttle, in four situati
             planner sees when it looks for the lowest place.
 
 Takes the fast env and tracks for choosing; writes ROOT/visuals/trials.json and
-visuals/energy_landscape.png. Five minutes on two CPU cores.
+visuals/energy_landscape.png. Six minutes on a CPU with `--samples 256 --threads 1`.
 
     python trials.py
 """
