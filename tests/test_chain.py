@@ -238,6 +238,7 @@ def test_plain_vicreg_trains_too(chain, tmp_path):
     assert len(aside) == 1  # --fresh deletes nothing
 
 
+@pytest.mark.slow
 def test_the_fast_env_is_at_least_eight_times_the_stock_one(tmp_path):
     done = script("benchmark.py", "env", "--rounds", "1", "--steps", "250", root=tmp_path)
     ratio = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("fast env  ")]

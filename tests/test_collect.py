@@ -239,6 +239,7 @@ def test_a_tenth_of_the_tracks_is_held_out_on_every_machine():
     assert paces == dict.fromkeys(job["paces"], 10)  # and all paces are
 
 
+@pytest.mark.slow
 def test_two_machines_are_merged_by_copying(tmp_path):
     for machine in (0, 1):
         done = script("collect_data.py", "--frames", "1200", "--workers", "2", "--machine_id",

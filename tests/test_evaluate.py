@@ -54,6 +54,7 @@ def test_the_card_says_what_made_it(card):
         assert words in said
 
 
+@pytest.mark.slow
 def test_without_episodes_or_nets_it_judges_the_weights_that_come_with_the_code(tmp_path):
     done = script("evaluate.py", *TINY, "--parts", "knows", "--ceiling_steps", "0", "--threads",
                   "1", root=tmp_path)
