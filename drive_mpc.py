@@ -328,17 +328,19 @@ def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=Disturb
     obs, _ = env.reset(seed=track_seed)
     for part in (driver, disturbance):
         part.reset(track_seed)
+    seen = observe(env, obs)
     if tape:
         tape.reset()
-        tape.see(env, observe(env, obs))
+        tape.see(env, seen)
     total, steps, ended, info = 0.0, 0, False, {}
     while not ended:
-        frame = disturbance(observe(env, obs))
+        frame = disturbance(seen)
         action = driver.act(frame)
         obs, reward, terminated, truncated, info = env.step(action)
+        seen = observe(env, obs)
         total, steps, ended = total + reward, steps + 1, terminated or truncated
         if tape:
-            tape.see(env, observe(env, obs))
+            tape.see(env, seen)
             tape.act.append(action)
             tape.reward.append(reward)
         if not watch(env, frame, driver, total):

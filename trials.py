@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from car_env import FPS, TELEMETRY, ZOOM_STEPS, make_env, place_car, telemetry
+from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, make_env, place_car,
+                     telemetry)
 from collect_race_data import Expert
 from drive_mpc import Blind, load_driver, planning, to_action
 from networks import stack
@@ -68,8 +69,7 @@ def on_track(env, seed):
     """Resets env to a track, past the opening zoom; returns how sharp each tile turns, 1/units."""
     env.reset(seed=seed)
     env.unwrapped.t = math.inf  # the camera has arrived
-    telemetry(env)
-    return np.abs(env.unwrapped.centre_line.curvature)
+    return np.abs(centre_line(env.unwrapped).curvature)
 
 
 def bend(curvature, rng):
