@@ -7,6 +7,8 @@ LAPTOP = --root $(ROOT)
 SHARES = --shares 0.35 0.45 0.2
 # the small encoder of a laptop
 EYE = --width 0.25 --dim 128 --embedding 512 --strides 2 2 2 1 --batch_size 96 --lr 2e-3
+# and its predictor
+BRAIN = --hidden 256 --state 128 --batch_size 512 --lr 2e-3
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -24,7 +26,7 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) collect_data.py $(LAPTOP) --frames 30000
 	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --epochs 4 --steps_per_epoch 160
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 320
-	$(PY) train_predictor.py $(LAPTOP) $(SHARES) --hidden 256 --epochs 3 --steps_per_epoch 150 --batch_size 512
+	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --epochs 3 --steps_per_epoch 200
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 1
 	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400
 	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --compare random no_model expert --json $(ROOT)/visuals/drive_mpc.json
@@ -36,10 +38,10 @@ pretrained: .venv/installed  ## an hour on two cores: the weights in models/pret
 	$(PY) collect_data.py $(LAPTOP) --frames 100000
 	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --epochs 6 --steps_per_epoch 500
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 400
-	$(PY) train_predictor.py $(LAPTOP) $(SHARES) --hidden 256 --epochs 3 --steps_per_epoch 1250 --batch_size 512 --lr 2e-3
+	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --epochs 4 --steps_per_epoch 1500
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 4
 	mkdir -p models/pretrained && rm -f models/pretrained/*.pth
-	cp $(ROOT)/models/encoder_mixed_ep6.pth $(ROOT)/models/decoder_ep6.pth $(ROOT)/models/predictor_ep3.pth $(ROOT)/models/cost_model_final.pth models/pretrained/
+	cp $(ROOT)/models/encoder_mixed_ep6.pth $(ROOT)/models/decoder_ep6.pth $(ROOT)/models/predictor_ep4.pth $(ROOT)/models/cost_model_final.pth models/pretrained/
 
 test: .venv/installed  ## the tests, under ten minutes on two cores
 	$(PY) -m pytest

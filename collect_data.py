@@ -246,7 +246,8 @@ def make_job(args, source, folder, make_policy):
     meta = origin(source, args.env) | {"run": run_no}
     return dict(source=source, folder=folder, make_policy=make_policy, seed=args.seed, run=run_no,
                 env=args.env, machine_id=args.machine_id, workers=args.workers,
-                paces=getattr(args, "pace", None), stem=stem, meta=meta)
+                paces=getattr(args, "pace", None), width=getattr(args, "width", None), stem=stem,
+                meta=meta)
 
 
 def need_room(folder, frames):

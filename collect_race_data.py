@@ -16,7 +16,7 @@ import numpy as np
 from buffer import HELD_OUT_MOD
 from car_env import Nearest
 from collect_data import collect, collector_parser
-from runtime import fraction, run
+from runtime import fraction, rate, run
 
 SPACING = 1.0       # units between the points of the resampled racing line
 AXLE = 1.62         # units from the car's centre to either axle
@@ -26,7 +26,7 @@ FULL_GAS = 185.0    # rad/s: gas of (omega + 5) / FULL_GAS fills the rear tyres'
 LOST = 15.0         # units from the line: search all of it for the nearest point
 SLOW = 5.0          # units/s below which the direction of travel means nothing
 
-PACES = [0.1, 0.2]  # of --pace, by default
+PACES, WIDTH = [0.65], 1.5  # of --pace and --width, by default
 PACED = {  # what pace 0 and pace 1 differ in; paces between blend them
     #              calm   full
     "v_max":      (64,    108),   # units/s; Box2D stops at 100
@@ -206,7 +206,8 @@ def pace_of(job, number):
 
 def make_expert(job, number):
     pace = pace_of(job, number)
-    return Expert(pace), {"name": "expert", "pace": pace}
+    width = job.get("width", WIDTH)
+    return Expert(pace, width=width), {"name": "expert", "pace": pace, "width": width}
 
 
 def pace_parser(doc, frames, pace, reason):
@@ -220,4 +221,7 @@ def pace_parser(doc, frames, pace, reason):
 if __name__ == "__main__":
     p = pace_parser(__doc__, 1_900_000, PACES,
                     "The driver aims at what the expert does: full pace asks too much of it")
+    p.add_argument("--width", type=rate, default=WIDTH,
+                   help="units the line may leave the middle of the road, whose half is 6.67: the "
+                        "driver misses its teacher's line by a unit or two")
     run(lambda: collect(p.parse_args(), "data_race", make_expert))

@@ -18,26 +18,27 @@ import secrets
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from buffer import write_chunk
 from car_env import ENV_ID, FPS, ZOOM_STEPS, make_env, observe, telemetry
 from collect_data import FIRST_SEED, origin
 from collect_race_data import Expert
-from networks import Predictor, fingerprint, latest, load_frozen, models_of, stack
+from networks import (ACT, Predictor, fingerprint, latest, load_frozen, models_of, stack,
+                      unit_act)
 from runtime import (Stop, autocast, fail, fraction, natural, parser, positive, replace_atomically,
                      run, save_gif, save_mp4, set_up, versions, writable)
 from train_predictor import load_decoder
 
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
-GAS = 0.47  # gas of u = 1: more spins the car in bends, and no plan catches it (LOG.md)
+GAS = 0.6  # gas of u = 1: more spins the car in bends, and no plan catches it (LOG.md)
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
 RHO = 0.8  # correlation of the noise of a plan from step to step
 NOISE = 0.4, 0.5  # its standard deviation in units of full steering, full throttle
@@ -133,14 +134,52 @@ def to_action(u):
                         BRAKE * (-throttle).clamp_min(0)], -1)
 
 
+class Futures:
+    """Energies of many futures of one latent, dreamt and judged in one pass, in float32.
+
+    `(z (1, D), act (N, H, 3)) -> (N,)`, the cost of `predictor.rollout` summed over the horizon.
+    For the density, Predictor.step, read and CostModel.energy are folded: only the predictor's
+    coordinates are ever written, to buffers made once, and the judge is one product a step.
+    """
+
+    def __init__(self, nets, cfg):
+        p, cost = nets["predictor"], nets["cost"]
+        self.predictor, self.cost, self.kind = p, cost, cfg.energy
+        device = cost.mu.device
+        empty = lambda *shape: torch.empty(cfg.samples, *shape, device=device)
+        self.x, self.y = empty(p.state + ACT), empty(p.into.out_features)  # coordinates and action
+        self.off, self.norm, self.total = empty(p.dim), empty(), empty()
+        self.into, self.out = p.into.weight.T.contiguous(), p.out.weight.T.contiguous()
+        self.judge = p.read.weight.T @ cost.whiten  # (S, D)
+
+    def __call__(self, z, act):
+        N, H, _ = act.shape
+        p, x, y = self.predictor, self.x, self.y
+        if self.kind != "density":
+            z_hat = p.rollout(z.expand(N, -1), act)
+            return self.cost.energy(z_hat, self.kind).sum(dim=1)
+        h, a = p.lift(z), unit_act(act).transpose(0, 1).contiguous()
+        bias = (p.rests(z, h, H)[0] + p.read.bias - self.cost.mu) @ self.cost.whiten  # (H, D)
+        x[:, :p.state] = h
+        self.total.zero_()
+        for t in range(H):
+            x[:, p.state:] = a[t]
+            torch.addmm(p.into.bias, x, self.into, out=y)
+            x[:, :p.state].addmm_(F.silu(y, inplace=True), self.out)
+            torch.addmm(bias[t], x[:, :p.state], self.judge, out=self.off)
+            torch.linalg.vector_norm(self.off, dim=1, out=self.norm)
+            self.total.addcmul_(self.norm, self.norm, value=0.5 / p.dim)
+        return self.total
+
+
 @torch.inference_mode()
-def plan(z, nets, previous, cfg, generator=None, amp=nullcontext()):
-    """The next plan: (u (H, 2), z_hat (H, D) of that plan, energies (N,) of the candidates).
+def plan(z, futures, previous, cfg, generator=None):
+    """The next plan: (u (H, 2), energies (N,) of the candidates).
 
     z (1, D) is the present latent, `previous` (H, 2) the last plan, not yet shifted; cfg has the
-    fields of `planning`. nets needs `predictor` and `cost`. When all futures cost the same the last
-    plan goes on. `amp` is the rollout's autocast; energies are float32. Colored noise: Pinneri et
-    al. 2020 (iCEM); mppi: Williams et al. 2017.
+    fields of `planning`; futures(z, act (N, H, 3)) gives energies (N,), as `Futures` does. When
+    all futures cost the same the last plan goes on. Colored noise: Pinneri et al. 2020 (iCEM);
+    mppi: Williams et al. 2017.
     """
     N, H = cfg.samples, len(previous)
     last = torch.cat([previous[1:], previous[-1:]])
@@ -151,18 +190,15 @@ def plan(z, nets, previous, cfg, generator=None, amp=nullcontext()):
         u[0] = mean
         if kept is not None:
             u[-len(kept):] = kept
-        with amp:
-            z_hat = nets["predictor"].rollout(z.expand(N, -1), to_action(u))  # (N, H, D)
-        energies = nets["cost"].energy(z_hat.float(), cfg.energy).sum(dim=1)  # (N,)
-        energies = energies.nan_to_num(nan=WORST, posinf=WORST)
+        energies = futures(z, to_action(u)).nan_to_num(nan=WORST, posinf=WORST)  # (N,)
         if energies.min() >= WORST:
-            fail("every dreamt future has an energy that is not a number; use --precision fp32, or "
-                 "train the predictor again")
+            fail("every dreamt future has an energy that is not a number; train the predictor "
+                 "again")
         low, order = energies.topk(min(cfg.elites, N - 1), largest=False)
         if not energies.max() > energies.min():
-            return mean, z_hat[0], energies  # in the first round the last plan
+            return mean, energies  # in the first round the last plan
         if cfg.planner == "shooting":
-            return u[order[0]], z_hat[order[0]], energies
+            return u[order[0]], energies
         kept = u[order]
         if cfg.planner == "mppi":
             weights = torch.softmax((low.min() - low) / (low.std(correction=0) + 1e-9), dim=0)
@@ -170,10 +206,7 @@ def plan(z, nets, previous, cfg, generator=None, amp=nullcontext()):
         else:
             mean = kept.mean(dim=0)
             std = kept.std(dim=0, correction=0).clamp_min(0.1)
-    if cfg.planner == "icem":
-        return kept[0], z_hat[order[0]], energies
-    with amp:
-        return mean, nets["predictor"].rollout(z, to_action(mean)[None])[0], energies
+    return (kept[0] if cfg.planner == "icem" else mean), energies
 
 
 class Driver:
@@ -181,7 +214,7 @@ class Driver:
 
     def __init__(self, nets, cfg, device, dtype, seed=0):
         self.nets, self.cfg, self.device, self.dtype = nets, cfg, device, dtype
-        self.encoder = nets["encoder"]
+        self.encoder, self.futures = nets["encoder"], Futures(nets, cfg)
         self.seed, self.generator = seed, torch.Generator(device)
 
     def reset(self, track_seed):
@@ -190,7 +223,7 @@ class Driver:
         self.generator.manual_seed(self.seed + track_seed)
         self.frames = deque(maxlen=(e.history - 1) * e.repeat + 1)
         self.u = torch.zeros(self.cfg.horizon, 2, device=self.device)
-        self.t, self.ms, self.energies, self.z_hat = 0, [], None, None
+        self.t, self.ms, self.energies = 0, [], None
         self.action = np.array([0, START_GAS, 0], np.float32)
 
     @torch.inference_mode()
@@ -216,8 +249,12 @@ class Driver:
     def think(self):
         """Encodes, dreams, judges: sets the plan."""
         self.z = self.encode()
-        self.u, self.z_hat, self.energies = plan(self.z, self.nets, self.u, self.cfg,
-                                                 self.generator, autocast(self.device, self.dtype))
+        self.u, self.energies = plan(self.z, self.futures, self.u, self.cfg, self.generator)
+
+    @torch.inference_mode()
+    def dream(self):
+        """z_hat (H, D) of the present plan."""
+        return self.nets["predictor"].rollout(self.z, to_action(self.u)[None])[0]
 
 
 class NoModelDriver(Driver):
@@ -434,10 +471,11 @@ class Film:
     def cells(self, canvas, frame, driver):
         """Four small pictures: the frame, and three of the chosen plan's dream, up to its end."""
         pictures, names = [frame], ["the driver sees"]
-        if self.decoder is not None and getattr(driver, "z_hat", None) is not None:
-            H = len(driver.z_hat)
+        if self.decoder is not None and getattr(driver, "energies", None) is not None:
+            z_hat = driver.dream()
+            H = len(z_hat)
             picks = [H // 3 - 1, 2 * H // 3 - 1, H - 1]
-            out = self.decoder(driver.z_hat[picks].float()).clamp(0, 1).mul(255).byte().cpu()
+            out = self.decoder(z_hat[picks]).clamp(0, 1).mul(255).byte().cpu()
             pictures += list(out.permute(0, 2, 3, 1).numpy())
             names += [f"dreams +{(k + 1) * driver.encoder.repeat / FPS:.2f} s" for k in picks]
         for i, (picture, name) in enumerate(zip(pictures, names)):

@@ -59,7 +59,7 @@ from collect_data import FIRST_SEED, make_random, run_episode
 from collect_race_data import PACES as RACE_PACES, make_expert
 from collect_recovery_data import PACES as RECOVERY_PACES, make_faulty
 from demo_energy import MIN_JUMP, Elsewhere
-from drive_mpc import colored_noise, plan, planning, several, to_action
+from drive_mpc import Futures, colored_noise, plan, planning, several, to_action
 from networks import (Predictor, TinyEncoder, cosine, fingerprint, latest, load_frozen, models_of,
                       optimise, stack, unit_act)
 from runtime import (Refusal, autocast, fail, git_commit, natural, parser, positive, pyplot,
@@ -891,14 +891,13 @@ def candidates(previous, cfg, generator, device):
 def judge_plans(subject, episode, k, seed, cfg):
     """(actions (N, H, 3), {judge: energies (N,)}, the planner's own plan (H, 3)) at latent k."""
     device, generator = subject.device, torch.Generator(subject.device)
-    nets = {"predictor": subject.predictor, "cost": subject.cost}
+    futures = Futures({"predictor": subject.predictor, "cost": subject.cost}, cfg)
     z = episode.z.to(device)
     u = torch.zeros(cfg.horizon, 2, device=device)
-    amp = autocast(device, subject.dtype)
     for i in range(max(0, k - WARM_UP), k):
-        u = plan(z[i:i + 1], nets, u, cfg, generator.manual_seed(seed + i), amp)[0]
+        u = plan(z[i:i + 1], futures, u, cfg, generator.manual_seed(seed + i))[0]
     act = to_action(candidates(u, cfg, generator.manual_seed(seed + k), device))
-    chosen = plan(z[k:k + 1], nets, u, cfg, generator.manual_seed(seed + k), amp)[0]
+    chosen = plan(z[k:k + 1], futures, u, cfg, generator.manual_seed(seed + k))[0]
     energies = {}
     for name, predictor in (("this model", subject.predictor), ("untrained", subject.blank)):
         z_hat = subject.imagine(predictor, episode.z[k].expand(len(act), -1), act)

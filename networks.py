@@ -31,7 +31,7 @@ SCHEMA = 1  # of checkpoints; a newer one is refused
 KEPT, KEPT_EVERY = 3, 10  # of a stage's checkpoints: the last so many, and each such epoch
 YOUNG_S = 600  # a checkpoint younger than this is never deleted
 ACT = 3  # steer, gas, brake
-INITIAL_STEP = 0.1  # of a linear layer's usual first weights: a fresh predictor nearly copies z
+INITIAL_STEP = 0.1  # of a linear layer's usual first weights: a fresh predictor hardly moves
 ACT_SCALE = (0.15, 0.3, 0.1)  # about their standard deviations: nets see actions of unit size
 
 
@@ -161,42 +161,51 @@ class TinyDecoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Autoregressive residual MLP, z_hat[t+1] = z[t] + f(z[t], act[t]).
+    """Autoregressive residual MLP that dreams in coordinates of its own, small enough to be fast.
 
-    The action enters every block; what goes in is standardised, so what comes out is.
+    h[0] = lift(z), h[t+1] = h[t] + f(h[t], act[t]), z_hat[t] = read(h[t]) + fade**t * (z - read(h[0])):
+    what the coordinates do not carry of the present fades, each latent at a rate that is learned.
+    `lift` runs once for all futures of a plan; only f, `hidden` wide on `state` coordinates, runs
+    for each step of each.
     """
 
-    def __init__(self, dim=512, hidden=512, depth=2, dropout=0.0):
+    def __init__(self, dim=512, hidden=512, state=256, dropout=0.0):
         super().__init__()
-        self.args = dict(dim=dim, hidden=hidden, depth=depth, dropout=dropout)
-        self.dim = dim
-        self.stem = nn.Linear(dim + ACT, hidden)
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(depth))
-        self.acts = nn.ModuleList(nn.Linear(ACT, hidden) for _ in range(depth))
-        self.blocks = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(depth))
-        self.head = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, dim))
+        self.args = dict(dim=dim, hidden=hidden, state=state, dropout=dropout)
+        self.dim, self.state = dim, state
+        self.skip = nn.Linear(dim, state)
+        self.deep = nn.Sequential(nn.Linear(dim, 2 * hidden), nn.SiLU(),
+                                  nn.Linear(2 * hidden, state))
+        self.into = nn.Linear(state + ACT, hidden)
+        self.out = nn.Linear(hidden, state, bias=False)
+        self.read = nn.Linear(state, dim)
+        self.fade = nn.Parameter(torch.full((dim,), 2.0))  # logits; at first nearly all stays
         with torch.no_grad():
-            for p in self.head[1].parameters():
-                p.mul_(INITIAL_STEP)
+            self.out.weight.mul_(INITIAL_STEP)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, z, act):
-        """z (N, D), act (N, 3) -> z_hat of the next step (N, D)."""
-        act = unit_act(act)
-        h = self.stem(torch.cat([z, act], dim=-1))
-        for norm, inject, block in zip(self.norms, self.acts, self.blocks):
-            h = h + block(self.drop(F.gelu(norm(h) + inject(act))))
-        return z + self.head(h)
+    def lift(self, z):
+        """z (N, D) -> coordinates h (N, S)."""
+        return self.skip(z) + self.deep(z)
+
+    def step(self, h, act):
+        """h (N, S), act (N, 3) -> the next h (N, S)."""
+        return h + self.out(self.drop(F.silu(self.into(torch.cat([h, unit_act(act)], dim=-1)))))
+
+    def rests(self, z, h, H):
+        """(N, H, D): what of z (N, D) its h (N, S) does not carry, and is left of it at 1..H."""
+        t = torch.arange(1, H + 1, device=z.device)
+        return self.fade.sigmoid() ** t[:, None] * (z - self.read(h))[:, None]
 
     def rollout(self, z, act):
         """z (N, D), act (N, H, 3) -> z_hat (N, H, D): each step eats the one before."""
         N, H, A = act.shape
         assert z.shape == (N, self.dim) and A == ACT, (tuple(z.shape), tuple(act.shape))
-        out = []
+        h = self.lift(z)
+        out = [h]
         for t in range(H):
-            z = self(z, act[:, t])
-            out.append(z)
-        return torch.stack(out, dim=1)
+            out.append(self.step(out[-1], act[:, t]))
+        return self.read(torch.stack(out[1:], dim=1)) + self.rests(z, h, H)
 
 
 class CostModel(nn.Module):

@@ -9,7 +9,7 @@ after the laptop's 3 minutes on two CPU cores expect under 0.3 of copy-last's at
     python train_predictor.py --epochs 50
     torchrun --nproc_per_node=2 train_predictor.py --epochs 50     # two GPUs
     # a laptop:
-    python train_predictor.py --hidden 256 --epochs 3 --steps_per_epoch 150 --batch_size 512
+    python train_predictor.py --hidden 256 --state 128 --epochs 3 --steps_per_epoch 150 --batch_size 512
 """
 
 import time
@@ -38,8 +38,9 @@ def arguments():
     p = parser(__doc__, data=True)
     g = p.add_argument_group("model")
     g.add_argument("--hidden", type=positive, default=512, help="width; plans take longer with it")
-    g.add_argument("--depth", type=positive, default=2, help="residual blocks")
-    g.add_argument("--dropout", type=float, default=0.0, help="in each block, while training")
+    g.add_argument("--state", type=positive, default=256,
+                   help="coordinates in which it dreams; plans take longer with them")
+    g.add_argument("--dropout", type=float, default=0.0, help="in each step, while training")
     g.add_argument("--horizon", type=positive, default=15, help="steps that are imagined")
     optimisation(p, batch_size=1024)
     return p.parse_args()
@@ -205,7 +206,7 @@ def main():
     held = Sampler(latents, sources, 1, 512, args.horizon, seed=args.seed)
     windows = dream_windows(sources, encoder, args.horizon)
 
-    predictor = Predictor(encoder.dim, args.hidden, args.depth, args.dropout).to(device)
+    predictor = Predictor(encoder.dim, args.hidden, args.state, args.dropout).to(device)
     nets = {"predictor": predictor}
     optim = torch.optim.AdamW(predictor.parameters(), args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -240,7 +241,7 @@ def main():
           + f" on {RANKS} processes" * (RANKS > 1))
     loss_of = over_ranks(loss_fn, nets)
     if args.compile:
-        predictor.compile()
+        predictor.rollout = torch.compile(predictor.rollout)  # what is called; not `forward`
 
     if not saved and RANK == 0:
         keep()  # no epoch's file is ever there without it

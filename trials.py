@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, make_env, place_car,
                      telemetry)
-from collect_race_data import Expert
+from collect_race_data import PACES, WIDTH, Expert
 from drive_mpc import Blind, load_driver, planning, to_action
 from networks import stack
 from runtime import (autocast, natural, parser, positive, pyplot, replace_atomically, run,
@@ -35,7 +35,6 @@ from runtime import (autocast, natural, parser, positive, pyplot, replace_atomic
 
 WITHIN, HELD = 3.0, 0.2  # s: to be back in, and to stay back
 BEND = 6  # tiles of 3.5 units from the sharpest one of a bend to its end
-CALM = 0.15  # pace of the expert that laps
 GRID = 31  # steerings, and throttles, of a landscape
 BEHAVIOURS = ("lapping", "the same way at 45 units/s", "the wrong way at 45 units/s",
               "creeping", "standing on the road", "circling on the grass")
@@ -137,7 +136,7 @@ def wilson(hits, n, z=1.96):
 def recovery(args, driver):
     """{driver: {kind or "all": {share, low, high, n, seconds}}}"""
     env = make_env("fast")
-    drivers = {"mpc": driver, "expert": Blind(env, "expert", CALM, args.seed),
+    drivers = {"mpc": driver, "expert": Blind(env, "expert", PACES[0], args.seed),
                "random": Blind(env, "random", 0, args.seed)}
     took = {name: {kind: [] for kind in KINDS} for name in drivers}
     for i in tqdm(range(args.starts), desc="recovery", unit="start", leave=False):
@@ -184,7 +183,7 @@ def behave(name, env, rng):
     """Begins a behaviour: places the car; returns act(env)."""
     tile = int(rng.integers(len(env.unwrapped.track)))
     if name == "lapping":
-        expert = Expert(CALM)
+        expert = Expert(PACES[0], width=WIDTH)  # the teacher
         put(env, tile, speed=45)
         expert.reset(env, rng)
         return expert.act

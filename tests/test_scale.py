@@ -406,7 +406,7 @@ def test_a_package_that_is_missing_is_named_in_one_line(data, tmp_path, monkeypa
 
 def test_compiled_nets_have_the_names_of_plain_ones(data, tmp_path):
     net = Predictor(16, 8)
-    net.compile(backend="eager")
+    net.rollout = torch.compile(net.rollout, backend="eager")
     save(tmp_path / "a.pth", {"predictor": net})
     loaded_net, _ = load_frozen(tmp_path / "a.pth", "predictor", torch.device("cpu"), "a test")
     z, act = torch.randn(2, 16), torch.randn(2, 3, 3)
