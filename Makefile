@@ -21,7 +21,7 @@ help:  ## this list
 install: .venv/installed  ## .venv with requirements.txt in it
 
 demo: .venv/installed  ## every stage small, into demo/: from nothing to a driven lap on two cores
-	$(PY) collect_race_data.py $(LAPTOP) --frames 60000
+	$(PY) collect_race_data.py $(LAPTOP) --frames 60000 --pace 0.35 --width 2
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 80000
 	$(PY) collect_data.py $(LAPTOP) --frames 30000
 	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --epochs 4 --steps_per_epoch 160

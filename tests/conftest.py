@@ -12,7 +12,8 @@ sys.path.insert(0, str(REPO))
 
 SMALL = "--width 0.125 --dim 32 --batch_size 12 --precision fp32 --threads 2".split()
 CHAIN = {  # stage: the README's command, small
-    "collect_race_data.py": ["--frames", "2500", "--workers", "2"],
+    "collect_race_data.py": ["--frames", "2500", "--workers", "2", "--pace", "0.1", "0.2",
+                             "--width", "3"],
     "collect_recovery_data.py": ["--frames", "2500", "--workers", "2"],
     "collect_data.py": ["--frames", "3200", "--workers", "2"],
     "train_encoder.py": [*SMALL, "--epochs", "2", "--steps_per_epoch", "20"],

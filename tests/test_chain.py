@@ -53,8 +53,8 @@ def test_seeds_of_collectors_are_never_for_evaluation(chain):
     chunks = [c for f in ("data", "data_race", "data_recovery") for c in index(chain[0] / f)[0]]
     seeds = [c.meta["track_seed"] for c in chunks]
     assert min(seeds) >= 10_000_000 and len(set(seeds)) == len(seeds)
-    paces = {c.meta["policy"].get("pace") for c in chunks if c.meta["source"] == "data_race"}
-    assert paces == {0.1, 0.2}
+    race = [c.meta["policy"] for c in chunks if c.meta["source"] == "data_race"]
+    assert {(p["pace"], p["width"]) for p in race} == {(0.1, 3), (0.2, 3)}
 
 
 def test_training_leaves_checkpoints_logs_and_pictures(chain):
