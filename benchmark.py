@@ -558,12 +558,18 @@ def training_rate(args, ranks, flags):
 
 
 def plain_loop(driver):
-    """The seeds' loop with the same nets: dream all futures, judge each latent, take the best."""
+    """The seeds' loop with the same nets: dream step by step, judge every step, take the best."""
     cfg, nets, z = driver.cfg, driver.nets, driver.encode()
     u = colored_noise(cfg.samples, cfg.horizon, cfg.rho, driver.generator, driver.device)
     u = (u * torch.tensor(cfg.noise, device=driver.device)).clamp(-1, 1)
-    z_hat = nets["predictor"].rollout(z.expand(cfg.samples, -1), to_action(u))
-    return u[int(nets["cost"].energy(z_hat, cfg.energy).sum(dim=1).argmin()), 0].tolist()
+    act, predictor = to_action(u), nets["predictor"]
+    h = predictor.lift(z)
+    rests, h = predictor.rests(z, h, cfg.horizon)[0], h.expand(cfg.samples, -1)
+    total = torch.zeros(cfg.samples, device=driver.device)
+    for t in range(cfg.horizon):
+        h = predictor.step(h, act[:, t])
+        total += nets["cost"].energy(predictor.read(h) + rests[t], cfg.energy)
+    return u[int(total.argmin()), 0].tolist()
 
 
 def bench_plan(args):

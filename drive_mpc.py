@@ -30,7 +30,7 @@ from buffer import write_chunk
 from car_env import ENV_ID, FPS, ZOOM_STEPS, make_env, observe, telemetry
 from collect_data import FIRST_SEED, origin
 from collect_race_data import Expert
-from networks import (ACT, Predictor, fingerprint, latest, load_frozen, models_of, stack,
+from networks import (Predictor, fingerprint, latest, load_frozen, models_of, stack,
                       unit_act)
 from runtime import (Stop, autocast, fail, fraction, natural, parser, positive, replace_atomically,
                      run, save_gif, save_mp4, set_up, versions, writable)
@@ -139,37 +139,34 @@ class Futures:
 
     `(z (1, D), act (N, H, 3)) -> (N,)`, the cost of `predictor.rollout` summed over the horizon.
     For the density, Predictor.step, read and CostModel.energy are folded: only the predictor's
-    coordinates are ever written, to buffers made once, and the judge is one product a step.
+    coordinates are ever written, in place, and the judge is one product a step.
     """
 
-    def __init__(self, nets, cfg):
-        p, cost = nets["predictor"], nets["cost"]
-        self.predictor, self.cost, self.kind = p, cost, cfg.energy
-        device = cost.mu.device
-        empty = lambda *shape: torch.empty(cfg.samples, *shape, device=device)
-        self.x, self.y = empty(p.state + ACT), empty(p.into.out_features)  # coordinates and action
-        self.off, self.norm, self.total = empty(p.dim), empty(), empty()
-        self.into, self.out = p.into.weight.T.contiguous(), p.out.weight.T.contiguous()
-        self.judge = p.read.weight.T @ cost.whiten  # (S, D)
+    def __init__(self, predictor, cost, kind):
+        self.predictor, self.cost, self.kind = predictor, cost, kind
+        self.into, self.out = (layer.weight.T.contiguous()
+                               for layer in (predictor.into, predictor.out))
+        self.judge = predictor.read.weight.T @ cost.whiten  # (S, D)
 
+    @torch.inference_mode()
     def __call__(self, z, act):
         N, H, _ = act.shape
-        p, x, y = self.predictor, self.x, self.y
+        p, cost = self.predictor, self.cost
         if self.kind != "density":
-            z_hat = p.rollout(z.expand(N, -1), act)
-            return self.cost.energy(z_hat, self.kind).sum(dim=1)
+            return cost.energy(p.rollout(z.expand(N, -1), act), self.kind).sum(dim=1)
         h, a = p.lift(z), unit_act(act).transpose(0, 1).contiguous()
-        bias = (p.rests(z, h, H)[0] + p.read.bias - self.cost.mu) @ self.cost.whiten  # (H, D)
-        x[:, :p.state] = h
-        self.total.zero_()
+        bias = (p.rests(z, h, H)[0] + p.read.bias - cost.mu) @ cost.whiten  # (H, D)
+        x = torch.cat([h.expand(N, -1), a[0]], dim=1)  # coordinates and action
+        y, off = x.new_empty(N, p.into.out_features), x.new_empty(N, p.dim)
+        norm, total = x.new_empty(N), x.new_zeros(N)
         for t in range(H):
             x[:, p.state:] = a[t]
             torch.addmm(p.into.bias, x, self.into, out=y)
             x[:, :p.state].addmm_(F.silu(y, inplace=True), self.out)
-            torch.addmm(bias[t], x[:, :p.state], self.judge, out=self.off)
-            torch.linalg.vector_norm(self.off, dim=1, out=self.norm)
-            self.total.addcmul_(self.norm, self.norm, value=0.5 / p.dim)
-        return self.total
+            torch.addmm(bias[t], x[:, :p.state], self.judge, out=off)
+            torch.linalg.vector_norm(off, dim=1, out=norm)
+            total.addcmul_(norm, norm, value=0.5 / p.dim)
+        return total
 
 
 @torch.inference_mode()
@@ -192,8 +189,8 @@ def plan(z, futures, previous, cfg, generator=None):
             u[-len(kept):] = kept
         energies = futures(z, to_action(u)).nan_to_num(nan=WORST, posinf=WORST)  # (N,)
         if energies.min() >= WORST:
-            fail("every dreamt future has an energy that is not a number; train the predictor "
-                 "again")
+            fail("every dreamt future has an energy that is not a number; use --precision fp32, or "
+                 "train the predictor again")
         low, order = energies.topk(min(cfg.elites, N - 1), largest=False)
         if not energies.max() > energies.min():
             return mean, energies  # in the first round the last plan
@@ -214,7 +211,8 @@ class Driver:
 
     def __init__(self, nets, cfg, device, dtype, seed=0):
         self.nets, self.cfg, self.device, self.dtype = nets, cfg, device, dtype
-        self.encoder, self.futures = nets["encoder"], Futures(nets, cfg)
+        self.encoder = nets["encoder"]
+        self.futures = Futures(nets["predictor"], nets["cost"], cfg.energy)
         self.seed, self.generator = seed, torch.Generator(device)
 
     def reset(self, track_seed):

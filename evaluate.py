@@ -891,17 +891,16 @@ def candidates(previous, cfg, generator, device):
 def judge_plans(subject, episode, k, seed, cfg):
     """(actions (N, H, 3), {judge: energies (N,)}, the planner's own plan (H, 3)) at latent k."""
     device, generator = subject.device, torch.Generator(subject.device)
-    futures = Futures({"predictor": subject.predictor, "cost": subject.cost}, cfg)
+    futures, blank = (Futures(p, subject.cost, cfg.energy)
+                      for p in (subject.predictor, subject.blank))
     z = episode.z.to(device)
     u = torch.zeros(cfg.horizon, 2, device=device)
     for i in range(max(0, k - WARM_UP), k):
         u = plan(z[i:i + 1], futures, u, cfg, generator.manual_seed(seed + i))[0]
     act = to_action(candidates(u, cfg, generator.manual_seed(seed + k), device))
     chosen = plan(z[k:k + 1], futures, u, cfg, generator.manual_seed(seed + k))[0]
-    energies = {}
-    for name, predictor in (("this model", subject.predictor), ("untrained", subject.blank)):
-        z_hat = subject.imagine(predictor, episode.z[k].expand(len(act), -1), act)
-        energies[name] = subject.cost.energy(z_hat.to(device), cfg.energy).sum(dim=1).cpu().numpy()
+    energies = {name: judge(z[k:k + 1], act).cpu().numpy()
+                for name, judge in (("this model", futures), ("untrained", blank))}
     return act.cpu().numpy(), energies, to_action(chosen).cpu().numpy()
 
 

@@ -163,7 +163,8 @@ class TinyDecoder(nn.Module):
 class Predictor(nn.Module):
     """Autoregressive residual MLP that dreams in coordinates of its own, small enough to be fast.
 
-    h[0] = lift(z), h[t+1] = h[t] + f(h[t], act[t]), z_hat[t] = read(h[t]) + fade**t * (z - read(h[0])):
+    h[0] = lift(z), h[t+1] = h[t] + f(h[t], act[t]),
+    z_hat[t] = read(h[t]) + fade**t * (z - read(h[0])):
     what the coordinates do not carry of the present fades, each latent at a rate that is learned.
     `lift` runs once for all futures of a plan; only f, `hidden` wide on `state` coordinates, runs
     for each step of each.

@@ -248,14 +248,10 @@ def situations(env, curvature, rng):
             "too fast into a bend, 80 units/s": dict(tile=(hairpin - 6) % n, speed=80)}
 
 
-@torch.inference_mode()
 def energies_of(driver, z, held):
     """Energies (G, G) summed over the horizon of plans that hold u: held (G, G, 2)."""
     u = held.reshape(-1, 1, 2).expand(-1, driver.cfg.horizon, 2).to(driver.device)
-    with autocast(driver.device, driver.dtype):
-        dreams = driver.nets["predictor"].rollout(z.expand(len(u), -1), to_action(u))
-    energy = driver.nets["cost"].energy(dreams.float(), driver.cfg.energy)
-    return energy.sum(dim=1).view(held.shape[:2]).cpu().numpy()
+    return driver.futures(z, to_action(u)).view(held.shape[:2]).cpu().numpy()
 
 
 def landscape(args, driver):

@@ -89,7 +89,7 @@ def test_actions_cover_full_lock_and_braking():
     assert torch.allclose(to_action(u), torch.tensor([[STEER, GAS, 0.0], [-STEER, 0.0, BRAKE],
                                                       [0.0, 0.0, 0.0]]))
     assert STEER >= 0.4 and BRAKE >= 0.3  # the joint's stop; enough to lock up at speed
-    assert 0.4 <= GAS < 0.8  # the limits that were driven without and with spins
+    assert 0.4 <= GAS <= 0.6  # what was driven without a drive lost to spins; 0.8 loses some
 
 
 def test_density_is_the_mahalanobis_distance():
@@ -117,7 +117,7 @@ def nets():
 
 
 def test_rollout_eats_its_own_output(nets):
-    """The definition, term by term; and what is dreamt in two pieces is dreamt in one."""
+    """The definition, term by term; and a shorter dream is the beginning of a longer one."""
     net = nets["predictor"]
     z, act = torch.randn(3, 8), torch.randn(3, 4, 3)
     h, rest, expected = net.lift(z), z - net.read(net.lift(z)), []
@@ -133,8 +133,7 @@ def test_rollout_eats_its_own_output(nets):
 @pytest.mark.parametrize("kind", ["density", "classifier"])
 def test_futures_cost_what_their_dreams_cost(nets, kind):
     """Dreamt and judged in one pass of folded weights: the same as a rollout, judged after it."""
-    cfg = config("mppi", samples=32, energy=kind)
-    folded, z, act = Futures(nets, cfg), torch.randn(1, 8), torch.randn(32, 15, 3)
+    folded, z, act = Futures(**nets, kind=kind), torch.randn(1, 8), torch.randn(32, 15, 3)
     expected = nets["cost"].energy(nets["predictor"].rollout(z.expand(32, -1), act), kind).sum(1)
-    for _ in range(2):  # nothing is left in the buffers
+    for _ in range(2):  # nothing is left of the first
         assert torch.allclose(folded(z, act), expected, rtol=1e-4)
