@@ -11,6 +11,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -150,9 +151,7 @@ def writable(folder):
     """Makes the folder and returns it; refuses in one line if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         fail(f"{folder}: cannot write there ({e.strerror}); choose another --root or mend its "
              "permissions")
