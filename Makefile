@@ -27,7 +27,7 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --epochs 4 --steps_per_epoch 160
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 320
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --epochs 3 --steps_per_epoch 200
-	$(PY) train_cost_model.py $(LAPTOP) --epochs 1
+	$(PY) train_cost_model.py $(LAPTOP) --epochs 2
 	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400
 	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --compare random no_model expert --json $(ROOT)/visuals/drive_mpc.json
 
@@ -39,7 +39,7 @@ pretrained: .venv/installed  ## an hour on two cores: the weights in models/pret
 	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --epochs 6 --steps_per_epoch 500
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 400
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --epochs 4 --steps_per_epoch 1500
-	$(PY) train_cost_model.py $(LAPTOP) --epochs 4
+	$(PY) train_cost_model.py $(LAPTOP)
 	mkdir -p models/pretrained && rm -f models/pretrained/*.pth
 	cp $(ROOT)/models/encoder_mixed_ep6.pth $(ROOT)/models/decoder_ep6.pth $(ROOT)/models/predictor_ep4.pth $(ROOT)/models/cost_model_final.pth models/pretrained/
 

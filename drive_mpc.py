@@ -30,8 +30,8 @@ from buffer import write_chunk
 from car_env import ENV_ID, FPS, ZOOM_STEPS, make_env, observe, telemetry
 from collect_data import FIRST_SEED, origin
 from collect_race_data import Expert
-from networks import (Predictor, fingerprint, latest, load_frozen, models_of, stack,
-                      unit_act)
+from networks import (DISCOUNT, JUDGED, Predictor, fingerprint, latest, load_frozen, models_of,
+                      stack, unit_act)
 from runtime import (Stop, autocast, fail, fraction, natural, parser, positive, replace_atomically,
                      run, save_gif, save_mp4, set_up, versions, writable)
 from train_predictor import load_decoder
@@ -104,8 +104,9 @@ def planning(p):
     g.add_argument("--planner", choices=["shooting", "icem", "mppi"], default="mppi",
                    help="shooting: the plan of lowest energy; icem: elites refine mean and spread; "
                         "mppi: the elites' mean weighted by energy")
-    g.add_argument("--energy", choices=["density", "classifier"], default="density",
-                   help="of a latent: distance to the expert's, or the classifier's logit")
+    g.add_argument("--energy", choices=["value", "density", "classifier"], default="value",
+                   help="of a latent: distance to the expert's, with what is to come of it in "
+                        "trouble, or without; or the classifier's logit")
     g.add_argument("--samples", type=several, default=1000, help="futures dreamt in a round")
     g.add_argument("--horizon", type=positive, default=15, help="latents in a future")
     g.add_argument("--rounds", type=positive, default=1, help="of refinement (icem, mppi)")
@@ -135,11 +136,11 @@ def to_action(u):
 
 
 class Futures:
-    """Energies of many futures of one latent, dreamt and judged in one pass, in float32.
+    """Costs of many futures of one latent, dreamt and judged in one pass, in float32.
 
-    `(z (1, D), act (N, H, 3)) -> (N,)`, the cost of `predictor.rollout` summed over the horizon.
-    For the density, Predictor.step, read and CostModel.energy are folded: only the predictor's
-    coordinates are ever written, in place, and the judge is one product a step.
+    `(z (1, D), act (N, H, 3)) -> (N,)`: CostModel.judge of `predictor.rollout`. For the density,
+    Predictor.step, read and CostModel.energy are folded: only the predictor's coordinates are ever
+    written, in place, and the judge is one product for each latent that it looks at.
     """
 
     def __init__(self, predictor, cost, kind):
@@ -152,10 +153,12 @@ class Futures:
     def __call__(self, z, act):
         N, H, _ = act.shape
         p, cost = self.predictor, self.cost
-        if self.kind != "density":
-            return cost.energy(p.rollout(z.expand(N, -1), act), self.kind).sum(dim=1)
+        if self.kind == "classifier":
+            return cost.judge(z, p.rollout(z.expand(N, -1), act), self.kind)
+        trouble = self.kind == "value" and cost.in_trouble(z)
         h, a = p.lift(z), unit_act(act).transpose(0, 1).contiguous()
-        bias = (p.rests(z, h, H)[0] + p.read.bias - cost.mu) @ cost.whiten  # (H, D)
+        rests = p.rests(z, h, H)[0] + p.read.bias  # (H, D)
+        bias = (rests - cost.mu) @ cost.whiten
         x = torch.cat([h.expand(N, -1), a[0]], dim=1)  # coordinates and action
         y, off = x.new_empty(N, p.into.out_features), x.new_empty(N, p.dim)
         norm, total = x.new_empty(N), x.new_zeros(N)
@@ -163,9 +166,15 @@ class Futures:
             x[:, p.state:] = a[t]
             torch.addmm(p.into.bias, x, self.into, out=y)
             x[:, :p.state].addmm_(F.silu(y, inplace=True), self.out)
+            if (H - 1 - t) % JUDGED:
+                continue
             torch.addmm(bias[t], x[:, :p.state], self.judge, out=off)
             torch.linalg.vector_norm(off, dim=1, out=norm)
-            total.addcmul_(norm, norm, value=0.5 / p.dim)
+            norm.square_().mul_(0.5 / p.dim)
+            total.add_(cost.bounded(norm) if trouble else norm, alpha=JUDGED)
+        if trouble:
+            last = torch.addmm(rests[-1], x[:, :p.state], p.read.weight.T)
+            total.add_(cost.foretold(last), alpha=DISCOUNT**H)
         return total
 
 

@@ -875,7 +875,8 @@ def lived_energies(subject, env, episode, k, act, cfg):
     film = np.concatenate([past, came], axis=1)  # (n, h - 1 + H, 64, 64, 3)
     obs = np.stack([film[:, t:t + h] for t in range(H)], axis=1).reshape(n * H, h, 64, 64, 3)
     z = subject.encode(subject.encoder, planes(obs)).view(n, H, -1).to(subject.device)
-    return subject.cost.energy(z, cfg.energy).sum(dim=1).cpu().numpy()
+    now = episode.z[k:k + 1].to(subject.device)
+    return subject.cost.judge(now, z, cfg.energy).cpu().numpy()
 
 
 def candidates(previous, cfg, generator, device):

@@ -31,6 +31,9 @@ SCHEMA = 1  # of checkpoints; a newer one is refused
 KEPT, KEPT_EVERY = 3, 10  # of a stage's checkpoints: the last so many, and each such epoch
 YOUNG_S = 600  # a checkpoint younger than this is never deleted
 ACT = 3  # steer, gas, brake
+JUDGED = 3  # every so-manieth latent of a future is judged: neighbours say nearly the same
+TROUBLE = 0.5  # of the energy of chaos: a driver who laps stays well below
+DISCOUNT, FORESIGHT = 0.97, 75  # of energies to come, a latent; how many are summed up: 3 s
 INITIAL_STEP = 0.1  # of a linear layer's usual first weights: a fresh predictor hardly moves
 ACT_SCALE = (0.15, 0.3, 0.1)  # about their standard deviations: nets see actions of unit size
 
@@ -210,37 +213,74 @@ class Predictor(nn.Module):
 
 
 class CostModel(nn.Module):
-    """The judge. Two energies of a latent, learned without reward and without labels:
+    """The judge. Three energies, learned on frozen latents without reward and without labels:
 
     `classifier`: the logit of random against expert (the sigmoid is the score, 0 expert 1 random);
     `density`: half the squared Mahalanobis distance to the expert's latents, over D; it rises
-    in every direction that leaves the expert, where a classifier only knows the seen ones.
+    in every direction that leaves the expert, where a classifier only knows the seen ones;
+    `value`: the density on the road; in trouble, where it knows no way back, the density bounded
+    and what of it is to come after the horizon, as an expert who recovers would have it.
     """
 
     def __init__(self, dim=512, hidden=256):
         super().__init__()
         self.args = dict(dim=dim, hidden=hidden)
         self.net = mlp(dim, hidden, hidden, 1)
+        self.value = mlp(dim, hidden, hidden, 1)
         self.register_buffer("mu", torch.zeros(dim))
         self.register_buffer("whiten", torch.eye(dim))
+        self.register_buffer("chaos", torch.ones(()))
+        weights = DISCOUNT ** torch.arange(FORESIGHT)
+        self.register_buffer("discount", weights / weights.sum(), persistent=False)
 
     @torch.no_grad()
-    def fit_density(self, z, shrinkage=0.05):
-        """Mean and covariance of expert latents (N, D), shrunk to a round one (Ledoit-Wolf)."""
+    def fit_density(self, z, chaos, shrinkage=0.05):
+        """Mean and covariance of expert latents (N, D), shrunk to a round one (Ledoit-Wolf); what
+        energy the latents of random driving have, chaos (M, D), in the median."""
         z = z.double()
         cov = torch.cov(z.T)
         cov *= 1 - shrinkage
         cov += shrinkage / (1 - shrinkage) * cov.diagonal().mean() * torch.eye(len(cov)).to(cov)
         self.mu.copy_(z.mean(dim=0))
         self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))  # white: (z - mu) @ it
+        self.chaos.copy_(self.energy(chaos).median())
 
     def energy(self, z, kind="density"):
-        """(..., D) -> (...): low where an expert would be."""
+        """(..., D) -> (...): low where an expert would be. Of one latent `value` is the density."""
         if kind == "classifier":
             return self.net(z).squeeze(-1).float()
         return ((z - self.mu) @ self.whiten).float().pow(2).mean(dim=-1) / 2
 
     forward = energy
+
+    def in_trouble(self, z):
+        """Whether the present latent (1, D) is so unlike an expert's that `value` looks further."""
+        return bool(self.energy(z) > TROUBLE * self.chaos)
+
+    def foretold(self, z):
+        """(..., D) -> (...): sum of the bounded energies after a latent, discounted."""
+        weights = (1 - DISCOUNT**FORESIGHT) / (1 - DISCOUNT)  # their sum
+        return weights * self.chaos * self.value(z).squeeze(-1).float()
+
+    def bounded(self, energy):
+        """Energies, in 0..chaos: further from the expert than far is no worse."""
+        return self.chaos * energy / (energy + self.chaos)
+
+    def came(self, z):
+        """What `value` learns: windows (B, T + FORESIGHT, D) as they came -> (B, T) in 0..1, the
+        discounted mean of the bounded energies of the FORESIGHT latents after each."""
+        share = self.bounded(self.energy(z)) / self.chaos
+        return share[:, 1:].unfold(1, FORESIGHT, 1) @ self.discount
+
+    def judge(self, z, z_hat, kind="value"):
+        """Of futures z_hat (N, H, D) of the present z (1, D): (N,), the energies of their latents,
+        every JUDGED-th looked at, the last one included."""
+        H = z_hat.shape[1]
+        energies = self.energy(z_hat[:, (H - 1) % JUDGED::JUDGED], kind)
+        if kind == "value" and self.in_trouble(z):
+            energies = self.bounded(energies)
+            return JUDGED * energies.sum(dim=1) + DISCOUNT**H * self.foretold(z_hat[:, -1])
+        return JUDGED * energies.sum(dim=1)
 
 
 # ------------------------------------------------------------------ several processes (torchrun)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from drive_mpc import BRAKE, GAS, STEER, Futures, colored_noise, plan, to_action
-from networks import CostModel, Predictor
+from networks import DISCOUNT, FORESIGHT, TROUBLE, CostModel, Predictor
 
 
 def cart(z, act):
@@ -96,7 +96,7 @@ def test_density_is_the_mahalanobis_distance():
     torch.manual_seed(0)
     z = torch.randn(4000, 6) @ torch.randn(6, 6) + 3
     cost = CostModel(6)
-    cost.fit_density(z, shrinkage=0.0)
+    cost.fit_density(z, 3 * z, shrinkage=0.0)
     mu, inverse = z.double().mean(0), torch.linalg.inv(torch.cov(z.T.double()))
     d = z[:50].double() - mu
     expected = torch.einsum("ni,ij,nj->n", d, inverse, d) / 2 / 6
@@ -111,7 +111,8 @@ def nets():
     with torch.no_grad():
         for p in predictor.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    cost.fit_density(torch.randn(400, 8) @ torch.randn(8, 8))
+    z = torch.randn(400, 8) @ torch.randn(8, 8)
+    cost.fit_density(z, 3 * z)
     return {k: net.eval().requires_grad_(False) for k, net in
             {"predictor": predictor, "cost": cost}.items()}
 
@@ -130,10 +131,37 @@ def test_rollout_eats_its_own_output(nets):
     assert torch.allclose(net.rollout(z, act[:, :2]), z_hat[:, :2], atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["density", "classifier"])
-def test_futures_cost_what_their_dreams_cost(nets, kind):
+@pytest.mark.parametrize("kind", ["value", "density", "classifier"])
+@pytest.mark.parametrize("H", [15, 4, 1])
+@pytest.mark.parametrize("far", [0.1, 10.0])
+def test_futures_cost_what_their_dreams_cost(nets, kind, H, far):
     """Dreamt and judged in one pass of folded weights: the same as a rollout, judged after it."""
-    folded, z, act = Futures(**nets, kind=kind), torch.randn(1, 8), torch.randn(32, 15, 3)
-    expected = nets["cost"].energy(nets["predictor"].rollout(z.expand(32, -1), act), kind).sum(1)
+    cost, act = nets["cost"], torch.randn(32, H, 3)
+    z = cost.mu + far * torch.randn(1, 8)
+    assert cost.in_trouble(z) == (far > 1)
+    expected = cost.judge(z, nets["predictor"].rollout(z.expand(32, -1), act), kind)
+    futures = Futures(**nets, kind=kind)
     for _ in range(2):  # nothing is left of the first
-        assert torch.allclose(folded(z, act), expected, rtol=1e-4)
+        assert torch.allclose(futures(z, act), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_value_is_the_density_on_the_road_and_looks_further_in_trouble(nets):
+    cost, z_hat = nets["cost"], torch.randn(32, 15, 8)
+    near, far = cost.mu[None], cost.mu[None] + 10
+    every_third = 3 * cost.energy(z_hat[:, 2::3]).sum(1)
+    assert torch.allclose(cost.judge(near, z_hat, "value"), every_third, rtol=1e-5)
+    assert torch.allclose(cost.judge(far, z_hat, "density"), every_third, rtol=1e-5)
+    beyond = cost.judge(far, z_hat, "value") - 3 * cost.bounded(cost.energy(z_hat[:, 2::3])).sum(1)
+    assert torch.allclose(beyond, DISCOUNT**15 * cost.foretold(z_hat[:, -1]), atol=1e-3)
+    assert torch.allclose(cost.bounded(cost.chaos * torch.tensor([0, 1, 1e9])),
+                          cost.chaos * torch.tensor([0, 0.5, 1]))
+    assert float(cost.bounded(torch.tensor(1e-3))) == pytest.approx(1e-3, rel=0.01)
+
+
+def test_what_comes_is_the_discounted_sum_of_the_energies_after(nets):
+    cost, z = nets["cost"], torch.randn(2, 4 + FORESIGHT, 8)
+    worth = [[sum(DISCOUNT**j * float(cost.bounded(cost.energy(z[b, t + 1 + j])))
+                  for j in range(FORESIGHT)) for t in range(4)] for b in range(2)]
+    scale = sum(DISCOUNT**j for j in range(FORESIGHT)) * float(cost.chaos)
+    assert torch.allclose(cost.came(z) * scale, torch.tensor(worth), rtol=1e-4)
+    assert torch.allclose(cost.foretold(z), cost.value(z)[..., 0] * scale, rtol=1e-4)
