@@ -69,7 +69,8 @@ def parse_args():
                    help="visuals/ is written in here; train reads data/, paired models/ from here")
     p.add_argument("--rounds", type=int, default=5,
                    help="env, train, scale: a median needs an odd number")
-    p.add_argument("--frames", type=int, default=40_000, help="loader: of each source; collect: of each worker")
+    p.add_argument("--frames", type=int, default=40_000,
+                   help="loader: of each source; collect: of each worker")
     p.add_argument("--episodes", type=int, default=1000, help="collect: over which memory is shown")
     p.add_argument("--batches", type=int, default=10_000, help="loader: over which memory is shown")
     p.add_argument("--chunks", type=int, default=10_000, help="loader: of the folder opened anew")
@@ -215,7 +216,8 @@ def steady_rate(folder):
 
 
 def bench_collect(args):
-    print(f"{'collector':20s}{'workers':>8s}{'frames/s':>10s}{'x stock a core':>16s}{'B/frame':>9s}")
+    print(f"{'collector':20s}{'workers':>8s}{'frames/s':>10s}{'x stock a core':>16s}"
+          f"{'B/frame':>9s}")
     for name, script in SOURCES.items():
         rates, stock = {1: [], 2: []}, [stock_rate()]
         for workers in (1, 2, 2, 1):  # the machine's own drift falls on both

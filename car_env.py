@@ -399,6 +399,15 @@ def place_car(env, x, y, angle, speed=0.0, yaw_rate=0.0):
     return env._render("state_pixels")
 
 
+def place_beside(env, tile, offset=0.0, askew=0.0, speed=0.0, yaw_rate=0.0):
+    """`place_car` beside a tile, any integer: offset units to the right of the middle of the road,
+    askew rad to the left of its direction."""
+    track = env.unwrapped.track
+    _, beta, x, y = track[int(tile) % len(track)]
+    return place_car(env, x + offset * math.cos(beta), y + offset * math.sin(beta), beta + askew,
+                     speed, yaw_rate)
+
+
 # ---- the picture ---------------------------------------------------------------------------------
 
 HUD_TOP = 84  # first HUD row of the 96-pixel frame

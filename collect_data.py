@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from buffer import HELD_OUT_MOD, index, write_chunk
-from car_env import (ENV_ID, PREPROCESS_VERSION, TELEMETRY, make_env, observe, place_car,
+from car_env import (ENV_ID, PREPROCESS_VERSION, TELEMETRY, make_env, observe, place_beside,
                      telemetry)
 from runtime import Stop, fail, git_commit, natural, parser, positive, run, versions, writable
 
@@ -49,10 +49,9 @@ class RandomDriver:
         """Half of the episodes start anywhere on the track, askew, up to 60 units/s: True."""
         if rng.random() < 0.5:
             return False
-        _, beta, x, y = env.unwrapped.track[rng.integers(len(env.unwrapped.track))]
+        tile = rng.integers(len(env.unwrapped.track))
         off = rng.uniform(-8, 8)  # units beside the centre line; the road's half width is 6.67
-        place_car(env, x + off * np.cos(beta), y + off * np.sin(beta),
-                  beta + rng.normal(0, 0.6), speed=rng.uniform(0, 60))
+        place_beside(env, tile, off, askew=rng.normal(0, 0.6), speed=rng.uniform(0, 60))
         return True
 
     def reset(self, env, rng):

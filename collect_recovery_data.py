@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from car_env import place_car
+from car_env import place_beside
 from collect_data import collect
 from collect_race_data import Expert, pace_of, pace_parser
 from runtime import run
@@ -70,11 +70,9 @@ class FaultyExpert:
         """Places the car off line, askew and moving, in START_SHARE of the episodes; True if so."""
         if rng.random() >= START_SHARE:
             return False
-        track = env.unwrapped.track
-        _, beta, x, y = track[rng.integers(len(track))]
+        tile = rng.integers(len(env.unwrapped.track))
         offset, askew, yaw_rate = rng.normal(0, (OFFSET, ASKEW, SPIN))
-        place_car(env, x + offset * math.cos(beta), y + offset * math.sin(beta), beta + askew,
-                  speed=rng.uniform(0, 60), yaw_rate=yaw_rate)
+        place_beside(env, tile, offset, askew, speed=rng.uniform(0, 60), yaw_rate=yaw_rate)
         self.mistakes["start"][0] += 1
         self._judge("start")
         return True

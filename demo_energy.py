@@ -19,7 +19,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from car_env import FPS, TELEMETRY, ZOOM_STEPS, make_env, observe, place_car, telemetry
+from car_env import FPS, TELEMETRY, ZOOM_STEPS, make_env, observe, place_beside, telemetry
 from drive_mpc import (DIM, INK, PAPER, SIDE, STRIP, VIDEO_FPS, VIEW, WARM, Window,
                        load_driver, planning, plot, write)
 from networks import stack
@@ -66,11 +66,9 @@ class Elsewhere:
 
         state: {name: value} of the real car's telemetry, on its own track.
         """
-        env, track = self.env, self.env.unwrapped.track
-        _, beta, x, y = track[(int(state["tile_index"]) + jump) % len(track)]
-        off = state["lateral_offset"]
-        place_car(env, x + off * np.cos(beta), y + off * np.sin(beta),
-                  beta - state["heading_error"], state["speed"], state["yaw_rate"])
+        env = self.env
+        place_beside(env, state["tile_index"] + jump, state["lateral_offset"],
+                     -state["heading_error"], state["speed"], state["yaw_rate"])
         # stepped without the time limit around it: the twin must not run out of steps
         return np.stack([env.unwrapped.step(a)[0] for a in actions][-count:])
 

@@ -206,13 +206,13 @@ class Recorder:
         return self.policy.act(env)
 
 
-def drive(tracks, paces, args, repeat):
-    """Drives new episodes, one by one: of each kind, at its paces, one on each of its tracks."""
+def drive(tracks, jobs, args, repeat):
+    """Drives new episodes, one by one: of each kind, as its job says, one on each of its tracks."""
     env = make_env("fast")
     bar = tqdm(total=sum(map(len, tracks.values())), desc="drive", unit="episode", leave=False)
     for name, seeds in tracks.items():
         for i, track in enumerate(seeds):
-            policy = Recorder(DRIVERS[name]({"paces": paces[name]}, i)[0], repeat)
+            policy = Recorder(DRIVERS[name](jobs[name], i)[0], repeat)
             arrays, _ = run_episode(env, policy, track, np.random.default_rng([args.seed, track]))
             bar.update()
             yield on_grid(name, track, arrays, repeat, policy.saved)
@@ -225,26 +225,32 @@ def numbered(first, count, within):
     return {name: [within[next(seeds) % len(within)] for _ in range(count)] for name in DRIVERS}
 
 
+def job_of(chunks):
+    """How the expert of these chunks drove: its paces, and its line's width where it has one."""
+    found = {key: sorted({c.meta["policy"][key] for c in chunks if key in c.meta["policy"]})
+             for key in ("pace", "width")}
+    return {"paces": found["pace"]} | {"width": w for w in found["width"][-1:]}
+
+
 def all_episodes(args, encoder):
     """(parts of training episodes, new episodes): those of the folders, or where ROOT has none,
     own ones on tracks that collectors may drive."""
     if any(any((args.root / name).glob("*.npz")) for name in args.data):
         sources = load_sources(args)
-        paces = {name: sorted({c.meta["policy"]["pace"] for c in chunks
-                               if "pace" in c.meta["policy"]})
-                 for name, (chunks, _) in sources.items()}
+        jobs = {name: job_of(chunks) for name, (chunks, _) in sources.items()}
         train = read_episodes(sources, args.train_frames, encoder, args.seed)
     else:
-        paces = {"data_race": RACE_PACES, "data_recovery": RECOVERY_PACES, "data": []}
+        jobs = {"data_race": {"paces": RACE_PACES}, "data_recovery": {"paces": RECOVERY_PACES},
+                "data": {}}
         tracks = numbered(FIRST_SEED, -(-args.train_frames // SEGMENT), TRAINING)
         print(f"{args.root}: no episodes there to fit probes to; drives "
               f"{len(tracks['data'])} of each kind on tracks from {FIRST_SEED} on")
         rng = np.random.default_rng([args.seed, 1])
         parts = [segment(x, rng, encoder.history)
-                 for x in drive(tracks, paces, args, encoder.repeat)]
+                 for x in drive(tracks, jobs, args, encoder.repeat)]
         train = [x for x in parts if x]
     tracks = numbered(args.track_seed, args.tracks, CHOOSING)
-    return train, list(drive({name: tracks[name] for name in paces}, paces, args, encoder.repeat))
+    return train, list(drive({name: tracks[name] for name in jobs}, jobs, args, encoder.repeat))
 
 
 def planes(frames):

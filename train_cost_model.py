@@ -4,8 +4,8 @@ Reads the encoder, the predictor (for imagined latents) and the data; writes
 ROOT/models/cost_model_final.pth, models/cost_model.jsonl, visuals/cost_model_curves.png and
 visuals/energy_histogram.png. In the file stand the logit of a classifier, expert against random
 (its sigmoid is the score: 0 expert, 1 random), the density of expert latents (half the squared
-Mahalanobis distance, over D), which is what drives, and the value, which takes over in trouble: what
-of that density is to come after a latent while an expert recovers.
+Mahalanobis distance, over D), which is what drives, and the value, which takes over in trouble:
+what of that density is to come after a latent while an expert recovers.
 
 Two minutes on two CPU cores; expect a held-out AUC above 0.99 for both energies.
 

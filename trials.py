@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, make_env, place_car,
+from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, make_env, place_beside,
                      telemetry)
 from collect_race_data import PACES, WIDTH, Expert
 from drive_mpc import Blind, load_driver, planning, to_action
@@ -56,14 +56,6 @@ def seen(env):
     return dict(zip(TELEMETRY, telemetry(env).tolist()))
 
 
-def put(env, tile, offset=0.0, askew=0.0, speed=0.0, yaw_rate=0.0):
-    """Places the car beside a tile, + right, askew to the road, + left; returns what it sees."""
-    track = env.unwrapped.track
-    _, beta, x, y = track[tile % len(track)]
-    return place_car(env, x + offset * math.cos(beta), y + offset * math.sin(beta), beta + askew,
-                     speed, yaw_rate)
-
-
 def on_track(env, seed):
     """Resets env to a track, past the opening zoom; returns how sharp each tile turns, 1/units."""
     env.reset(seed=seed)
@@ -87,16 +79,16 @@ def trouble(kind, env, curvature, rng):
     """Places the car in trouble of a kind -> (what it sees, tiles to pass before it can be back)"""
     sign, tile = rng.choice((-1, 1)), int(rng.integers(len(curvature)))
     if kind == "on the grass":
-        return put(env, tile, sign * rng.uniform(8, 16), rng.uniform(-0.5, 0.5),
+        return place_beside(env, tile, sign * rng.uniform(8, 16), rng.uniform(-0.5, 0.5),
                    rng.uniform(0, 30)), 0
     if kind == "askew":
-        return put(env, tile, rng.uniform(-4, 4), sign * rng.uniform(0.5, math.pi / 2),
+        return place_beside(env, tile, rng.uniform(-4, 4), sign * rng.uniform(0.5, math.pi / 2),
                    rng.uniform(0, 40)), 0
     if kind == "too fast":  # 10 to 20 units before a bend that is made for 50 units/s
         ahead = int(rng.integers(3, 7))
-        return put(env, bend(curvature, rng) - ahead, rng.uniform(-2, 2), 0.0,
+        return place_beside(env, bend(curvature, rng) - ahead, rng.uniform(-2, 2), 0.0,
                    rng.uniform(60, 80)), ahead + BEND
-    return put(env, tile, rng.uniform(-4, 4), rng.uniform(-0.5, 0.5), rng.uniform(10, 50),
+    return place_beside(env, tile, rng.uniform(-4, 4), rng.uniform(-0.5, 0.5), rng.uniform(10, 50),
                sign * rng.uniform(3, 6)), 0
 
 
@@ -184,21 +176,21 @@ def behave(name, env, rng):
     tile = int(rng.integers(len(env.unwrapped.track)))
     if name == "lapping":
         expert = Expert(PACES[0], width=WIDTH)  # the teacher
-        put(env, tile, speed=45)
+        place_beside(env, tile, speed=45)
         expert.reset(env, rng)
         return expert.act
     if name == "standing on the road":
-        put(env, tile, rng.uniform(-3, 3), rng.uniform(-0.3, 0.3))
+        place_beside(env, tile, rng.uniform(-3, 3), rng.uniform(-0.3, 0.3))
         return lambda env: np.array([0, 0, 0.8], np.float32)
     if name == "creeping":
-        put(env, tile, rng.uniform(-3, 3), speed=8)
+        place_beside(env, tile, rng.uniform(-3, 3), speed=8)
         return partial(hold_line, 8, 1)
     if name.endswith("at 45 units/s"):
         way = -1 if "wrong" in name else 1
-        put(env, tile, rng.uniform(-3, 3), math.pi * (way < 0), speed=45)
+        place_beside(env, tile, rng.uniform(-3, 3), math.pi * (way < 0), speed=45)
         return partial(hold_line, 45, way)
     side = rng.choice((-1, 1))
-    put(env, tile, side * rng.uniform(12, 20), rng.uniform(-math.pi, math.pi), speed=20)
+    place_beside(env, tile, side * rng.uniform(12, 20), rng.uniform(-math.pi, math.pi), speed=20)
     return lambda env: np.array([0.35 * side, 0.3, 0], np.float32)
 
 
@@ -265,7 +257,7 @@ def landscape(args, driver):
     fig, axes = plt.subplots(2, len(places), figsize=(3.2 * len(places), 5.6),
                              layout="constrained", height_ratios=(1, 1.25))
     for (name, place), (eye, ax) in zip(places.items(), axes.T):
-        frame = put(env, **place)
+        frame = place_beside(env, **place)
         driver.reset(args.track_seed)
         for _ in range(driver.frames.maxlen):  # it rolls on while the history fills
             driver.frames.append(frame)
