@@ -139,8 +139,8 @@ class Futures:
     """Costs of many futures of one latent, dreamt and judged in one pass, in float32.
 
     `(z (1, D), act (N, H, 3)) -> (N,)`: CostModel.judge of `predictor.rollout`. For the density,
-    Predictor.step, read and CostModel.energy are folded: only the predictor's coordinates are ever
-    written, in place, and the judge is one product for each latent that it looks at.
+    Predictor.step, read and CostModel.energy are folded: of the dreams only the predictor's
+    coordinates are written, in place, and the judge is one product for each that it looks at.
     """
 
     def __init__(self, predictor, cost, kind):
@@ -161,17 +161,17 @@ class Futures:
         bias = (rests - cost.mu) @ cost.whiten
         x = torch.cat([h.expand(N, -1), a[0]], dim=1)  # coordinates and action
         y, off = x.new_empty(N, p.into.out_features), x.new_empty(N, p.dim)
-        norm, total = x.new_empty(N), x.new_zeros(N)
+        norm, total, judged = x.new_empty(N), x.new_zeros(N), range((H - 1) % JUDGED, H, JUDGED)
         for t in range(H):
             x[:, p.state:] = a[t]
             torch.addmm(p.into.bias, x, self.into, out=y)
             x[:, :p.state].addmm_(F.silu(y, inplace=True), self.out)
-            if (H - 1 - t) % JUDGED:
+            if t not in judged:
                 continue
             torch.addmm(bias[t], x[:, :p.state], self.judge, out=off)
             torch.linalg.vector_norm(off, dim=1, out=norm)
             norm.square_().mul_(0.5 / p.dim)
-            total.add_(cost.bounded(norm) if trouble else norm, alpha=JUDGED)
+            total.add_(cost.bounded(norm) if trouble else norm, alpha=H / len(judged))
         if trouble:
             last = torch.addmm(rests[-1], x[:, :p.state], p.read.weight.T)
             total.add_(cost.foretold(last), alpha=DISCOUNT**H)

@@ -226,7 +226,7 @@ def numbered(first, count, within):
 
 
 def job_of(chunks):
-    """How the expert of these chunks drove: its paces, and its line's width where it has one."""
+    """How the expert of these chunks drove: its paces, and the width (the widest) of its line."""
     found = {key: sorted({c.meta["policy"][key] for c in chunks if key in c.meta["policy"]})
              for key in ("pace", "width")}
     return {"paces": found["pace"]} | {"width": w for w in found["width"][-1:]}

@@ -33,7 +33,7 @@ YOUNG_S = 600  # a checkpoint younger than this is never deleted
 ACT = 3  # steer, gas, brake
 JUDGED = 3  # every so-manieth latent of a future is judged: neighbours say nearly the same
 TROUBLE = 0.3  # of the energy of chaos: most of a lap stays below
-DISCOUNT, FORESIGHT = 0.97, 75  # of energies to come, a latent; how many are summed up: 3 s
+DISCOUNT, FORESIGHT = 0.97, 75  # of energies to come, a latent; how many are summed up
 INITIAL_STEP = 0.1  # of a linear layer's usual first weights: a fresh predictor hardly moves
 ACT_SCALE = (0.15, 0.3, 0.1)  # about their standard deviations: nets see actions of unit size
 
@@ -260,7 +260,7 @@ class CostModel(nn.Module):
     def foretold(self, z):
         """(..., D) -> (...): sum of the bounded energies after a latent, discounted."""
         weights = (1 - DISCOUNT**FORESIGHT) / (1 - DISCOUNT)  # their sum
-        return weights * self.chaos * self.value(z).squeeze(-1).float()
+        return weights * self.chaos * self.value(z).squeeze(-1).float().clamp_min(0)
 
     def bounded(self, energy):
         """Energies, in 0..chaos: further from the expert than far is no worse."""
@@ -273,14 +273,14 @@ class CostModel(nn.Module):
         return share[:, 1:].unfold(1, FORESIGHT, 1) @ self.discount
 
     def judge(self, z, z_hat, kind="value"):
-        """Of futures z_hat (N, H, D) of the present z (1, D): (N,), the energies of their latents,
-        every JUDGED-th looked at, the last one included."""
+        """Of futures z_hat (N, H, D) of the present z (1, D): (N,), the sum of the energies of their
+        latents, told from every JUDGED-th, the last one included."""
         H = z_hat.shape[1]
         energies = self.energy(z_hat[:, (H - 1) % JUDGED::JUDGED], kind)
         if kind == "value" and self.in_trouble(z):
             energies = self.bounded(energies)
-            return JUDGED * energies.sum(dim=1) + DISCOUNT**H * self.foretold(z_hat[:, -1])
-        return JUDGED * energies.sum(dim=1)
+            return H * energies.mean(dim=1) + DISCOUNT**H * self.foretold(z_hat[:, -1])
+        return H * energies.mean(dim=1)
 
 
 # ------------------------------------------------------------------ several processes (torchrun)

@@ -36,7 +36,7 @@ DENSITY_SAMPLE = 200_000  # expert latents that the density is fitted to, at mos
 def arguments():
     p = parser(__doc__, data=True, shares=False)
     g = p.add_argument_group("model")
-    g.add_argument("--hidden", type=positive, default=256, help="width of the classifier")
+    g.add_argument("--hidden", type=positive, default=256, help="width of classifier and value")
     g.add_argument("--shrinkage", type=float, default=0.05,
                    help="density: share of a round covariance mixed into the experts' own")
     optimisation(p, batch_size=1024, epochs=8, steps_per_epoch=250, lr=2e-3, weight_decay=1e-2)
@@ -67,7 +67,8 @@ class Sampler:
         self.length = self.K + (FORESIGHT if cost else 0)
         self.starts = latents.starts(chunks, self.length, skip=ZOOM_STEPS)
         if len(self.starts) == 0:
-            fail(f"{chunks[0].path.parent}: no episode lasts {ZOOM_STEPS} steps of zoom and "
+            part = "held-out" if chunks[0].held_out else "training"
+            fail(f"{chunks[0].path.parent}: no {part} episode lasts {ZOOM_STEPS} steps of zoom and "
                  f"{(self.length - 1) * latents.repeat} more; collect more frames")
 
     def real(self, count, seed=0):
@@ -154,6 +155,7 @@ def main():
                                for part in sources[RECOVERY])
     if args.compile:
         cost.net.compile()
+        cost.value.compile()
     optim = torch.optim.AdamW(cost.parameters(), args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=False)  # small and in fp32
     data = provenance(sources) | dict(encoder_key=key, predictor_key=fingerprint(predictor))
@@ -167,12 +169,12 @@ def main():
     if step >= steps:
         return already_trained(models / "cost_model_final.pth")
     log = RunLog(args, "cost_model", resumed=bool(saved))
-    cost.fit_density(*(train[k].real(DENSITY_SAMPLE).to(device) for k in (EXPERT, RANDOM)),
-                     args.shrinkage)
     frames = dict.fromkeys((EXPERT, RANDOM, RECOVERY), args.batch_size)  # of a step
     state = lambda step: so_far(args, step, per_epoch, frames, **data)
     keep = lambda step: save_run(resume, {"cost": cost}, optim, scaler, **state(step))
-    if not saved:
+    if not saved:  # else it is in the file, and what the value has learned so far rests on it
+        cost.fit_density(*(train[k].real(DENSITY_SAMPLE).to(device) for k in (EXPERT, RANDOM)),
+                         args.shrinkage)
         keep(step)  # the last file is never there without it
     last_save = time.time()
     for step in tqdm(range(step, steps), initial=step, total=steps, desc="cost model", unit="step",
@@ -181,9 +183,10 @@ def main():
         expert, chaos = (train[k].mixed(args.batch_size, rng, device, dtype)
                          for k in (EXPERT, RANDOM))
         loss, logs = loss_fn(cost, expert, chaos)
-        logs["value"] = value_loss(cost, *recovery.mixed(args.batch_size, rng, device, dtype))
+        ahead = value_loss(cost, *recovery.mixed(args.batch_size, rng, device, dtype))
+        loss, logs["value"] = loss + ahead, ahead.detach()
         lr = cosine(step, steps, args.lr)
-        optimise(loss + logs["value"], [cost], optim, scaler, lr, f"step {step}")
+        optimise(loss, [cost], optim, scaler, lr, f"step {step}")
         if step % 20 == 0 or log.due():
             log.log(step, loss=loss, lr=lr, **logs)
         if (step + 1) % per_epoch == 0:

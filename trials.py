@@ -80,16 +80,16 @@ def trouble(kind, env, curvature, rng):
     sign, tile = rng.choice((-1, 1)), int(rng.integers(len(curvature)))
     if kind == "on the grass":
         return place_beside(env, tile, sign * rng.uniform(8, 16), rng.uniform(-0.5, 0.5),
-                   rng.uniform(0, 30)), 0
+                            rng.uniform(0, 30)), 0
     if kind == "askew":
         return place_beside(env, tile, rng.uniform(-4, 4), sign * rng.uniform(0.5, math.pi / 2),
-                   rng.uniform(0, 40)), 0
+                            rng.uniform(0, 40)), 0
     if kind == "too fast":  # 10 to 20 units before a bend that is made for 50 units/s
         ahead = int(rng.integers(3, 7))
         return place_beside(env, bend(curvature, rng) - ahead, rng.uniform(-2, 2), 0.0,
-                   rng.uniform(60, 80)), ahead + BEND
+                            rng.uniform(60, 80)), ahead + BEND
     return place_beside(env, tile, rng.uniform(-4, 4), rng.uniform(-0.5, 0.5), rng.uniform(10, 50),
-               sign * rng.uniform(3, 6)), 0
+                        sign * rng.uniform(3, 6)), 0
 
 
 KINDS = ("on the grass", "askew", "too fast", "spinning")

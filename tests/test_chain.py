@@ -276,6 +276,8 @@ def test_missing_checkpoints_name_the_command_that_makes_them(chain, tmp_path):
     for path in (tmp_path / "models").glob("predictor*.pth"):
         path.unlink()
     refused(script("train_cost_model.py", root=tmp_path), "predictor", "train_predictor.py")
+    refused(script("train_cost_model.py", "--data", "data_race", "data", root=tmp_path),
+            "data_recovery")
 
 
 def test_damaged_chunks_are_named(chain, tmp_path):

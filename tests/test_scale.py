@@ -25,9 +25,10 @@ from torch import nn
 import runtime
 from buffer import Latents, export_minari, index, read_chunk, write_chunk
 from car_env import TELEMETRY
-from networks import (InverseModel, Predictor, Projector, TinyEncoder, export_safetensors,
-                      fingerprint, load_frozen, over_ranks, save, stack)
+from networks import (FORESIGHT, CostModel, InverseModel, Predictor, Projector, TinyEncoder,
+                      export_safetensors, fingerprint, load_frozen, over_ranks, save, stack)
 from runtime import RANK, RANKS, Refusal, hardware_precisions, pick_precision, run, set_up
+from train_cost_model import Sampler
 from train_encoder import loss_fn
 from vicreg import covariance, variance
 
@@ -328,6 +329,25 @@ def test_two_that_start_at_once_encode_once(data, tmp_path, encoder):
         both = [pool.submit(cache_of, tmp_path, encoder, chunks, encoded) for _ in range(2)]
     a, b = (future.result() for future in both)
     assert sum(encoded) == sum(c.frames + 1 for c in chunks) == len(a.z) and a.rows == b.rows
+
+
+def test_what_came_is_that_of_the_same_latent_real_or_imagined(tmp_path, encoder):
+    rng, H = np.random.default_rng(0), 4
+    episode(tmp_path / "data_recovery", "long", 280, rng, 11)
+    chunks = index(tmp_path / "data_recovery")[0]
+    cache = cache_of(tmp_path, encoder, chunks)
+    cost, noise = CostModel(encoder.dim), torch.randn(200, encoder.dim)
+    cost.fit_density(noise, 2 * noise)
+    sampler = Sampler(cache, chunks, Predictor(encoder.dim, 8, 8), H, cost)
+    z, came = sampler.mixed(64, rng, torch.device("cpu"), torch.float32)
+    z, came = z.view(4, 2, -1, encoder.dim), came.view(4, 2, -1)  # pick, real or imagined, window
+    assert torch.equal(came[:, 0], came[:, 1]) and not torch.equal(z[:, 0], z[:, 1])
+    for latent, foretold in zip(z[:, 0].flatten(0, 1), came[:, 0].flatten()):
+        row = int((torch.from_numpy(cache.z.astype(np.float32)) - latent).abs().sum(1).argmin())
+        after = cost.came(cache.windows([row], 1 + FORESIGHT)[0])[0, 0]
+        assert float(foretold) == pytest.approx(float(after), rel=1e-4)
+    with pytest.raises(Refusal, match="no training episode lasts 50 steps of zoom and 238"):
+        Sampler(cache, chunks, Predictor(encoder.dim, 8, 8), H + 40, cost)
 
 
 # ---- other programs ------------------------------------------------------------------------------
