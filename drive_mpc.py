@@ -30,7 +30,7 @@ from buffer import write_chunk
 from car_env import ENV_ID, FPS, ZOOM_STEPS, make_env, observe, telemetry
 from collect_data import FIRST_SEED, origin
 from collect_race_data import Expert
-from networks import (DISCOUNT, JUDGED, Predictor, fingerprint, latest, load_frozen, models_of,
+from networks import (DISCOUNT, Predictor, fingerprint, judged, latest, load_frozen, models_of,
                       stack, unit_act)
 from runtime import (Stop, autocast, fail, fraction, natural, parser, positive, replace_atomically,
                      run, save_gif, save_mp4, set_up, versions, writable)
@@ -161,17 +161,17 @@ class Futures:
         bias = (rests - cost.mu) @ cost.whiten
         x = torch.cat([h.expand(N, -1), a[0]], dim=1)  # coordinates and action
         y, off = x.new_empty(N, p.into.out_features), x.new_empty(N, p.dim)
-        norm, total, judged = x.new_empty(N), x.new_zeros(N), range((H - 1) % JUDGED, H, JUDGED)
+        norm, total, looks = x.new_empty(N), x.new_zeros(N), judged(H)
         for t in range(H):
             x[:, p.state:] = a[t]
             torch.addmm(p.into.bias, x, self.into, out=y)
             x[:, :p.state].addmm_(F.silu(y, inplace=True), self.out)
-            if t not in judged:
+            if t not in looks:
                 continue
             torch.addmm(bias[t], x[:, :p.state], self.judge, out=off)
             torch.linalg.vector_norm(off, dim=1, out=norm)
             norm.square_().mul_(0.5 / p.dim)
-            total.add_(cost.bounded(norm) if trouble else norm, alpha=H / len(judged))
+            total.add_(cost.bounded(norm) if trouble else norm, alpha=H / len(looks))
         if trouble:
             last = torch.addmm(rests[-1], x[:, :p.state], p.read.weight.T)
             total.add_(cost.foretold(last), alpha=DISCOUNT**H)

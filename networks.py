@@ -212,6 +212,11 @@ class Predictor(nn.Module):
         return self.read(torch.stack(out[1:], dim=1)) + self.rests(z, h, H)
 
 
+def judged(H):
+    """Which latents of a future of H are judged: every JUDGED-th, the last one included."""
+    return range((H - 1) % JUDGED, H, JUDGED)
+
+
 class CostModel(nn.Module):
     """The judge. Three energies, learned on frozen latents without reward and without labels:
 
@@ -274,9 +279,9 @@ class CostModel(nn.Module):
 
     def judge(self, z, z_hat, kind="value"):
         """Of futures z_hat (N, H, D) of the present z (1, D): (N,), the sum of the energies of their
-        latents, told from every JUDGED-th, the last one included."""
+        latents, told from those that are `judged`."""
         H = z_hat.shape[1]
-        energies = self.energy(z_hat[:, (H - 1) % JUDGED::JUDGED], kind)
+        energies = self.energy(z_hat[:, list(judged(H))], kind)
         if kind == "value" and self.in_trouble(z):
             energies = self.bounded(energies)
             return H * energies.mean(dim=1) + DISCOUNT**H * self.foretold(z_hat[:, -1])
