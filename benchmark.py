@@ -483,9 +483,9 @@ def bench_train(args):
     batches = on_device(loader.batches(), device)
     generator = torch.Generator(device).manual_seed(0)
 
-    def learn(x, act):
+    def learn(views, act):
         with autocast(device, dtype):
-            loss, *_ = train_encoder.loss_fn(nets, x, act, cfg)
+            loss, *_ = train_encoder.loss_fn(nets, *views, act, cfg)
         optimise(loss, nets.values(), optim, scaler, cfg.lr)
 
     def loop():
@@ -514,7 +514,7 @@ def bench_train(args):
     print(f"{' '.join(flags) or 'full size'}; {device}, {str(dtype)[6:]}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for name, s in (("the loop", whole), ("the bare net", alone)):
-        print(f"{name:14s}{1000 * s:8.1f} ms a step{len(fixed) / s:10,.0f} images/s")
+        print(f"{name:14s}{1000 * s:8.1f} ms a step{len(fixed[0]) / s:10,.0f} images/s")
     print(f"the loop runs at {np.median(seconds[:, 1] / seconds[:, 0]):.1%} of the bare net, at "
           f"{rate / 1e9:,.0f} GFLOP/s: {rate / peak:.1%} of {peak / 1e9:,.0f}")
 
@@ -526,7 +526,7 @@ def bench_scale(args):
     gpus = torch.cuda.device_count()
     flags = [] if gpus else LAPTOP
     cfg = train_encoder.arguments(flags)
-    images = cfg.batch_size * len(train_encoder.latents_of(cfg))
+    images = cfg.batch_size * (len(train_encoder.latents_of(cfg)) + bool(cfg.bend))
     print(f"{' '.join(flags) or 'full size'}; {gpus} GPUs, batches of {images} images, torch "
           f"{torch.__version__}\nprocesses threads  ms a step  images/s")
     first = None

@@ -143,6 +143,20 @@ class InverseModel(nn.Module):
         return self.net(torch.cat([z, z_next], dim=-1))
 
 
+class BendModel(nn.Module):
+    """How a picture was bent, from what that did to its latent. Linear: so the latent has straight
+    directions for where the road lies and leads."""
+
+    def __init__(self, dim=512, bends=5):
+        super().__init__()
+        self.args = dict(dim=dim, bends=bends)
+        self.net = nn.Linear(dim, bends, bias=False)
+
+    def forward(self, z, z_bent):
+        """(N, D), (N, D) -> (N, bends)"""
+        return self.net(z_bent - z)
+
+
 class TinyDecoder(nn.Module):
     """Latent -> the newest frame: a 4x4 map, then four transposed convolutions. For eyes only."""
 
@@ -340,7 +354,7 @@ def norm_over_ranks(norm, x):
 # ------------------------------------------------------------------ checkpoints
 
 NETS = {"encoder": TinyEncoder, "projector": Projector, "inverse": InverseModel,
-        "decoder": TinyDecoder, "predictor": Predictor, "cost": CostModel}
+        "bend": BendModel, "decoder": TinyDecoder, "predictor": Predictor, "cost": CostModel}
 
 
 def save(path, nets, **state):

@@ -3,8 +3,8 @@
 Reads ROOT/data_race, data_recovery, data; writes ROOT/models/encoder_mixed_ep{N}.pth each epoch,
 models/encoder.jsonl and visuals/encoder_curves.png. `--objective joint` (default) asks that latents
 be predictable from actions, tell the action, vary and be uncorrelated, and adds VICReg of
-neighbours in time on an expander's embeddings; `--objective vicreg` is plain VICReg on two
-photometric views. Each epoch prints a linear probe of what the latents know: after the laptop's
+neighbours in time on an expander's embeddings, and with `--bend` that they tell linearly how a
+picture was bent; `--objective vicreg` is plain VICReg on two photometric views. Each epoch prints a linear probe of what the latents know: after the laptop's
 5 minutes on two CPU cores expect R² over 0.9 for speed and lateral offset.
 
     python train_encoder.py --epochs 50 --batch_size 256
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from buffer import Loader, load_sources, on_device, provenance, sample_frames, shares_of
 from car_env import TELEMETRY, ZOOM_STEPS
-from networks import (InverseModel, Predictor, Projector, TinyEncoder, already_trained, cosine,
+from networks import (BendModel, InverseModel, Predictor, Projector, TinyEncoder, already_trained, cosine,
                       optimise, over_ranks, refuse_nan, resume_run, rotate, save, save_run, so_far,
                       stack, unit_act)
 from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, optimisation, parser,
@@ -34,6 +34,10 @@ from vicreg import covariance, effective_rank, invariance, variance, vicreg_loss
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
 HUD_ROW = 56  # rows from here on are instruments: augmentation leaves them alone
 JITTER, TINT = 0.3, 0.1  # brightness and contrast, and each channel, are scaled by 1 ± this
+CAR = slice(43, 53), slice(29, 35)  # rows and columns of the car, which a bend does not move
+CAR_ROW, AHEAD_ROWS = 47.5, 48  # its middle, and how many rows of the world are ahead of it
+SHIFT, SLOPE, CURVE = 3, 7, 24  # columns that bends of 1 move the scene, or its far end
+STRETCHES = 3  # of the way ahead, each with a curvature of its own
 MEAN_OF = 4  # the mean that contrast keeps is of every fourth row of pixels
 COLLAPSED = 0.02  # mean standard deviation of a latent's dimensions; a healthy one has about 1
 COLLAPSED_RANK = 2  # effective rank of a batch of latents; a healthy one has dozens
@@ -65,6 +69,9 @@ def arguments(argv=None):
     g.add_argument("--std", type=float, help="weight of the variance hinge (joint 16, vicreg 25)")
     g.add_argument("--cov", type=float, default=1.0, help="weight of the covariance term")
     g.add_argument("--inverse", type=float, default=2.0, help="joint: weight of inverse dynamics")
+    g.add_argument("--bend", type=float, default=0.0,
+                   help="joint: weight of telling how a picture was bent, which teaches where the "
+                        "road lies and where it leads (LOG.md: 5); 0 leaves the bent pictures out")
     g.add_argument("--expand", type=float, default=1.0,
                    help="joint: weight of VICReg between the expander's embeddings of neighbours "
                         "in time, which keeps the road in the latent")
@@ -97,6 +104,48 @@ def jitter(x, generator):
     return out.view(N, H, W, C).permute(0, 3, 1, 2)
 
 
+def bend_rows(device=None):
+    """(2 + STRETCHES, HUD_ROW): columns by which bends of 1 move each row of the scene to the right:
+    a shift, a slope, and a curvature of each stretch of the way ahead, nearest first.
+    """
+    u = (CAR_ROW - torch.arange(HUD_ROW, device=device)) / AHEAD_ROWS  # 0 at the car, 1 far ahead
+    rows = [torch.full_like(u, SHIFT), SLOPE * u]
+    for k in range(STRETCHES):
+        inside = (u - k / STRETCHES).clamp(0, 1 / STRETCHES)
+        beyond = (u - (k + 1) / STRETCHES).clamp_min(0)
+        rows.append(CURVE * (inside**2 / 2 + beyond / STRETCHES))
+    return torch.stack(rows)
+
+
+def bend(x, generator):
+    """Moves the rows of the scene sideways, as if road and car lay otherwise: x (N, C, 64, 64)
+    uint8 -> (the same bent, how: (N, 2 + STRETCHES) of unit variance). Car and instruments stay.
+
+    Equivariance as a task: Dangovski et al. 2022, arXiv:2111.00899.
+    """
+    N, C, _, W = x.shape
+    x = x.permute(0, 2, 3, 1)  # as it lies in memory
+    rows = bend_rows(x.device)
+    how = math.sqrt(3) * (2 * torch.rand(N, len(rows), generator=generator, device=x.device) - 1)
+    scene, (tall, wide) = x[:, :HUD_ROW].float(), CAR
+    beside = scene[:, tall, [wide.start - 1, wide.stop]]  # what lies under the car
+    share = torch.linspace(0, 1, wide.stop - wide.start + 2, device=x.device)[1:-1, None]
+    under = torch.lerp(beside[:, :, :1], beside[:, :, 1:], share)
+    car = scene[:, tall, wide] - under
+    scene[:, tall, wide] = under
+    moved = (how[:, :, None] * rows).sum(dim=1)  # (N, HUD_ROW)
+    column = torch.arange(W, device=x.device) - moved[..., None]
+    left = column.floor()
+    first = W * torch.arange(N * HUD_ROW, device=x.device).view(N, HUD_ROW, 1)
+    pixels = scene.reshape(-1, C)
+    taken = lambda column: pixels[(first + column.clamp(0, W - 1).long()).view(-1)]
+    bent = torch.lerp(taken(left), taken(left + 1), (column - left).view(-1, 1))
+    bent = bent.view(N, HUD_ROW, W, C)
+    bent[:, tall, wide] += car
+    bent = torch.cat([bent.round_().clamp_(0, 255).to(torch.uint8), x[:, HUD_ROW:]], dim=1)
+    return bent.permute(0, 3, 1, 2), how
+
+
 def seen_in_light(obs, history, generator, at=None):
     """Windows (B, L, 3, 64, 64) -> encoder inputs (B * T, 3 * history, 64, 64), float: each latent
     sees its frames in a light of its own, which is noise to whoever foresees it."""
@@ -122,29 +171,39 @@ def latents_of(args):
 
 
 def views(obs, args, generator):
-    """Windows (B, L, 3, 64, 64) uint8 -> what the encoder is shown, (K * B, 3 * history, 64, 64):
-    joint the K latents of each window, vicreg the same latent twice, K = 2, all first views first.
+    """Windows (B, L, 3, 64, 64) uint8 -> (what the encoder is shown, (N, 3 * history, 64, 64), how
+    the last B of it were bent, or None): joint the K latents of each window, N = K * B, and where
+    --bend is not 0 the first of each again, bent; vicreg the same latent twice, N = 2 * B.
     """
     see = lambda: seen_in_light(obs, args.history, generator, latents_of(args))
-    return see() if args.objective == "joint" else torch.cat([see(), see()])
+    if args.objective == "vicreg":
+        return torch.cat([see(), see()]), None
+    if not args.bend:
+        return see(), None
+    bent, how = bend(stack(obs, args.history, [0]), generator)
+    return torch.cat([see(), jitter(bent, generator)]), how
 
 
-def joint_loss(nets, x, act, args):
-    """Prediction, inverse dynamics, variance and covariance of `views`, and VICReg of neighbours.
+def joint_loss(nets, x, how, act, args):
+    """Prediction, inverse dynamics, bends, variance and covariance of `views`, and VICReg of
+    neighbours.
 
-    x (B * K, 3 * history, 64, 64), act (B, H, 3), H the last of --targets; K latents a window, the
-    first and one for each target -> (loss, logs, raw latents (B * K, D)). VICReg's views are two
-    latents in a row, its variance and covariance those of the embeddings of all latents.
+    x, how of `views`, act (B, H, 3), H the last of --targets; K latents a window, the first and one
+    for each target -> (loss, logs, raw latents (B * K, D)), bent ones not among them. VICReg's
+    views are two latents in a row, its variance and covariance those of the embeddings of all.
     """
     at = latents_of(args)
     B, K = len(act), len(at)
-    flat = nets["encoder"].features(x)  # (B * K, D)
+    seen = nets["encoder"].features(x)
+    flat, bent = seen[:B * K], seen[B * K:]  # (B * K, D), (B, D) or none
     z = flat.view(B, K, -1)
     z_hat = nets["predictor"].rollout(z[:, 0], act)[:, [t - 1 for t in args.targets]]
     told = nets["inverse"](z[:, 0], z[:, 1])  # the first target is the next latent
     logs = {"pred": F.mse_loss(z_hat.float(), z[:, 1:]),
             "inverse": F.mse_loss(told.float(), unit_act(act[:, 0])),
             "std": variance(flat), "cov": covariance(flat)}
+    if how is not None:
+        logs["bend"] = F.mse_loss(nets["bend"](z[:, 0], bent).float(), how)
     loss = sum(getattr(args, name) * term for name, term in logs.items())
     if args.expand:
         e = nets["projector"](flat)
@@ -155,16 +214,16 @@ def joint_loss(nets, x, act, args):
     return loss, {k: v.detach() for k, v in logs.items()}, flat.detach()
 
 
-def plain_loss(nets, x, act, args):
+def plain_loss(nets, x, how, act, args):
     """VICReg on two views of the same frames: the objective of the seeds, to the letter."""
     za, zb = (nets["projector"](nets["encoder"].features(view)).float() for view in x.chunk(2))
     loss, logs = vicreg_loss(za, zb, args.sim, args.std, args.cov)
     return loss, logs, za.detach()
 
 
-def loss_fn(nets, x, act, args):
+def loss_fn(nets, x, how, act, args):
     """(loss, logs of detached tensors, what must not collapse (N, D)) of `views` and actions."""
-    return (joint_loss if args.objective == "joint" else plain_loss)(nets, x, act, args)
+    return (joint_loss if args.objective == "joint" else plain_loss)(nets, x, how, act, args)
 
 
 def make_nets(args, device, dtype):
@@ -172,6 +231,8 @@ def make_nets(args, device, dtype):
     nets = {"encoder": TinyEncoder(args.width, args.history, args.repeat, args.dim, args.strides)}
     if args.objective == "joint":
         nets |= {"predictor": Predictor(args.dim), "inverse": InverseModel(args.dim)}
+        if args.bend:
+            nets["bend"] = BendModel(args.dim, 2 + STRETCHES)
     if args.objective == "vicreg" or args.expand:
         nets["projector"] = Projector(args.dim, args.embedding)
     nets = {k: n.to(device, memory_format=torch.channels_last) for k, n in nets.items()}
@@ -241,7 +302,7 @@ def evaluate(nets, loader, device, dtype, args, batches=8):
     for _ in range(batches):
         obs, act = (x.to(device) for x in next(stream))
         with autocast(device, dtype):
-            loss, logs, _ = loss_fn(nets, views(obs, args, generator), act, args)
+            loss, logs, _ = loss_fn(nets, *views(obs, args, generator), act, args)
         for k, v in {"loss": loss, **logs}.items():
             total["val_" + k] = total.get("val_" + k, 0) + float(v) / batches
     stream.close()
@@ -301,7 +362,7 @@ def main():
         obs, act = next(batches)
         generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step + (RANK << 40))
         with autocast(device, dtype):
-            loss, logs, z = loss_of(views(obs, args, generator), act, args)
+            loss, logs, z = loss_of(*views(obs, args, generator), act, args)
         lr = cosine(step, steps, args.lr)
         optimise(loss, nets.values(), optim, scaler, lr, f"step {step}")
         if step % CHECK_EVERY == 0 and step > 0:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import script
 
-from networks import InverseModel, Predictor, Projector, TinyEncoder, stack, unit_act
+from networks import BendModel, InverseModel, Predictor, Projector, TinyEncoder, stack, unit_act
 from runtime import Refusal
-from train_encoder import (HUD_ROW, JITTER, MEAN_OF, TINT, jitter, loss_fn, refuse_collapse,
-                           seen_in_light, views)
+from train_encoder import (CAR, HUD_ROW, JITTER, MEAN_OF, TINT, bend, bend_rows, jitter, loss_fn,
+                           refuse_collapse, seen_in_light, views)
 from vicreg import covariance, variance
 
 
@@ -57,6 +57,37 @@ def test_a_view_changes_brightness_contrast_and_tint_of_the_scene_only(obs):
     assert b.std() > 0.01 and c.std() > 0.01 and tint.std() > 0.01
 
 
+def test_a_bend_moves_a_road_as_it_says_and_neither_car_nor_instruments():
+    """A straight road: each row's middle moves by the columns of its bends, of every frame alike."""
+    x = torch.full((40, 64, 64, 6), 50, dtype=torch.uint8)
+    x[:, :, 27:38] = 150
+    x[:, 44:52, 30:34], x[:, HUD_ROW:, 40:50] = 250, 200
+    x = x.permute(0, 3, 1, 2)
+    before = x.clone()
+    bent, how = bend(x, torch.Generator().manual_seed(0))
+    assert torch.equal(x, before) and bent.dtype == torch.uint8 and bent.shape == x.shape
+    assert bent.is_contiguous(memory_format=torch.channels_last) and how.shape == (40, 5)
+    assert torch.equal(bent[:, :, HUD_ROW:], x[:, :, HUD_ROW:])
+    on_road = (how @ bend_rows())[:, 47].abs() < 1  # there the car stands on the same grey as before
+    assert on_road.any() and torch.equal(bent[on_road][:, :, 46:50, 30:34], x[on_road][:, :, 46:50, 30:34])
+    assert abs(how.mean()) < 0.2 and abs(how.std() - 1) < 0.1
+    moved = (how @ bend_rows())[:, :CAR[0].start]  # the rows ahead of the car
+    road = (bent[:, :, :CAR[0].start].float() - 50) / 100  # (N, C, rows, 64)
+    middle = (road * torch.arange(64)).sum(3) / road.sum(3) - 32
+    whole = moved.abs() < 25  # the road is in the picture
+    assert whole.float().mean() > 0.8
+    assert (middle - moved[:, None]).abs().amax(1)[whole].max() < 0.1
+
+
+def test_curvature_of_a_stretch_bends_that_stretch_and_leaves_what_is_before_it():
+    rows = bend_rows()[2:].flip(1)  # from the car on
+    ahead = rows.diff(n=2, dim=1)
+    for k, bends in enumerate(ahead):
+        inside = bends.abs() > 1e-5
+        where = inside.nonzero()[:, 0].float()
+        assert 15 <= inside.sum() <= 18 and abs(where.mean() - (14.5 + 16 * k)) < 2  # of 16 rows
+
+
 def test_each_latent_of_a_window_is_seen_in_a_light_of_its_own():
     obs = torch.randint(80, 120, (1, 1, 3, 64, 64), dtype=torch.uint8).expand(2, 6, 3, 64, 64)
     x = seen_in_light(obs, 3, torch.Generator().manual_seed(1), [0, 1, 3]).unflatten(0, (2, 3))
@@ -89,17 +120,23 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     """Terms of the joint objective with gaps between targets, against plain loops."""
     torch.manual_seed(0)
     args = argparse.Namespace(objective="joint", targets=[1, 3, 4], history=2, pred=10.0, std=16.0,
-                              cov=1.0, inverse=2.0, expand=0.5, sim=25.0)
+                              cov=1.0, inverse=2.0, bend=5.0, expand=0.5, sim=25.0)
     nets = {"encoder": TinyEncoder(0.125, history=2, dim=16), "predictor": Predictor(16, 8),
-            "inverse": InverseModel(16, 8), "projector": Projector(16, 24)}
+            "inverse": InverseModel(16, 8), "projector": Projector(16, 24),
+            "bend": BendModel(16, 5)}
     obs = obs.repeat(2, 2, 1, 1, 1)[:, :6]  # 4 steps and a frame of history
     act = torch.randn(6, 4, 3)
-    loss, logs, flat = loss_fn(
-        nets, views(obs, args, torch.Generator().manual_seed(1)), act, args)
-    at = [0, 1, 3, 4]
+    seen = views(obs, args, torch.Generator().manual_seed(1))
+    loss, logs, flat = loss_fn(nets, *seen, act, args)
+    at, g = [0, 1, 3, 4], torch.Generator().manual_seed(1)
     x = torch.stack([obs[b, t:t + 2] for b in range(6) for t in at])
-    x = jitter(x.flatten(1, 2), torch.Generator().manual_seed(1))
-    z = nets["encoder"].features(x).view(6, 4, 16)
+    bent, how = bend(x[::4].flatten(1, 2), g)
+    assert torch.equal(how, seen[1])
+    x = torch.cat([jitter(x.flatten(1, 2), g), jitter(bent, g)])  # one batch norm sees all
+    z, bent = nets["encoder"].features(x).split((24, 6))
+    z = z.view(6, 4, 16)
+    told = (bent - z[:, 0]) @ nets["bend"].net.weight.T
+    assert torch.allclose(logs["bend"], (told - how).pow(2).mean(), rtol=1e-3)
     assert torch.allclose(flat, z.flatten(0, 1), atol=1e-5)
     z_hat, pred = nets["predictor"].rollout(z[:, 0], act), 0.0
     for t in range(4):
@@ -111,7 +148,7 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     e = nets["projector"](flat)
     near = (e.view(6, 4, -1)[:, 0] - e.view(6, 4, -1)[:, 1]).pow(2).mean()
     expanded = 25 * near + 25 * variance(e) + covariance(e)
-    total = sum(getattr(args, k) * logs[k] for k in ("pred", "std", "cov", "inverse"))
+    total = sum(getattr(args, k) * logs[k] for k in ("pred", "std", "cov", "inverse", "bend"))
     assert torch.allclose(loss, total + 0.5 * expanded, rtol=1e-4)
 
 

@@ -25,7 +25,7 @@ from torch import nn
 import runtime
 from buffer import Latents, export_minari, index, read_chunk, write_chunk
 from car_env import TELEMETRY
-from networks import (FORESIGHT, CostModel, InverseModel, Predictor, Projector, TinyEncoder,
+from networks import (FORESIGHT, BendModel, CostModel, InverseModel, Predictor, Projector, TinyEncoder,
                       export_safetensors, fingerprint, load_frozen, over_ranks, save, stack)
 from runtime import RANK, RANKS, Refusal, hardware_precisions, pick_precision, run, set_up
 from train_cost_model import Sampler
@@ -52,17 +52,22 @@ def gradients(objective):
     """
     torch.manual_seed(0)
     args = argparse.Namespace(objective=objective, targets=[1, 3], history=1, sim=25.0, pred=10.0,
-                              std=16.0, cov=1.0, inverse=2.0, expand=1.0)
+                              std=16.0, cov=1.0, inverse=2.0, bend=5.0, expand=1.0)
     nets = {"encoder": TinyEncoder(0.125, history=1, dim=16), "projector": Projector(16, 32)}
     if objective == "joint":
-        nets |= {"predictor": Predictor(16, 8), "inverse": InverseModel(16, 8)}
+        nets |= {"predictor": Predictor(16, 8), "inverse": InverseModel(16, 8),
+                 "bend": BendModel(16, 5)}
     nets = {name: net.double() for name, net in nets.items()}
     x = torch.randint(0, 256, (WINDOWS, len(AT), 3, 64, 64))
     act, mine = torch.randn(WINDOWS, 3, 3).double(), slice(RANK, None, RANKS)
-    x = x[mine].flatten(0, 1) if objective == "joint" else x[mine, :2].transpose(0, 1).flatten(0, 1)
+    how, bent = torch.randn(WINDOWS, 5).double(), torch.randint(0, 256, (WINDOWS, 3, 64, 64))
+    if objective == "joint":
+        x, how = torch.cat([x[mine].flatten(0, 1), bent[mine]]), how[mine]
+    else:
+        x, how = x[mine, :2].transpose(0, 1).flatten(0, 1), None
     loss_of = over_ranks(loss_fn, nets)
     with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-        loss, *_ = loss_of(x, act[mine], args)
+        loss, *_ = loss_of(x, how, act[mine], args)
     loss.backward()
     return {f"{objective}.{name}.{k}": v for name, net in nets.items()
             for k, v in [*((k, p.grad) for k, p in net.named_parameters()), *net.named_buffers()]}
