@@ -4,8 +4,9 @@ Reads ROOT/data_race, data_recovery, data; writes ROOT/models/encoder_mixed_ep{N
 models/encoder.jsonl and visuals/encoder_curves.png. `--objective joint` (default) asks that latents
 be predictable from actions, tell the action, vary and be uncorrelated, and adds VICReg of
 neighbours in time on an expander's embeddings, and with `--bend` that they tell linearly how a
-picture was bent; `--objective vicreg` is plain VICReg on two photometric views. Each epoch prints a linear probe of what the latents know: after the laptop's
-5 minutes on two CPU cores expect R² over 0.9 for speed and lateral offset.
+picture was bent; `--objective vicreg` is plain VICReg on two photometric views. Each epoch prints
+a linear probe of what the latents know: after the laptop's 5 minutes on two CPU cores expect R²
+over 0.9 for speed and lateral offset.
 
     python train_encoder.py --epochs 50 --batch_size 256
     torchrun --nproc_per_node=2 train_encoder.py --epochs 50 --batch_size 256            two GPUs
@@ -24,9 +25,9 @@ from tqdm import tqdm
 
 from buffer import Loader, load_sources, on_device, provenance, sample_frames, shares_of
 from car_env import TELEMETRY, ZOOM_STEPS
-from networks import (BendModel, InverseModel, Predictor, Projector, TinyEncoder, already_trained, cosine,
-                      optimise, over_ranks, refuse_nan, resume_run, rotate, save, save_run, so_far,
-                      stack, unit_act)
+from networks import (BendModel, InverseModel, Predictor, Projector, TinyEncoder, already_trained,
+                      cosine, optimise, over_ranks, refuse_nan, resume_run, rotate, save, save_run,
+                      so_far, stack, unit_act)
 from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, optimisation, parser,
                      positive, run, same_start, set_up)
 from vicreg import covariance, effective_rank, invariance, variance, vicreg_loss
