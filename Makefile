@@ -6,7 +6,7 @@ LAPTOP = --root $(ROOT)
 # shares of a batch: expert, recovery, random
 SHARES = --shares 0.35 0.45 0.2
 # the small encoder of a laptop
-EYE = --width 0.25 --dim 128 --embedding 512 --strides 2 2 2 1 --batch_size 96 --lr 2e-3
+EYE = --width 0.25 --dim 128 --strides 2 2 2 1 --batch_size 96 --lr 2e-3
 # and its predictor
 BRAIN = --hidden 256 --state 128 --batch_size 512 --lr 2e-3
 

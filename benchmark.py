@@ -55,8 +55,7 @@ from runtime import autocast, fail, run, set_up
 CHOOSING = 200_500  # first of the tracks that nets are compared on: never collected nor reported
 MANY = 10**6  # more than any episode has steps
 READ_AHEAD = 12  # batches that the loader may have ready
-LAPTOP = ("--width 0.25 --dim 128 --embedding 512 --strides 2 2 2 1 --batch_size 96 "
-          "--lr 2e-3").split()
+LAPTOP = "--width 0.25 --dim 128 --strides 2 2 2 1 --batch_size 96 --lr 2e-3".split()
 PLANS = 200  # that are timed
 WARM_UP = 4  # episodes before anything is timed, of the hundreds in a worker's life
 FEATURE = {name: i for i, name in enumerate(TELEMETRY)}

@@ -38,7 +38,6 @@ from train_predictor import load_decoder
 
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
-GAS = 0.47  # gas of u = 1: more spins the car in bends, and no plan catches it (LOG.md)
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
 RHO = 0.8  # correlation of the noise of a plan from step to step
 NOISE = 0.4, 0.5  # its standard deviation in units of full steering, full throttle
@@ -131,8 +130,7 @@ def colored_noise(N, H, rho, generator=None, device="cpu"):
 def to_action(u):
     """Plans u (..., 2) in -1..1 (steer, throttle) -> actions (..., 3): steer, gas, brake."""
     steer, throttle = u.unbind(-1)
-    return torch.stack([STEER * steer, GAS * throttle.clamp_min(0),
-                        BRAKE * (-throttle).clamp_min(0)], -1)
+    return torch.stack([STEER * steer, throttle.clamp_min(0), BRAKE * (-throttle).clamp_min(0)], -1)
 
 
 class Futures:

@@ -2,15 +2,14 @@
 
 Reads ROOT/data_race, data_recovery, data; writes ROOT/models/encoder_mixed_ep{N}.pth each epoch,
 models/encoder.jsonl and visuals/encoder_curves.png. `--objective joint` (default) asks that latents
-be predictable from actions, tell the action, vary and be uncorrelated, and adds VICReg of
-neighbours in time on an expander's embeddings, and with `--bend` that they tell linearly how a
-picture was bent; `--objective vicreg` is plain VICReg on two photometric views. Each epoch prints
-a linear probe of what the latents know: after the laptop's 5 minutes on two CPU cores expect R²
-over 0.9 for speed and lateral offset.
+be predictable from actions, tell the action, tell linearly how a picture was bent, and, as in
+VICReg, vary and be uncorrelated; `--objective vicreg` is plain VICReg on two photometric views.
+Each epoch prints a linear probe of what the latents know: after the laptop's 5 minutes on two CPU
+cores expect R² over 0.9 for speed and lateral offset.
 
     python train_encoder.py --epochs 50 --batch_size 256
     torchrun --nproc_per_node=2 train_encoder.py --epochs 50 --batch_size 256            two GPUs
-    python train_encoder.py --width 0.25 --dim 128 --embedding 512 --strides 2 2 2 1 --epochs 4 \\
+    python train_encoder.py --width 0.25 --dim 128 --strides 2 2 2 1 --epochs 4 \\
         --steps_per_epoch 160 --batch_size 96 --lr 2e-3 --shares 0.35 0.45 0.2       a laptop
 """
 
@@ -30,7 +29,7 @@ from networks import (BendModel, InverseModel, Predictor, Projector, TinyEncoder
                       so_far, stack, unit_act)
 from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, optimisation, parser,
                      positive, run, same_start, set_up)
-from vicreg import covariance, effective_rank, invariance, variance, vicreg_loss
+from vicreg import covariance, effective_rank, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
 HUD_ROW = 56  # rows from here on are instruments: augmentation leaves them alone
@@ -53,7 +52,7 @@ def arguments(argv=None):
                    help="channels over ResNet-18's; 0.25 learns ten times faster on a CPU")
     g.add_argument("--dim", type=positive, default=512,
                    help="size of a latent; 128 learns in fewer steps and plans faster")
-    g.add_argument("--embedding", type=positive, default=1024, help="size of VICReg's expander")
+    g.add_argument("--embedding", type=positive, default=1024, help="vicreg: size of its expander")
     g.add_argument("--history", type=positive, default=3,
                    help="frames a latent sees; one hides speed and yaw rate")
     g.add_argument("--strides", type=positive, nargs=4, default=[1, 2, 2, 2],
@@ -70,13 +69,10 @@ def arguments(argv=None):
     g.add_argument("--std", type=float, help="weight of the variance hinge (joint 16, vicreg 25)")
     g.add_argument("--cov", type=float, default=1.0, help="weight of the covariance term")
     g.add_argument("--inverse", type=float, default=2.0, help="joint: weight of inverse dynamics")
-    g.add_argument("--bend", type=float, default=0.0,
+    g.add_argument("--bend", type=float, default=5.0,
                    help="joint: weight of telling how a picture was bent, which teaches where the "
-                        "road lies and where it leads (LOG.md: 5); 0 leaves the bent pictures out")
-    g.add_argument("--expand", type=float, default=1.0,
-                   help="joint: weight of VICReg between the expander's embeddings of neighbours "
-                        "in time, which keeps the road in the latent")
-    g.add_argument("--sim", type=float, default=25.0, help="weight of VICReg's invariance")
+                        "road lies and where it leads; 0 leaves the bent pictures out")
+    g.add_argument("--sim", type=float, default=25.0, help="vicreg: weight of the invariance")
     optimisation(p, batch_size=256)
     args = p.parse_args(argv)
     if args.targets != sorted(set(args.targets)) or args.targets[0] != 1:
@@ -186,12 +182,10 @@ def views(obs, args, generator):
 
 
 def joint_loss(nets, x, how, act, args):
-    """Prediction, inverse dynamics, bends, variance and covariance of `views`, and VICReg of
-    neighbours.
+    """Prediction, inverse dynamics, bends, variance and covariance of `views`.
 
     x, how of `views`, act (B, H, 3), H the last of --targets; K latents a window, the first and one
-    for each target -> (loss, logs, raw latents (B * K, D)), bent ones not among them. VICReg's
-    views are two latents in a row, its variance and covariance those of the embeddings of all.
+    for each target -> (loss, logs, raw latents (B * K, D)), bent ones not among them.
     """
     at = latents_of(args)
     B, K = len(act), len(at)
@@ -206,12 +200,6 @@ def joint_loss(nets, x, how, act, args):
     if how is not None:
         logs["bend"] = F.mse_loss(nets["bend"](z[:, 0], bent).float(), how)
     loss = sum(getattr(args, name) * term for name, term in logs.items())
-    if args.expand:
-        e = nets["projector"](flat)
-        near = e.view(B, K, -1)
-        logs |= {"e_sim": invariance(near[:, 0], near[:, 1]), "e_std": variance(e),
-                 "e_cov": covariance(e)}
-        loss = loss + args.expand * (args.sim * logs["e_sim"] + 25 * logs["e_std"] + logs["e_cov"])
     return loss, {k: v.detach() for k, v in logs.items()}, flat.detach()
 
 
@@ -234,7 +222,7 @@ def make_nets(args, device, dtype):
         nets |= {"predictor": Predictor(args.dim), "inverse": InverseModel(args.dim)}
         if args.bend:
             nets["bend"] = BendModel(args.dim, 2 + STRETCHES)
-    if args.objective == "vicreg" or args.expand:
+    else:
         nets["projector"] = Projector(args.dim, args.embedding)
     nets = {k: n.to(device, memory_format=torch.channels_last) for k, n in nets.items()}
     optim = torch.optim.AdamW([p for n in nets.values() for p in n.parameters()], args.lr,

@@ -27,8 +27,8 @@ FOLDERS = ("data_race", "data_recovery", "data")
 ONE = ["--precision", "fp32", "--threads", "1", "--log_every", "0"]
 LOOP = ["--epochs", "2", "--steps_per_epoch", "60"]
 STAGES = {
-    "encoder": [*ONE, *LOOP, "--width", "0.125", "--dim", "16", "--embedding", "32", "--history",
-                "2", "--strides", "4", "2", "1", "1", "--batch_size", "6"],
+    "encoder": [*ONE, *LOOP, "--width", "0.125", "--dim", "16", "--history", "2",
+                "--strides", "4", "2", "1", "1", "--batch_size", "6"],
     "decoder": [*ONE, "--once", "--width", "8", "--batch_size", "8", "--steps", "60"],
     "predictor": [*ONE, *LOOP, "--hidden", "32", "--horizon", "4", "--dropout", "0.1",
                   "--batch_size", "48"],

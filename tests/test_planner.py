@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from drive_mpc import BRAKE, GAS, STEER, Futures, colored_noise, plan, to_action
+from drive_mpc import BRAKE, STEER, Futures, colored_noise, plan, to_action
 from networks import DISCOUNT, FORESIGHT, TROUBLE, CostModel, Predictor
 
 
@@ -86,10 +86,9 @@ def test_colored_noise_keeps_variance_and_has_its_spectrum(rho):
 
 def test_actions_cover_full_lock_and_braking():
     u = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.0, 0.0]])
-    assert torch.allclose(to_action(u), torch.tensor([[STEER, GAS, 0.0], [-STEER, 0.0, BRAKE],
+    assert torch.allclose(to_action(u), torch.tensor([[STEER, 1.0, 0.0], [-STEER, 0.0, BRAKE],
                                                       [0.0, 0.0, 0.0]]))
     assert STEER >= 0.4 and BRAKE >= 0.3  # the joint's stop; enough to lock up at speed
-    assert 0.4 <= GAS <= 0.6  # what was driven without a drive lost to spins; 0.8 loses some
 
 
 def test_density_is_the_mahalanobis_distance():
