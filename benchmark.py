@@ -48,7 +48,7 @@ import train_encoder
 from buffer import Loader, index, load_sources, on_device, read_chunk, write_chunk
 from car_env import (FPS, PLAYFIELD, TELEMETRY, ZOOM_STEPS, make_env, observe, place_car,
                      telemetry)
-from drive_mpc import colored_noise, load_driver, planning, to_action
+from drive_mpc import colored_noise, limited, load_driver, planning, to_action
 from networks import latest, optimise
 from runtime import autocast, fail, run, set_up
 
@@ -562,7 +562,7 @@ def plain_loop(driver):
     """The seeds' loop with the same nets: dream step by step, judge every step, take the best."""
     cfg, nets, z = driver.cfg, driver.nets, driver.encode()
     u = colored_noise(cfg.samples, cfg.horizon, cfg.rho, driver.generator, driver.device)
-    u = (u * torch.tensor(cfg.noise, device=driver.device)).clamp(-1, 1)
+    u = limited(u * u.new_tensor(cfg.noise), cfg.gas)
     act, predictor = to_action(u), nets["predictor"]
     h = predictor.lift(z)
     rests, h = predictor.rests(z, h, cfg.horizon)[0], h.expand(cfg.samples, -1)

@@ -115,6 +115,9 @@ def planning(p):
                    help="correlation of the noise from step to step (AR(1), variance kept)")
     g.add_argument("--noise", type=float, nargs=2, default=list(NOISE),
                    metavar=("STEER", "THROTTLE"), help="standard deviation, in units of full")
+    g.add_argument("--gas", type=fraction, default=1.0,
+                   help="at most, in a plan: nets that trained for minutes spin the car with more "
+                        "than 0.5")
 
 
 # ------------------------------------------------------------------ planner
@@ -125,6 +128,11 @@ def colored_noise(N, H, rho, generator=None, device="cpu"):
     root = torch.linalg.cholesky(float(rho) ** lag.double()).float().to(device)
     white = torch.randn(N, H, 2, generator=generator, device=device)
     return torch.einsum("ts,nsa->nta", root, white)
+
+
+def limited(u, gas):
+    """Plans u (..., 2) within what can be done: -1..1, throttle no further than `gas`."""
+    return u.clamp(u.new_tensor([-1.0, -1.0]), u.new_tensor([1.0, gas]))
 
 
 def to_action(u):
@@ -190,7 +198,7 @@ def plan(z, futures, previous, cfg, generator=None):
     mean, std = last, torch.tensor(cfg.noise, device=z.device).expand(H, 2)
     kept = None
     for _ in range(1 if cfg.planner == "shooting" else cfg.rounds):
-        u = (mean + std * colored_noise(N, H, cfg.rho, generator, z.device)).clamp(-1, 1)
+        u = limited(mean + std * colored_noise(N, H, cfg.rho, generator, z.device), cfg.gas)
         u[0] = mean
         if kept is not None:
             u[-len(kept):] = kept
@@ -275,7 +283,7 @@ class NoModelDriver(Driver):
         self.u = torch.cat([self.u[1:], self.u[-1:]])
         if before is None or self.now > before:
             noise = colored_noise(1, self.cfg.horizon, self.cfg.rho, self.generator, self.device)
-            self.u = (noise[0] * torch.tensor(self.cfg.noise, device=self.device)).clamp(-1, 1)
+            self.u = limited(noise[0] * noise.new_tensor(self.cfg.noise), self.cfg.gas)
 
 
 def load_driver(args, cfg, policy="mpc"):

@@ -59,7 +59,7 @@ from collect_data import FIRST_SEED, make_random, run_episode
 from collect_race_data import PACES as RACE_PACES, make_expert
 from collect_recovery_data import PACES as RECOVERY_PACES, make_faulty
 from demo_energy import MIN_JUMP, Elsewhere
-from drive_mpc import Futures, colored_noise, plan, planning, several, to_action
+from drive_mpc import Futures, colored_noise, limited, plan, planning, several, to_action
 from networks import (Predictor, TinyEncoder, cosine, fingerprint, latest, load_frozen, models_of,
                       optimise, stack, unit_act)
 from runtime import (Refusal, autocast, fail, git_commit, natural, parser, positive, pyplot,
@@ -889,7 +889,7 @@ def candidates(previous, cfg, generator, device):
     """Plans u (N, H, 2) around the last one, shifted: those of the planner's first round."""
     mean = torch.cat([previous[1:], previous[-1:]])
     noise = colored_noise(cfg.samples, cfg.horizon, cfg.rho, generator, device)
-    u = (mean + torch.tensor(cfg.noise, device=device) * noise).clamp(-1, 1)
+    u = limited(mean + noise.new_tensor(cfg.noise) * noise, cfg.gas)
     u[0] = mean
     return u
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from drive_mpc import BRAKE, STEER, Futures, colored_noise, plan, to_action
+from drive_mpc import BRAKE, STEER, Futures, colored_noise, limited, plan, to_action
 from networks import DISCOUNT, FORESIGHT, TROUBLE, CostModel, Predictor
 
 
@@ -32,7 +32,7 @@ def futures(z, act):
 
 def config(planner, rounds=1, **kw):
     return argparse.Namespace(**{**dict(planner=planner, rounds=rounds, samples=512, elites=32,
-                                        rho=0.8, noise=[0.4, 0.5], energy="density"), **kw})
+                                        rho=0.8, noise=[0.4, 0.5], gas=1.0, energy="density"), **kw})
 
 
 @pytest.mark.parametrize("planner,rounds", [("shooting", 1), ("icem", 3), ("mppi", 1), ("mppi", 2)])
@@ -89,6 +89,19 @@ def test_actions_cover_full_lock_and_braking():
     assert torch.allclose(to_action(u), torch.tensor([[STEER, 1.0, 0.0], [-STEER, 0.0, BRAKE],
                                                       [0.0, 0.0, 0.0]]))
     assert STEER >= 0.4 and BRAKE >= 0.3  # the joint's stop; enough to lock up at speed
+
+
+def test_no_plan_has_more_gas_than_it_may():
+    u = 3 * torch.randn(1000, 5, 2, generator=torch.Generator().manual_seed(0))
+    kept = limited(u, 0.4)
+    assert kept[..., 1].max() == 0.4 and kept.min() == -1 and kept[..., 0].max() == 1
+    inside = (u[..., 0].abs() <= 1) & (u[..., 1] <= 0.4) & (u[..., 1] >= -1)
+    assert torch.equal(kept[inside], u[inside])
+    z, seen = torch.zeros(1, 2), []
+    told = lambda z, act: (seen.append(act), futures(z, act))[1]
+    for _ in range(5):
+        plan(z, told, torch.zeros(12, 2), config("mppi", gas=0.4), torch.Generator().manual_seed(0))
+    assert 0.39 < max(act[..., 1].max() for act in seen) <= 0.4
 
 
 def test_density_is_the_mahalanobis_distance():
