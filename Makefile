@@ -29,7 +29,7 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --epochs 3 --steps_per_epoch 200
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 2
 	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400
-	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --compare random no_model expert --json $(ROOT)/visuals/drive_mpc.json
+	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --gas 0.5 --compare random no_model expert --json $(ROOT)/visuals/drive_mpc.json
 
 pretrained: ROOT = pretrained
 pretrained: .venv/installed  ## an hour on two cores: the weights in models/pretrained/, anew
