@@ -26,8 +26,8 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) collect_data.py $(LAPTOP) --frames 30000
 	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --epochs 4 --steps_per_epoch 120
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 320
-	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --epochs 3 --steps_per_epoch 400
-	$(PY) train_cost_model.py $(LAPTOP) --epochs 2
+	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --epochs 3 --steps_per_epoch 700
+	$(PY) train_cost_model.py $(LAPTOP) --epochs 3
 	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400
 	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --gas 0.5 --compare random no_model expert --json $(ROOT)/visuals/drive_mpc.json
 

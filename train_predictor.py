@@ -9,7 +9,7 @@ after the laptop's 3 minutes on two CPU cores expect under 0.3 of copy-last's at
     python train_predictor.py --epochs 50
     torchrun --nproc_per_node=2 train_predictor.py --epochs 50     # two GPUs
     # a laptop:
-    python train_predictor.py --hidden 256 --state 128 --epochs 3 --steps_per_epoch 400 \\
+    python train_predictor.py --hidden 256 --state 128 --epochs 3 --steps_per_epoch 700 \\
         --batch_size 512 --lr 2e-3
 """
 
