@@ -10,7 +10,7 @@ cores expect R² over 0.9 for speed and lateral offset.
     python train_encoder.py --epochs 50 --batch_size 256
     torchrun --nproc_per_node=2 train_encoder.py --epochs 50 --batch_size 256            two GPUs
     python train_encoder.py --width 0.25 --dim 128 --strides 2 2 2 1 --epochs 4 \\
-        --steps_per_epoch 120 --batch_size 96 --lr 2e-3 --shares 0.35 0.45 0.2       a laptop
+        --steps_per_epoch 150 --batch_size 96 --lr 2e-3 --shares 0.35 0.45 0.2       a laptop
 """
 
 import math
