@@ -45,7 +45,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_encoder
-from buffer import Loader, index, load_sources, on_device, read_chunk, write_chunk
+from buffer import AHEAD, Loader, index, load_sources, on_device, read_chunk, write_chunk
 from car_env import (FPS, PLAYFIELD, TELEMETRY, ZOOM_STEPS, make_env, observe, place_car,
                      telemetry)
 from drive_mpc import colored_noise, limited, load_driver, planning, to_action
@@ -54,7 +54,6 @@ from runtime import autocast, fail, run, set_up
 
 CHOOSING = 200_500  # first of the tracks that nets are compared on: never collected nor reported
 MANY = 10**6  # more than any episode has steps
-READ_AHEAD = 12  # batches that the loader may have ready
 LAPTOP = "--width 0.25 --dim 128 --strides 2 2 2 1 --batch_size 96 --lr 2e-3".split()
 PLANS = 200  # that are timed
 WARM_UP = 4  # episodes before anything is timed, of the hundreds in a worker's life
@@ -504,7 +503,7 @@ def bench_train(args):
     seconds = []
     for _ in range(args.rounds):
         alone = timed(bare, device)  # while it runs, the loader reads ahead:
-        for _ in range(READ_AHEAD):  # what is there already counts for neither
+        for _ in range(AHEAD):  # what is there already counts for neither
             next(batches)
         seconds.append((timed(loop, device), alone))
     seconds = np.array(seconds) / args.train_steps

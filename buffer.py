@@ -21,11 +21,9 @@ import io
 import json
 import math
 import os
-import queue
 import shutil
 import struct
 import sys
-import threading
 import time
 import zipfile
 import zlib
@@ -451,7 +449,8 @@ class Loader:
         R, K = self.repeat, self.latents
         starts = starts % (len(data["act"]) + 1 - self._span())  # an understudy may be shorter
         rows = starts[:, None] + R * np.arange(1 - self.history, K)
-        obs[places] = data["obs"].take(np.maximum(rows, 0), axis=0)
+        for place, row in zip(places, np.maximum(rows, 0)):  # twice as fast as in one go
+            np.take(data["obs"], row, axis=0, out=obs[place], mode="clip")
         if K > 1:
             steps = starts[:, None] + np.arange((K - 1) * R)
             act[places] = data["act"][steps].reshape(-1, K - 1, R, 3).mean(axis=2)
@@ -482,44 +481,19 @@ class Loader:
         L = latents + history - 1. Closing the generator ends its threads.
         """
         L, K, B = self.latents + self.history - 1, self.latents, sum(self.counts)
-        ahead, done = queue.Queue(maxsize=4), threading.Event()
-
-        def put(item):
-            while not done.is_set():
-                try:
-                    return ahead.put(item, timeout=0.2)
-                except queue.Full:
-                    continue
-
-        def produce():
-            with ThreadPoolExecutor(self.threads) as pool:
-                try:
-                    for step, batch in self._planned(start, pool):
-                        obs = np.empty((B, L, *FRAME), np.uint8)
-                        act = np.empty((B, K - 1, 3), np.float32)
-                        places = np.random.default_rng([self.seed, step]).permutation(B)
-                        for data, windows in batch:
-                            n = len(windows)
-                            self._fill(data.result(), windows, places[:n], obs, act)
-                            places = places[n:]
-                        put((torch.from_numpy(obs).permute(0, 1, 4, 2, 3), torch.from_numpy(act)))
-                        if done.is_set():
-                            break
-                except Exception as e:  # reaches the consumer, who raises it
-                    put(e)
-                pool.shutdown(cancel_futures=True)
-
-        thread = threading.Thread(target=produce, daemon=True)
-        thread.start()
+        pool = ThreadPoolExecutor(self.threads)
         try:
-            while True:
-                item = ahead.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item
+            for step, batch in self._planned(start, pool):
+                obs = np.empty((B, L, *FRAME), np.uint8)
+                act = np.empty((B, K - 1, 3), np.float32)
+                places = np.random.default_rng([self.seed, step]).permutation(B)
+                for data, windows in batch:
+                    n = len(windows)
+                    self._fill(data.result(), windows, places[:n], obs, act)
+                    places = places[n:]
+                yield torch.from_numpy(obs).permute(0, 1, 4, 2, 3), torch.from_numpy(act)
         finally:
-            done.set()
-            thread.join()
+            pool.shutdown(cancel_futures=True)
 
 
 def on_device(batches, device):

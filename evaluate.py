@@ -677,8 +677,10 @@ def teleported(subject, spots, args):
 
 
 def relit(obs, generator):
-    """obs (n, history, 3, 64, 64) in another light, one draw a row -> float 0..255."""
-    return jitter(obs.flatten(1, 2), generator).unflatten(1, (-1, 3))
+    """obs (n, history, 3, 64, 64) in another light, one draw a row."""
+    x = obs.flatten(1, 2).clone(memory_format=torch.channels_last)
+    jitter_(x, generator)
+    return x.unflatten(1, (-1, 3))
 
 
 def shows(spots, other):

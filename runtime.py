@@ -3,6 +3,7 @@ one-line failures and a clean stop. No learning happens here.
 """
 
 import argparse
+import ctypes
 import errno
 import importlib
 import json
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,6 +29,7 @@ RANK, LOCAL_RANK, RANKS = (  # which process this is of all, and on its machine;
     for k, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 PATIENCE = timedelta(hours=4)  # others wait while rank 0 encodes, evaluates and paints alone
 FASTER = 0.9  # of the time: --precision auto wants that much before it gives up range or digits
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt
 RETRY_S = 5  # seconds between two tries to write to a full disk
 FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk, or quota, answers
 
@@ -252,9 +254,19 @@ def set_up(args, ranks=False):
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo" + ",cuda:nccl" * (device.type == "cuda"),
                                 timeout=PATIENCE)
+    keep_memory()
     dtype = pick_precision(args.precision, device)
     torch.manual_seed(args.seed)
     return device, dtype
+
+
+def keep_memory():
+    """Has glibc keep what is freed for the next step in place of giving it back to the kernel, which
+    zeroes each page anew: a sixth of a training step on two cores. Elsewhere it does nothing."""
+    with suppress(AttributeError, OSError, TypeError):
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(M_MMAP_MAX, 0)
+        set_option(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def autocast(device, dtype):

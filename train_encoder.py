@@ -38,7 +38,11 @@ CAR = slice(43, 53), slice(29, 35)  # rows and columns of the car, which a bend 
 CAR_ROW, AHEAD_ROWS = 47.5, 48  # its middle, and how many rows of the world are ahead of it
 SHIFT, SLOPE, CURVE = 3, 7, 24  # columns that bends of 1 move the scene, or its far end
 STRETCHES = 3  # of the way ahead, each with a curvature of its own
-MEAN_OF = 4  # the mean that contrast keeps is of every fourth row of pixels
+MOST = 38  # columns that bends together can move a row, rounded up
+AT_ONCE = 32  # pictures that are changed in one go
+UNIT_BITS = 6  # pictures are changed in int16, much faster than in float, in steps of 1 / UNIT
+UNIT = 2**UNIT_BITS
+MEAN_OF = 8  # the mean that contrast keeps is of every eighth row of pixels
 COLLAPSED = 0.02  # mean standard deviation of a latent's dimensions; a healthy one has about 1
 COLLAPSED_RANK = 2  # effective rank of a batch of latents; a healthy one has dozens
 CHECK_EVERY = 50  # steps between two looks for collapse
@@ -83,27 +87,31 @@ def arguments(argv=None):
     return args
 
 
-def jitter(x, generator):
-    """Brightness, contrast and tint of the scene, one draw a row: x (N, 3 * T, 64, 64) uint8 ->
-    the same in float, 0..255. The instruments stay as they are.
+def pieces(N):
+    """Slices of N pictures, so few at once that what is made of them stays in the CPU's caches."""
+    return [slice(i, i + AT_ONCE) for i in range(0, N, AT_ONCE)]
+
+
+def jitter_(x, generator):
+    """Changes brightness, contrast and tint of the scene, one draw a row, in place; the instruments
+    stay. x (N, 3 * T, 64, 64) uint8, channels_last.
     """
     N, C, H, W = x.shape
     draw = lambda *shape: 2 * torch.rand(*shape, generator=generator, device=x.device) - 1
-    tint = 1 + TINT * draw(N, 1, 3)
+    tint = (1 + TINT * draw(N, 1, 3)).repeat(1, 1, W * C // 3)  # (N, 1, W * C)
     b, c = 1 + JITTER * draw(2, N, 1, 1)
-    x = x.permute(0, 2, 3, 1).reshape(N, H, W * C)  # as it lies in memory: long rows
-    scene, out = x[:, :HUD_ROW], torch.empty(N, H, W * C, device=x.device)
-    mean = scene[:, ::MEAN_OF].float().mean(dim=(1, 2), keepdim=True)
-    row = tint.repeat(1, 1, W * C // 3)  # (N, 1, W * C)
-    view = out[:, :HUD_ROW].copy_(scene)  # then ((scene - mean) c + mean) b, tinted
-    view.mul_(b * c * row).add_(b * (1 - c) * mean * row).clamp_(0, 255)
-    out[:, HUD_ROW:] = x[:, HUD_ROW:]
-    return out.view(N, H, W, C).permute(0, 3, 1, 2)
+    x = x.permute(0, 2, 3, 1).view(N, H, W * C)  # as it lies in memory: long rows
+    mean = x[:, :HUD_ROW:MEAN_OF].float().mean(dim=(1, 2), keepdim=True)
+    light = b * tint * UNIT  # ((scene - mean) c + mean) b, tinted: never out of int16's range
+    gain, more = (c * light).round().short(), ((1 - c) * mean * light + UNIT / 2).short()
+    for part in pieces(N):
+        scene = x[part, :HUD_ROW].short().mul_(gain[part]).add_(more[part])
+        x[part, :HUD_ROW] = scene.bitwise_right_shift_(UNIT_BITS).clamp_(0, 255)
 
 
 def bend_rows(device=None):
-    """(2 + STRETCHES, HUD_ROW): columns by which bends of 1 move each row of the scene to the right:
-    a shift, a slope, and a curvature of each stretch of the way ahead, nearest first.
+    """(2 + STRETCHES, HUD_ROW): columns by which bends of 1 move a row of the scene to the right: a
+    shift, a slope, and a curvature of each stretch of the way ahead, nearest first.
     """
     u = (CAR_ROW - torch.arange(HUD_ROW, device=device)) / AHEAD_ROWS  # 0 at the car, 1 far ahead
     rows = [torch.full_like(u, SHIFT), SLOPE * u]
@@ -114,9 +122,9 @@ def bend_rows(device=None):
     return torch.stack(rows)
 
 
-def bend(x, generator):
-    """Moves the rows of the scene sideways, as if road and car lay otherwise: x (N, C, 64, 64)
-    uint8 -> (the same bent, how: (N, 2 + STRETCHES) of unit variance). Car and instruments stay.
+def bend_(x, generator):
+    """Moves the rows of the scene sideways, in place, as if road and car lay otherwise; car and
+    instruments stay. x (N, C, 64, 64) uint8, channels_last -> how, (N, 2 + STRETCHES), variance 1.
 
     Equivariance as a task: Dangovski et al. 2022, arXiv:2111.00899.
     """
@@ -124,29 +132,28 @@ def bend(x, generator):
     x = x.permute(0, 2, 3, 1)  # as it lies in memory
     rows = bend_rows(x.device)
     how = math.sqrt(3) * (2 * torch.rand(N, len(rows), generator=generator, device=x.device) - 1)
-    scene, (tall, wide) = x[:, :HUD_ROW].float(), CAR
-    beside = scene[:, tall, [wide.start - 1, wide.stop]]  # what lies under the car
+    source = MOST - how @ rows  # (N, HUD_ROW): which column of `wider` comes to column 0
+    left = source.floor()
+    right = ((source - left) * UNIT).round().short()[..., None]  # its neighbour's share
+    tall, wide = CAR
     share = torch.linspace(0, 1, wide.stop - wide.start + 2, device=x.device)[1:-1, None]
-    under = torch.lerp(beside[:, :, :1], beside[:, :, 1:], share)
-    car = scene[:, tall, wide] - under
-    scene[:, tall, wide] = under
-    moved = (how[:, :, None] * rows).sum(dim=1)  # (N, HUD_ROW)
-    column = torch.arange(W, device=x.device) - moved[..., None]
-    left = column.floor()
-    first = W * torch.arange(N * HUD_ROW, device=x.device).view(N, HUD_ROW, 1)
-    pixels = scene.reshape(-1, C)
-    taken = lambda column: pixels[(first + column.clamp(0, W - 1).long()).view(-1)]
-    bent = torch.lerp(taken(left), taken(left + 1), (column - left).view(-1, 1))
-    bent = bent.view(N, HUD_ROW, W, C)
-    bent[:, tall, wide] += car
-    bent = torch.cat([bent.round_().clamp_(0, 255).to(torch.uint8), x[:, HUD_ROW:]], dim=1)
-    return bent.permute(0, 3, 1, 2), how
-
-
-def seen_in_light(obs, history, generator, at=None):
-    """Windows (B, L, 3, 64, 64) -> encoder inputs (B * T, 3 * history, 64, 64), float: each latent
-    sees its frames in a light of its own, which is noise to whoever foresees it."""
-    return jitter(stack(obs, history, at), generator)
+    for part in pieces(N):
+        scene = x[part, :HUD_ROW]
+        edge = lambda column, n: scene[:, :, column, None].expand(-1, -1, n, -1)
+        wider = torch.cat([edge(0, MOST), scene, edge(-1, MOST + 1)], dim=2)
+        beside = scene[:, tall, [wide.start - 1, wide.stop]].float()
+        under = torch.lerp(beside[:, :, :1], beside[:, :, 1:], share).short()  # the car
+        wider[:, tall, MOST + wide.start:MOST + wide.stop] = under
+        starts = wider.view(-1, wider.shape[2] * C).unfold(1, (W + 1) * C, C)  # of every row
+        first = left[part].long().view(-1)
+        taken = starts[torch.arange(len(first), device=x.device), first].short()
+        taken = taken.view(-1, HUD_ROW, (W + 1) * C)
+        bent, step = taken[..., :-C], taken[..., C:] - taken[..., :-C]
+        step.mul_(right[part]).add_(UNIT // 2).bitwise_right_shift_(UNIT_BITS)
+        bent = step.add_(bent).view(-1, HUD_ROW, W, C)
+        bent[:, tall, wide] += scene[:, tall, wide] - under
+        x[part, :HUD_ROW] = bent.clamp_(0, 255)
+    return how
 
 
 def spread(z):
@@ -168,44 +175,46 @@ def latents_of(args):
 
 
 def views(obs, args, generator):
-    """Windows (B, L, 3, 64, 64) uint8 -> (what the encoder is shown, (N, 3 * history, 64, 64), how
-    the last B of it were bent, or None): joint the K latents of each window, N = K * B, and where
-    --bend is not 0 the first of each again, bent; vicreg the same latent twice, N = 2 * B.
+    """Windows (B, L, 3, 64, 64) uint8 -> (what the encoder is shown of them, (B * K, 3 * history,
+    64, 64) uint8, how the first of K was bent, (B, 2 + STRETCHES), or None).
+
+    Joint the first latent again, bent, where --bend is not 0, and then those of `latents_of`;
+    vicreg the same latent twice. Each is seen in a light of its own, which is noise to whoever
+    foresees it.
     """
-    see = lambda: seen_in_light(obs, args.history, generator, latents_of(args))
-    if args.objective == "vicreg":
-        return torch.cat([see(), see()]), None
-    if not args.bend:
-        return see(), None
-    bent, how = bend(stack(obs, args.history, [0]), generator)
-    return torch.cat([see(), jitter(bent, generator)]), how
+    at, how = latents_of(args), None
+    again = args.objective == "vicreg" or args.bend > 0
+    x = stack(obs, args.history, [0] * again + at)
+    if args.objective == "joint" and again:
+        how = bend_(x[::1 + len(at)], generator)
+    jitter_(x, generator)
+    return x, how
 
 
 def joint_loss(nets, x, how, act, args):
     """Prediction, inverse dynamics, bends, variance and covariance of `views`.
 
-    x, how of `views`, act (B, H, 3), H the last of --targets; K latents a window, the first and one
-    for each target -> (loss, logs, raw latents (B * K, D)), bent ones not among them.
+    x, how of `views`, act (B, H, 3), H the last of --targets -> (loss, logs, raw latents (N, D)),
+    bent ones not among them.
     """
-    at = latents_of(args)
-    B, K = len(act), len(at)
-    seen = nets["encoder"].features(x)
-    flat, bent = seen[:B * K], seen[B * K:]  # (B * K, D), (B, D) or none
-    z = flat.view(B, K, -1)
+    seen = nets["encoder"].features(x).unflatten(0, (len(act), -1))
+    z = seen[:, how is not None:]  # (B, 1 + len(targets), D)
+    flat = z.flatten(0, 1)
     z_hat = nets["predictor"].rollout(z[:, 0], act)[:, [t - 1 for t in args.targets]]
     told = nets["inverse"](z[:, 0], z[:, 1])  # the first target is the next latent
     logs = {"pred": F.mse_loss(z_hat.float(), z[:, 1:]),
             "inverse": F.mse_loss(told.float(), unit_act(act[:, 0])),
             "std": variance(flat), "cov": covariance(flat)}
     if how is not None:
-        logs["bend"] = F.mse_loss(nets["bend"](z[:, 0], bent).float(), how)
+        logs["bend"] = F.mse_loss(nets["bend"](z[:, 0], seen[:, 0]).float(), how)
     loss = sum(getattr(args, name) * term for name, term in logs.items())
     return loss, {k: v.detach() for k, v in logs.items()}, flat.detach()
 
 
 def plain_loss(nets, x, how, act, args):
     """VICReg on two views of the same frames: the objective of the seeds, to the letter."""
-    za, zb = (nets["projector"](nets["encoder"].features(view)).float() for view in x.chunk(2))
+    embed = lambda x: nets["projector"](nets["encoder"].features(x)).float()
+    za, zb = embed(x[::2]), embed(x[1::2])
     loss, logs = vicreg_loss(za, zb, args.sim, args.std, args.cov)
     return loss, logs, za.detach()
 

@@ -8,8 +8,8 @@ from conftest import script
 
 from networks import BendModel, InverseModel, Predictor, TinyEncoder, stack, unit_act
 from runtime import Refusal
-from train_encoder import (CAR, HUD_ROW, JITTER, MEAN_OF, TINT, bend, bend_rows, jitter, loss_fn,
-                           refuse_collapse, seen_in_light, views)
+from train_encoder import (CAR, HUD_ROW, JITTER, MEAN_OF, MOST, TINT, bend_, bend_rows, jitter_,
+                           loss_fn, refuse_collapse, views)
 
 
 @pytest.fixture
@@ -39,33 +39,44 @@ def test_a_stack_holds_its_frames_oldest_first(obs, history, packed):
 
 def test_a_view_changes_brightness_contrast_and_tint_of_the_scene_only(obs):
     x = stack(obs, 2)
-    before, N = x.clone(), len(x)
+    view, N = x.clone(), len(x)
     g = torch.Generator().manual_seed(1)
-    view = jitter(x, g)
+    jitter_(view, g)
     g.manual_seed(1)
     tint = 1 + TINT * (2 * torch.rand(N, 1, 3, generator=g) - 1)
     b, c = 1 + JITTER * (2 * torch.rand(2, N, 1, 1, generator=g) - 1)
-    assert torch.equal(x, before) and view.is_contiguous(memory_format=torch.channels_last)
     scene = x[..., :HUD_ROW, :].float()
     mean = scene[..., ::MEAN_OF, :].mean(dim=(1, 2, 3))
     for n in range(N):  # one draw a row, of all its frames
         for k in range(6):
             want = ((scene[n, k] - mean[n]) * c[n] + mean[n]) * b[n] * tint[n, 0, k % 3]
-            assert torch.allclose(view[n, k, :HUD_ROW], want.clamp(0, 255), atol=1e-2)
-    assert torch.equal(view[..., HUD_ROW:, :], x[..., HUD_ROW:, :].float())
+            off = view[n, k, :HUD_ROW] - want.clamp(0, 255)
+            assert off.abs().max() < 2.6 and off.mean().abs() < 1  # gains in steps of 1 / 64
+    assert torch.equal(view[..., HUD_ROW:, :], x[..., HUD_ROW:, :])
     assert b.std() > 0.01 and c.std() > 0.01 and tint.std() > 0.01
 
 
+def test_the_strongest_light_and_the_faintest_stay_in_range():
+    x = torch.randint(0, 2, (4000, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator(
+        ).manual_seed(0)) * 255
+    x[::2, :, 3:] = 255
+    x[1::2, :, 3:] = 0
+    view = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    jitter_(view, torch.Generator().manual_seed(0))
+    view = view.permute(0, 2, 3, 1)[:, :HUD_ROW, :3]
+    white, black = (view[x[:, :HUD_ROW, :3] == v].float() for v in (255, 0))
+    assert white.min() > 100 and black.max() < 130  # nothing wraps around
+
+
 def test_a_bend_moves_a_road_as_it_says_and_neither_car_nor_instruments():
-    """A straight road: each row's middle moves by the columns of its bends, of every frame alike."""
+    """A straight road: each row moves by the columns of its bends, every frame alike."""
     x = torch.full((40, 64, 64, 6), 50, dtype=torch.uint8)
     x[:, :, 27:38] = 150
     x[:, 44:52, 30:34], x[:, HUD_ROW:, 40:50] = 250, 200
     x = x.permute(0, 3, 1, 2)
-    before = x.clone()
-    bent, how = bend(x, torch.Generator().manual_seed(0))
-    assert torch.equal(x, before) and bent.dtype == torch.uint8 and bent.shape == x.shape
-    assert bent.is_contiguous(memory_format=torch.channels_last) and how.shape == (40, 5)
+    bent = x.clone()
+    how = bend_(bent, torch.Generator().manual_seed(0))
+    assert how.shape == (40, 5)
     assert torch.equal(bent[:, :, HUD_ROW:], x[:, :, HUD_ROW:])
     on_road = (how @ bend_rows())[:, 47].abs() < 1  # there the car has the same grey under it
     car = lambda frames: frames[on_road][:, :, 46:50, 30:34]
@@ -79,6 +90,10 @@ def test_a_bend_moves_a_road_as_it_says_and_neither_car_nor_instruments():
     assert (middle - moved[:, None]).abs().amax(1)[whole].max() < 0.1
 
 
+def test_no_bend_moves_a_row_out_of_reach():
+    assert MOST - 2 < 3**0.5 * bend_rows().abs().sum(dim=0).max() < MOST
+
+
 def test_curvature_of_a_stretch_bends_that_stretch_and_leaves_what_is_before_it():
     rows = bend_rows()[2:].flip(1)  # from the car on
     ahead = rows.diff(n=2, dim=1)
@@ -90,8 +105,10 @@ def test_curvature_of_a_stretch_bends_that_stretch_and_leaves_what_is_before_it(
 
 def test_each_latent_of_a_window_is_seen_in_a_light_of_its_own():
     obs = torch.randint(80, 120, (1, 1, 3, 64, 64), dtype=torch.uint8).expand(2, 6, 3, 64, 64)
-    x = seen_in_light(obs, 3, torch.Generator().manual_seed(1), [0, 1, 3]).unflatten(0, (2, 3))
-    frames = x.unflatten(2, (3, 3))[..., :HUD_ROW, :]  # (B, T, history, 3, 56, 64)
+    args = argparse.Namespace(objective="joint", targets=[1, 3], history=3, bend=0)
+    x, how = views(obs, args, torch.Generator().manual_seed(1))
+    assert how is None
+    frames = x.float().view(2, 3, 3, 3, 64, 64)[..., :HUD_ROW, :]  # (B, T, history, 3, 56, 64)
     assert torch.equal(frames[:, :, 0], frames[:, :, 2])  # its frames in the same
     means = frames.mean(dim=(2, 3, 4, 5)).flatten()
     assert len(means.unique()) == 6
@@ -129,11 +146,13 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     loss, logs, flat = loss_fn(nets, *seen, act, args)
     at, g = [0, 1, 3, 4], torch.Generator().manual_seed(1)
     x = torch.stack([obs[b, t:t + 2] for b in range(6) for t in at])
-    bent, how = bend(x[::4].flatten(1, 2), g)
-    assert torch.equal(how, seen[1])
-    x = torch.cat([jitter(x.flatten(1, 2), g), jitter(bent, g)])  # one batch norm sees all
-    z, bent = nets["encoder"].features(x).split((24, 6))
-    z = z.view(6, 4, 16)
+    x = x.flatten(1, 2).unflatten(0, (6, 4))
+    x = torch.cat([x[:, :1], x], dim=1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    how = bend_(x[::5], g)
+    jitter_(x, g)
+    assert torch.equal(x, seen[0]) and torch.equal(how, seen[1])
+    z = nets["encoder"].features(x).view(6, 5, 16)  # one batch norm sees all
+    bent, z = z[:, 0], z[:, 1:]
     told = (bent - z[:, 0]) @ nets["bend"].net.weight.T
     assert torch.allclose(logs["bend"], (told - how).pow(2).mean(), rtol=1e-3)
     assert torch.allclose(flat, z.flatten(0, 1), atol=1e-5)
