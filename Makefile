@@ -28,7 +28,7 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 320
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --epochs 3 --steps_per_epoch 700
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 3
-	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400
+	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400 --gas 0.5
 	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --gas 0.5 --compare random no_model expert --json $(ROOT)/visuals/drive_mpc.json
 
 pretrained: ROOT = pretrained

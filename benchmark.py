@@ -50,7 +50,7 @@ from car_env import (FPS, PLAYFIELD, TELEMETRY, ZOOM_STEPS, make_env, observe, p
                      telemetry)
 from drive_mpc import colored_noise, limited, load_driver, planning, to_action
 from networks import latest, optimise
-from runtime import autocast, fail, run, set_up
+from runtime import autocast, fail, keep_memory, run, set_up
 
 CHOOSING = 200_500  # first of the tracks that nets are compared on: never collected nor reported
 MANY = 10**6  # more than any episode has steps
@@ -75,6 +75,7 @@ def parse_args():
     p.add_argument("--steps", type=int, default=1000, help="env: steps of an episode")
     p.add_argument("--train_steps", type=int, default=20, help="train, scale: in each of --rounds")
     p.add_argument("--tracks", type=int, default=20, help="fidelity, paired: how many")
+    p.add_argument("--gas", type=float, default=1.0, help="paired: as in drive_mpc.py")
     return p.parse_args()
 
 
@@ -278,6 +279,7 @@ def private_mib(pid):
 
 
 def bench_loader(args):
+    keep_memory()  # as every stage does
     with tempfile.TemporaryDirectory() as tmp:
         root, sources, first = Path(tmp), [], 0
         for name, script in SOURCES.items():
@@ -614,7 +616,8 @@ def bench_paired(args):
         for kind in ("official", "fast"):  # side by side, a core each
             command = [sys.executable, HERE / "drive_mpc.py", "--root", args.root, "--env", kind,
                        "--episodes", args.tracks, "--track_seed", CHOOSING, "--samples", 256,
-                       "--threads", 1, "--no_video", "--json", f"{tmp}/{kind}.json"]  # fmt: skip
+                       "--threads", 1, "--gas", args.gas, "--no_video",
+                       "--json", f"{tmp}/{kind}.json"]  # fmt: skip
             runs.append(subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL,
                                          env={**os.environ, "OMP_NUM_THREADS": "1"}))  # fmt: skip
         if any([process.wait() for process in runs]):

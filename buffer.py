@@ -497,21 +497,26 @@ class Loader:
 
 
 def on_device(batches, device):
-    """The batches on `device`; on a GPU each is copied while the one before it is in use."""
+    """The batches on `device`; on a GPU each is made and copied while the one before is in use."""
     if device.type != "cuda":
         yield from ([x.to(device) for x in batch] for batch in batches)
         return
-    side, waiting = torch.cuda.Stream(device), deque()
-    for batch in batches:
+    side = torch.cuda.Stream(device)
+
+    def fetch():
         with torch.cuda.stream(side):
-            copies = [x.pin_memory().to(device, non_blocking=True) for x in batch]
-            copied = side.record_event()
-        waiting.append((copies, copied))
-        if len(waiting) > 1:
-            copies, copied = waiting.popleft()
-            torch.cuda.current_stream(device).wait_event(copied)
+            copies = [x.pin_memory().to(device, non_blocking=True) for x in next(batches)]
+            return copies, side.record_event()
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(fetch)
+        while True:
+            copies, copied = ahead.result()
+            ahead = pool.submit(fetch)
+            now = torch.cuda.current_stream(device)
+            now.wait_event(copied)
             for x in copies:
-                x.record_stream(torch.cuda.current_stream(device))
+                x.record_stream(now)
             yield copies
 
 

@@ -98,7 +98,7 @@ def correlation(text):
 
 
 def planning(p):
-    """The flags of planner and energy, shared with demo_energy.py."""
+    """The flags of planner and energy, the same wherever a plan is made."""
     g = p.add_argument_group("planner")
     g.add_argument("--planner", choices=["shooting", "icem", "mppi"], default="mppi",
                    help="shooting: the plan of lowest energy; icem: elites refine mean and spread; "

@@ -64,7 +64,7 @@ from networks import (Predictor, TinyEncoder, cosine, fingerprint, latest, load_
                       optimise, stack, unit_act)
 from runtime import (Refusal, autocast, fail, git_commit, natural, parser, positive, pyplot,
                      replace_atomically, run, save_figure, set_up, versions, writable)
-from train_encoder import features_of, jitter
+from train_encoder import features_of, jitter_
 from train_predictor import draw_dream, dream, load_decoder
 
 DRIVERS = {"data_race": make_expert, "data_recovery": make_faulty, "data": make_random}

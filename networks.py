@@ -1,4 +1,5 @@
-"""The nets (encoder, projector, decoder, predictor, cost model) and the one checkpoint format.
+"""The nets (encoder, the heads it learns with, decoder, predictor, cost model) and the one checkpoint
+format.
 
 `obs` (B, T, C, 64, 64) uint8, `act` (B, T, 3), `z` (B, T, D), `energy` (B,): the vocabulary of the
 README. `python networks.py FILE` prints what a checkpoint holds, `--safetensors OUT` writes its

@@ -4,7 +4,7 @@ Waits for ROOT/models/encoder_mixed_ep{N}.pth, freezes it, trains the transposed
 on it, warm-started from the last, and writes models/decoder_ep{N}.pth, models/decoder.jsonl,
 visuals/decoder_curves.png and visuals/reconstruct_ep{N}.png: held-out frames of all sources above
 their reconstructions, the same frames every time. Ends when the encoder's last checkpoint is drawn.
-A checkpoint takes a minute on two CPU cores; expect an error of about 6 grey levels of 255.
+A checkpoint takes a minute on two CPU cores; expect an error of about 5 grey levels of 255.
 
     python train_decoder.py --device cuda:1       beside train_encoder.py, on the second GPU
     python train_decoder.py --once                what is there now, then ends

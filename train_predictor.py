@@ -4,7 +4,7 @@ Reads ROOT/models/encoder_mixed_ep*.pth and the data, encodes the data once into
 writes models/predictor_ep{N}.pth, models/predictor.jsonl, visuals/predictor_curves.png,
 visuals/dream_ep{N}.png and visuals/output_dream.gif (real above dreamt, by the decoder). Prints the
 held-out error of each step beside copy-last, another episode's actions and an untrained predictor:
-after the laptop's 3 minutes on two CPU cores expect under 0.3 of copy-last's at step 15.
+after the laptop's 2 minutes on two CPU cores expect under 0.2 of copy-last's at step 15.
 
     python train_predictor.py --epochs 50
     torchrun --nproc_per_node=2 train_predictor.py --epochs 50     # two GPUs

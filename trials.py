@@ -12,7 +12,7 @@ landscape   the energy of plans that hold steering and throttle, in four situati
             planner sees when it looks for the lowest place.
 
 Takes the fast env and tracks for choosing; writes ROOT/visuals/trials.json and
-visuals/energy_landscape.png. Six minutes on a CPU with `--samples 256 --threads 1`.
+visuals/energy_landscape.png. Two minutes on a CPU with `--samples 256 --threads 1`.
 
     python trials.py
 """
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, make_env, place_beside,
                      telemetry)
 from collect_race_data import PACES, WIDTH, Expert
-from drive_mpc import Blind, load_driver, planning, to_action
+from drive_mpc import Blind, limited, load_driver, planning, to_action
 from networks import stack
 from runtime import (autocast, natural, parser, positive, pyplot, replace_atomically, run,
                      save_figure, versions, writable)
@@ -262,7 +262,7 @@ def landscape(args, driver):
         for _ in range(driver.frames.maxlen):  # it rolls on while the history fills
             driver.frames.append(frame)
             frame = env.unwrapped.step(np.array([0, 0.1, 0], np.float32))[0]
-        energy = energies_of(driver, driver.encode(), held)
+        energy = energies_of(driver, driver.encode(), limited(held, args.gas))
         i, j = np.unravel_index(energy.argmin(), energy.shape)
         steer, gas, brake = to_action(held[i, j]).tolist()
         out[name] = {"steer": steer, "gas": gas, "brake": brake,

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import tempfile
+import threading
 import time
 import tracemalloc
 import zipfile
@@ -232,6 +233,15 @@ def test_the_stream_is_a_function_of_seed_and_step(folders):
     assert not torch.equal(straight[0], next(c)[0])
     for stream in (a, b, c):
         stream.close()
+
+
+def test_a_closed_loader_leaves_no_thread(folders):
+    before = threading.active_count()
+    stream = Loader(folders, 6).batches()
+    next(stream)
+    assert threading.active_count() > before
+    stream.close()
+    assert threading.active_count() == before
 
 
 def test_triplets(folders):

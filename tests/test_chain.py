@@ -1,7 +1,6 @@
 """The README's commands run small, in its order; what they write, resume, and refuse."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -10,7 +9,6 @@ import sys
 import time
 
 import cv2
-import numpy as np
 import pytest
 import torch
 

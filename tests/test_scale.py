@@ -26,7 +26,8 @@ import runtime
 from buffer import Latents, export_minari, index, read_chunk, write_chunk
 from car_env import TELEMETRY
 from networks import (FORESIGHT, BendModel, CostModel, InverseModel, Predictor, Projector,
-                      TinyEncoder, export_safetensors, fingerprint, load_frozen, over_ranks, save, stack)
+                      TinyEncoder, export_safetensors, fingerprint, load_frozen, over_ranks, save,
+                      stack)
 from runtime import RANK, RANKS, Refusal, hardware_precisions, pick_precision, run, set_up
 from train_cost_model import Sampler
 from train_encoder import loss_fn
@@ -61,9 +62,9 @@ def gradients(objective):
     act, mine = torch.randn(WINDOWS, 3, 3).double(), slice(RANK, None, RANKS)
     how, bent = torch.randn(WINDOWS, 5).double(), torch.randint(0, 256, (WINDOWS, 3, 64, 64))
     if objective == "joint":
-        x, how = torch.cat([x[mine].flatten(0, 1), bent[mine]]), how[mine]
+        x, how = torch.cat([bent[mine, None], x[mine]], dim=1).flatten(0, 1), how[mine]
     else:
-        x, how = x[mine, :2].transpose(0, 1).flatten(0, 1), None
+        x, how = x[mine, :2].flatten(0, 1), None
     loss_of = over_ranks(loss_fn, nets)
     with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
         loss, *_ = loss_of(x, how, act[mine], args)
