@@ -674,6 +674,7 @@ def export_minari(folders, out, name):
     `out`, whole or not at all: every array as it is, 12 KB a frame; telemetry in the infos, the
     track's seed as seed, the description in the options. Damaged chunks are named and left out.
     """
+    out = out.resolve()  # Minari writes relative to a folder of its own
     minari, gymnasium = optional("minari", "minari>=0.5.4"), optional("gymnasium", "gymnasium")
     optional("h5py", "h5py")
     found = [index(folder) for folder in folders]

@@ -302,6 +302,9 @@ def load_driver(args, cfg, policy="mpc"):
         if payload["encoder_key"] != key:
             fail(f"{models}: what {name} wrote belongs to another encoder than "
                  f"{latest(models, 'encoder_mixed')}; run `python {name} --fresh`")
+    if of_cost["predictor_key"] != fingerprint(predictor):
+        fail(f"{models}: cost_model_final.pth was trained on another predictor than "
+             f"{latest(models, 'predictor')}; run `python train_cost_model.py --fresh`")
     if policy == "untrained":
         torch.manual_seed(args.seed)
         predictor = Predictor(**predictor.args).to(device).eval().requires_grad_(False)
@@ -594,6 +597,7 @@ def compare(reports, env_name):
         lines.append(f"{r['policy']:10} {r['mean']:7.1f} ± {r['std']:5.1f} {r['median']:6.1f} "
                      f"{r['worst']:6.1f} {laps:>7} {of('tiles_missed'):6.1f} {of('steps'):6.0f} "
                      f"{of('plan_ms_p50'):7.1f}")
+    lines += sorted({f"weights of {r['models']}" for r in reports if r["models"]})
     return "\n".join(lines)
 
 

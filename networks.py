@@ -527,11 +527,12 @@ def restore(path, payload, nets, optim, scaler, args):
     the arguments are others."""
     if "per_epoch" not in payload:
         fail(f"{path}: was written by an older version of this code; add --fresh to start again")
-    for key, now in vars(args).items():
-        then = payload["args"].get(key)
-        if key not in RUNTIME_ARGS and then != str(now):
-            fail(f"{path}: the run to resume had --{key} {then}, this command has {now}; repeat "
-                 "its arguments, or add --fresh to start again")
+    then = payload["args"]
+    others = [f"--{key} {then.get(key)}, this command has {now}" for key, now in vars(args).items()
+              if key not in RUNTIME_ARGS and then.get(key) != str(now)]
+    if others:
+        fail(f"{path}: the run to resume had {'; '.join(others)}; repeat its arguments, or add "
+             "--fresh to start again")
     try:
         for name, net in nets.items():
             net.load_state_dict(payload["nets"][name]["weights"])
@@ -546,9 +547,11 @@ def restore(path, payload, nets, optim, scaler, args):
 
 
 def already_trained(path):
-    """Says so when a run's last file is there; refuses when the run ended but the file is gone."""
+    """Says so when a run's last file is there; refuses when the run ended but the file is gone or
+    damaged."""
     if not path.exists():
         fail(f"{path}: its training has ended but the file is gone; --fresh trains it again")
+    read(path, "the same command with --fresh")
     print(f"already trained: {path}; --fresh starts again")
     return 0
 
@@ -602,8 +605,10 @@ def latest(folder, prefix):
 
 
 def models_of(root):
-    """ROOT/models, or where it has no encoder, the weights that come with the code; says so."""
+    """ROOT/models, or where nothing was trained, the weights that come with the code; says so."""
     models = Path(root) / "models"
+    if (models / "encoder_resume.pth").exists() and not latest(models, "encoder_mixed").exists():
+        fail(f"{models}: its encoder has not finished an epoch; `python train_encoder.py` goes on")
     ours, shipped = (latest(folder, "encoder_mixed") for folder in (models, PRETRAINED))
     if shipped.exists() and not ours.exists():
         models = Path(os.path.relpath(PRETRAINED))

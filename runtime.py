@@ -248,6 +248,8 @@ def set_up(args, ranks=False):
         fail("--compile: for one process only; leave it out under torchrun")
     if RANK:
         sys.stdout = open(os.devnull, "w")
+    if getattr(args, "tensorboard", False):  # before anything is moved or trained
+        optional("torch.utils.tensorboard", "tensorboard")
     device = pick_device(args)
     if RANKS > 1:
         if device.type == "cuda":

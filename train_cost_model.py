@@ -203,7 +203,8 @@ def main():
             keep(step + 1)
             last_save = time.time()
         if stop and step + 1 < steps:
-            print(f"stopped at step {step + 1} of {steps}; the same command goes on")
+            print(f"stopped at step {step + 1} of {steps}; the same command "
+                  + "without --fresh " * args.fresh + "goes on")
             return 130
     print(f"{models}/cost_model_final.pth in {(time.time() - began) / 60:.1f} min; held-out AUC of "
           f"random over expert: classifier {auc['classifier']:.3f}, density {auc['density']:.3f}; "

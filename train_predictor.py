@@ -281,7 +281,8 @@ def main():
             last_save = time.time()
         if stopping:
             bar.close()
-            print(f"stopped at step {step} of {steps}; the same command goes on")
+            print(f"stopped at step {step} of {steps}; the same command "
+                  + "without --fresh " * args.fresh + "goes on")
             return 130
     bar.close()
     if RANK:

@@ -304,6 +304,13 @@ def test_foreign_checkpoints_are_refused_and_kept(chain, tmp_path):
     assert encoder.exists()
     shutil.copy(chain[0] / "models" / "encoder_mixed_ep1.pth", encoder)
     refused(script("drive_mpc.py", root=tmp_path), "another encoder")
+    shutil.copytree(chain[0] / "models", tmp_path / "b" / "models")
+    models = tmp_path / "b" / "models"
+    shutil.copy(models / "predictor_ep1.pth", models / "predictor_ep2.pth")
+    refused(script("drive_mpc.py", root=tmp_path / "b"), "another predictor", "train_cost_model.py")
+    for path in models.glob("encoder_mixed_ep*.pth"):
+        path.unlink()
+    refused(script("drive_mpc.py", root=tmp_path / "b"), "has not finished an epoch")
 
 
 def test_a_device_that_is_not_there(chain):

@@ -174,7 +174,8 @@ def test_killed_and_stopped_anywhere_it_goes_on_to_the_bit(given, whole, tmp_pat
     assert all(torch.equal(a[n]["weights"][k], b[n]["weights"][k])
                for n in a for k in a[n]["weights"])
     if stage != "decoder":  # which has nothing left to resume
-        refused(Run(stage, root, "--lr", 0.5), "--lr 0.001", "0.5", "--fresh")
+        refused(Run(stage, root, "--lr", 0.5, "--weight_decay", 0.3), "--lr 0.001", "0.5",
+                "--weight_decay", "0.3", "--fresh")
 
 
 @pytest.mark.slow

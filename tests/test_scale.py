@@ -363,7 +363,8 @@ def test_minari_reads_the_export(data, tmp_path, monkeypatch):
     pytest.importorskip("h5py")
     folders = [data / "data_race", data / "data"]
     monkeypatch.setenv("MINARI_DATASETS_PATH", "")  # the export sets it
-    export_minari(folders, tmp_path / "minari", "carracing-v0")
+    monkeypatch.chdir(tmp_path)
+    export_minari(folders, Path("minari"), "carracing-v0")  # as the README has it
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     dataset = minari.load_dataset("carracing-v0")
     chunks = index(data / "data_race")[0] + index(data / "data")[0]
