@@ -50,7 +50,7 @@ from car_env import (FPS, PLAYFIELD, TELEMETRY, ZOOM_STEPS, make_env, observe, p
                      telemetry)
 from drive_mpc import colored_noise, limited, load_driver, planning, to_action
 from networks import latest, optimise
-from runtime import autocast, fail, keep_memory, run, set_up
+from runtime import Help, autocast, fail, keep_memory, run, set_up
 
 CHOOSING = 200_500  # first of the tracks that nets are compared on: never collected nor reported
 MANY = 10**6  # more than any episode has steps
@@ -61,7 +61,7 @@ FEATURE = {name: i for i, name in enumerate(TELEMETRY)}
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.add_argument("what", nargs="+", choices=list(BENCHMARKS), help="what to measure")
     p.add_argument("--root", type=Path, default=Path("."),
                    help="visuals/ is written in here; train reads data/, paired models/ from here")

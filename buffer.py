@@ -37,7 +37,7 @@ import torch
 from isal import isal_zlib
 from tqdm import tqdm
 
-from runtime import Refusal, fail, optional, replace_atomically, run, versions, writable
+from runtime import Help, Refusal, fail, optional, replace_atomically, run, versions, writable
 
 SCHEMA = 1  # of chunks; a newer one is skipped and named
 DEFLATE_LEVEL = 1  # of isal: a fifth of the time of zlib's level 2, and a little smaller
@@ -734,7 +734,7 @@ def main():
     if sys.argv[1:2] == ["export"]:
         return export(sys.argv[2:])
     p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+                                formatter_class=Help)
     p.add_argument("folders", nargs="+", type=Path, help="folders of chunks")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--verify", action="store_true", default=True,

@@ -65,10 +65,17 @@ def run(main):
         sys.exit(130)
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands, and behind each flag its default where it has one."""
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, argparse.SUPPRESS) or isinstance(action.default, bool)
+        return action.help + " (default: %(default)s)" * (not silent and "default" not in action.help)
+
+
 def parser(doc, seed=True, device=True, data=False, shares=True):
     """An ArgumentParser with the flags that stages share; `doc` is the script's docstring."""
-    p = argparse.ArgumentParser(description=doc,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=doc, formatter_class=Help)
     g = p.add_argument_group("runtime")
     g.add_argument("--root", type=Path, default=Path("."),
                    help="folder that holds data*/, models/ and visuals/: one experiment each "
