@@ -293,7 +293,7 @@ def load_sources(args):
     """{folder name: (train chunks, held-out chunks)} for --data; refuses what cannot be learned."""
     out, seen = {}, set()
     for name in args.data:
-        made_by = MADE_BY.get(name, "a collector")
+        made_by = MADE_BY.get(name, "python collect_data.py")
         made_by += "" if args.root == Path(".") else f" --root {args.root}"
         chunks, damaged, duplicates = index(args.root / name)
         Damage.folders[args.root / name] = Damage(len(chunks) + len(damaged))
@@ -742,13 +742,14 @@ def main():
     how.add_argument("--quick", dest="verify", action="store_false",
                      help="look at sizes and descriptions only: finds what is cut off or foreign")
     args = p.parse_args()
+    for folder in args.folders:
+        if not folder.is_dir():
+            fail(f"{folder}: expected a folder of chunks, found none; "
+                 f"`{MADE_BY.get(folder.name, 'python collect_data.py')}` makes it")
     print(f"{'folder':24} {'chunks':>7} {'episodes':>8} {'held out':>8} {'frames':>10} {'MB':>8} "
           f"{'B/frame':>7} {'return':>15} {'laps':>5} {'twice':>5} {'damaged':>7}")
     bad, pixels, start = 0, 0, time.process_time()
     for folder in args.folders:
-        if not folder.is_dir():
-            fail(f"{folder}: expected a folder of chunks, found none; "
-                 f"`{MADE_BY.get(folder.name, 'a collector')}` makes it")
         chunks, damaged, duplicates = index(folder)
         if args.verify:
             chunks, inside = verify(chunks)
