@@ -105,7 +105,8 @@ def evaluate(cost, held, ahead, device, dtype, when="held out"):
     auc = {}
     for kind in ("classifier", "density"):
         e, c = energies[kind, EXPERT], energies[kind, RANDOM]
-        auc[kind] = roc_auc_score(np.r_[np.zeros(len(e)), np.ones(len(c))], np.r_[e, c])
+        auc[kind] = float(roc_auc_score(np.r_[np.zeros(len(e)), np.ones(len(c))],
+                                        np.r_[e, c]))
     z, to_come = ahead.mixed(4000, np.random.default_rng(1), device, dtype)
     return energies, auc, 1 - float(value_loss(cost, z, to_come) / to_come.var())
 
