@@ -289,11 +289,16 @@ MADE_BY = {"data": "python collect_data.py", "data_race": "python collect_race_d
            "data_mpc": "python drive_mpc.py --save_data --track_seed 10000000"}
 
 
+def maker(name):
+    """The command that collects into a folder of this name."""
+    return MADE_BY.get(name, "python collect_data.py")
+
+
 def load_sources(args):
     """{folder name: (train chunks, held-out chunks)} for --data; refuses what cannot be learned."""
     out, seen = {}, set()
     for name in args.data:
-        made_by = MADE_BY.get(name, "python collect_data.py")
+        made_by = maker(name)
         made_by += "" if args.root == Path(".") else f" --root {args.root}"
         chunks, damaged, duplicates = index(args.root / name)
         Damage.folders[args.root / name] = Damage(len(chunks) + len(damaged))
@@ -733,8 +738,7 @@ def export(argv):
 def main():
     if sys.argv[1:2] == ["export"]:
         return export(sys.argv[2:])
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.add_argument("folders", nargs="+", type=Path, help="folders of chunks")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--verify", action="store_true", default=True,
@@ -745,7 +749,7 @@ def main():
     for folder in args.folders:
         if not folder.is_dir():
             fail(f"{folder}: expected a folder of chunks, found none; "
-                 f"`{MADE_BY.get(folder.name, 'python collect_data.py')}` makes it")
+                 f"`{maker(folder.name)}` makes it")
     print(f"{'folder':24} {'chunks':>7} {'episodes':>8} {'held out':>8} {'frames':>10} {'MB':>8} "
           f"{'B/frame':>7} {'return':>15} {'laps':>5} {'twice':>5} {'damaged':>7}")
     bad, pixels, start = 0, 0, time.process_time()

@@ -298,13 +298,13 @@ def load_driver(args, cfg, policy="mpc"):
     cost, of_cost = load_frozen(models / "cost_model_final.pth", "cost", device,
                                 "python train_cost_model.py")
     key = fingerprint(encoder)
-    for name, payload in (("train_predictor.py", of_predictor), ("train_cost_model.py", of_cost)):
-        if payload["encoder_key"] != key:
-            fail(f"{models}: what {name} wrote belongs to another encoder than "
-                 f"{latest(models, 'encoder_mixed')}; run `python {name} --fresh`")
-    if of_cost["predictor_key"] != fingerprint(predictor):
-        fail(f"{models}: cost_model_final.pth was trained on another predictor than "
-             f"{latest(models, 'predictor')}; run `python train_cost_model.py --fresh`")
+    for name, payload, stem, on, its_key in (
+            ("train_predictor.py", of_predictor, "encoder_mixed", "encoder", key),
+            ("train_cost_model.py", of_cost, "encoder_mixed", "encoder", key),
+            ("train_cost_model.py", of_cost, "predictor", "predictor", fingerprint(predictor))):
+        if payload[f"{on}_key"] != its_key:
+            fail(f"{models}: what {name} wrote belongs to another {on} than "
+                 f"{latest(models, stem)}; run `python {name} --fresh`")
     if policy == "untrained":
         torch.manual_seed(args.seed)
         predictor = Predictor(**predictor.args).to(device).eval().requires_grad_(False)

@@ -344,25 +344,28 @@ class Subject:
         self.encoder, _ = load_frozen(self.path, "encoder", self.device, "python train_encoder.py")
         self.key = fingerprint(self.encoder)
         self.predictor = self._matching(latest(self.models, "predictor"), "predictor",
-                                        "train_predictor.py")
+                                        "train_predictor.py", encoder=self.key)
+        keys = {"predictor": fingerprint(self.predictor)} if self.predictor else {}
         self.cost = self._matching(self.models / "cost_model_final.pth", "cost",
-                                   "train_cost_model.py")
+                                   "train_cost_model.py", encoder=self.key, **keys)
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
             self.twin = TinyEncoder(**self.encoder.args).to(self.device).eval()
             self.blank = self.predictor and Predictor(**self.predictor.args).to(self.device).eval()
         self.decoder = None
 
-    def _matching(self, path, name, script):
-        """The net if it was trained on this encoder, or None with a line that says why not."""
+    def _matching(self, path, name, script, **keys):
+        """The net if it was trained on the nets of these keys, or None and a line that says why."""
         mend = f"`python {script}{self.where}` makes it"
         if not path.exists():
             print(f"no {name}: {path} is not there; {mend}")
             return None
         net, payload = load_frozen(path, name, self.device, f"python {script}")
-        if payload["encoder_key"] != self.key:
-            print(f"no {name}: {path} was trained on another encoder than {self.path}")
-            return None
+        for on, key in keys.items():
+            if payload[f"{on}_key"] != key:
+                print(f"no {name}: {path} was trained on another {on} than "
+                      f"{self.path if on == 'encoder' else latest(self.models, on)}")
+                return None
         return net
 
     def encode(self, encoder, obs):

@@ -543,3 +543,10 @@ class Stop:
     def anywhere(self):
         """True once it came to any rank. All ranks ask together, between the same two steps."""
         return any(requested for requested, in everywhere(self.requested))
+
+
+def stopped(args, step, steps):
+    """Says that a training was stopped and saved, and what goes on with it -> its exit code."""
+    print(f"stopped at step {step} of {steps}; the same command "
+          + "without --fresh " * args.fresh + "goes on")
+    return 130

@@ -25,7 +25,7 @@ from car_env import ZOOM_STEPS
 from networks import (FORESIGHT, CostModel, already_trained, cosine, fingerprint, latest,
                       load_frozen, optimise, refuse_nan, resume_run, save, save_run, so_far)
 from runtime import (RunLog, Stop, autocast, fail, optimisation, parser, positive, pyplot, run,
-                     save_figure, set_up)
+                     save_figure, set_up, stopped)
 from train_predictor import load_latents
 
 EXPERT, RANDOM = "data_race", "data"  # the classes; recovery is between and trains the value only
@@ -204,9 +204,7 @@ def main():
             keep(step + 1)
             last_save = time.time()
         if stop and step + 1 < steps:
-            print(f"stopped at step {step + 1} of {steps}; the same command "
-                  + "without --fresh " * args.fresh + "goes on")
-            return 130
+            return stopped(args, step + 1, steps)
     print(f"{models}/cost_model_final.pth in {(time.time() - began) / 60:.1f} min; held-out AUC of "
           f"random over expert: classifier {auc['classifier']:.3f}, density {auc['density']:.3f}; "
           f"R² of the energy to come of recoveries {r2:.3f}")

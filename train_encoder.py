@@ -28,7 +28,7 @@ from networks import (BendModel, InverseModel, Predictor, Projector, TinyEncoder
                       cosine, optimise, over_ranks, refuse_nan, resume_run, rotate, save, save_run,
                       so_far, stack, unit_act)
 from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, optimisation, parser,
-                     positive, run, same_start, set_up)
+                     positive, run, same_start, set_up, stopped)
 from vicreg import covariance, effective_rank, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
@@ -399,9 +399,7 @@ def main():
             last_save = time.time()
         if stopping:
             bar.close()
-            print(f"stopped at step {step} of {steps}; the same command "
-                  + "without --fresh " * args.fresh + "goes on")
-            return 130
+            return stopped(args, step, steps)
     bar.close()
     if RANK:
         return 0

@@ -27,7 +27,8 @@ from networks import (Predictor, already_trained, build, cosine, epoch_of, finge
                       load_frozen, optimise, over_ranks, read, refuse_nan, resume_run, rotate, save,
                       save_run, so_far, stack)
 from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, optimisation, parser,
-                     positive, pyplot, run, same_start, save_figure, save_gif, set_up)
+                     positive, pyplot, run, same_start, save_figure, save_gif, set_up,
+                     stopped)
 
 SHOWN = (0, 1, 5, 10, 15)  # steps of a dream that the picture shows
 SWAPPED = "another episode's actions"
@@ -281,9 +282,7 @@ def main():
             last_save = time.time()
         if stopping:
             bar.close()
-            print(f"stopped at step {step} of {steps}; the same command "
-                  + "without --fresh " * args.fresh + "goes on")
-            return 130
+            return stopped(args, step, steps)
     bar.close()
     if RANK:
         return 0
