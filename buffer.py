@@ -182,6 +182,8 @@ def read_meta(path):
         _refuse_special(path)
         with open(path, "rb") as f, zipfile.ZipFile(f) as z:
             return _open_meta(f, z)[0] | {"crc": z.getinfo("obs.npy").CRC}
+    except zipfile.BadZipFile as e:
+        raise Refusal(f"{path}: cut off, or no chunk ({e})") from None
     except BROKEN as e:
         raise Refusal(f"{path}: damaged or foreign ({e or type(e).__name__})") from None
 
@@ -289,16 +291,20 @@ MADE_BY = {"data": "python collect_data.py", "data_race": "python collect_race_d
            "data_mpc": "python drive_mpc.py --save_data --track_seed 10000000"}
 
 
-def maker(name):
-    """The command that collects into a folder of this name."""
-    return MADE_BY.get(name, "python collect_data.py")
+def no_folder(folder):
+    """Refuses a folder of chunks that is not there, or is a folder of something else."""
+    mend = (f"`{MADE_BY[folder.name]}` makes it" if folder.name in MADE_BY else
+            f"those that the stages make are {', '.join(MADE_BY)}")
+    fail(f"{folder}: expected a folder of chunks (.npz), found none; {mend}")
 
 
 def load_sources(args):
     """{folder name: (train chunks, held-out chunks)} for --data; refuses what cannot be learned."""
     out, seen = {}, set()
     for name in args.data:
-        made_by = maker(name)
+        if not any((args.root / name).glob("*.npz")):
+            no_folder(args.root / name)
+        made_by = MADE_BY.get(name, "the command that made the others")
         made_by += "" if args.root == Path(".") else f" --root {args.root}"
         chunks, damaged, duplicates = index(args.root / name)
         Damage.folders[args.root / name] = Damage(len(chunks) + len(damaged))
@@ -747,9 +753,8 @@ def main():
                      help="look at sizes and descriptions only: finds what is cut off or foreign")
     args = p.parse_args()
     for folder in args.folders:
-        if not folder.is_dir():
-            fail(f"{folder}: expected a folder of chunks, found none; "
-                 f"`{maker(folder.name)}` makes it")
+        if not any(folder.glob("*.npz")):
+            no_folder(folder)
     print(f"{'folder':24} {'chunks':>7} {'episodes':>8} {'held out':>8} {'frames':>10} {'MB':>8} "
           f"{'B/frame':>7} {'return':>15} {'laps':>5} {'twice':>5} {'damaged':>7}")
     bad, pixels, start = 0, 0, time.process_time()
@@ -760,12 +765,13 @@ def main():
             damaged += inside
         size = sum(c.path.stat().st_size for c in chunks)
         frames = sum(c.frames for c in chunks)
-        r = np.array([c.meta["return_"] for c in chunks] or [np.nan])
+        returns = [c.meta["return_"] for c in chunks]
+        mean = f"{np.mean(returns):8.1f} ± {np.std(returns):4.0f}" if chunks else f"{'-':>15}"
         laps = sum(bool(c.meta.get("lap_finished")) for c in chunks)
         files = len(chunks) + len(damaged) + len(duplicates)
         print(f"{str(folder):24} {files:7} {len(chunks):8} {sum(c.held_out for c in chunks):8} "
-              f"{frames:10,} {size / 1e6:8.1f} {size / max(1, frames):7.0f} {r.mean():8.1f} "
-              f"± {r.std():4.0f} {laps:5} {len(duplicates):5} {len(damaged):7}")
+              f"{frames:10,} {size / 1e6:8.1f} {size / max(1, frames):7.0f} {mean} "
+              f"{laps:5} {len(duplicates):5} {len(damaged):7}")
         for line in duplicates + damaged:
             print(f"  {line}")
         bad += len(damaged)

@@ -184,6 +184,8 @@ def fill(args, source, folder, make_policy):
         print(f"not counted: {line}")
     have = sum(c.frames for c in chunks)
     print(f"{folder}: {have:,} frames in {len(chunks)} episodes, target {args.frames:,}")
+    for line in driven_otherwise(chunks, args):
+        print(f"{folder}: keeps {line}")
     if have >= args.frames:
         print("nothing to do: the target is reached")
         return 0
@@ -210,6 +212,15 @@ def fill(args, source, folder, make_policy):
     if error:
         fail(error)
     return 130 if stop else 0
+
+
+def driven_otherwise(chunks, args):
+    """Of the episodes that are there, those that other flags drove than this command has, in words."""
+    for flag in ("pace", "width"):
+        then = [c.meta["policy"].get(flag) for c in chunks] if hasattr(args, flag) else []
+        others = [x for x in then if x is not None and x not in np.ravel(getattr(args, flag))]
+        if others:
+            yield f"{len(others)} episodes of --{flag} {' '.join(map(str, sorted(set(others))))}"
 
 
 @contextmanager

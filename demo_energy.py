@@ -147,6 +147,7 @@ def draw_summary(energy, seconds, path, seconds_ahead):
         left.semilogy(seconds, energy[:, i], color=color, lw=0.9, label=name)
         right.hist(energy[:, i], edges, color=color, alpha=0.6, label=name)
     right.set(xscale="log", xlabel="energy", ylabel="futures")
+    right.yaxis.get_major_locator().set_params(integer=True)
     left.set(xlabel="time, s", ylabel="energy",
              title=f"distance of proposed futures from the dream {seconds_ahead:.2f} s ahead")
     left.legend(fontsize=8)

@@ -60,7 +60,7 @@ from collect_race_data import PACES as RACE_PACES, make_expert
 from collect_recovery_data import PACES as RECOVERY_PACES, make_faulty
 from demo_energy import MIN_JUMP, Elsewhere
 from drive_mpc import Futures, colored_noise, limited, plan, planning, several, to_action
-from networks import (Predictor, TinyEncoder, cosine, fingerprint, latest, load_frozen, models_of,
+from networks import (Predictor, cosine, fingerprint, latest, load_frozen, models_of,
                       optimise, stack, unit_act)
 from runtime import (Refusal, autocast, fail, git_commit, natural, parser, positive, pyplot,
                      replace_atomically, run, save_figure, set_up, versions, writable)
@@ -110,9 +110,9 @@ def arguments():
     g.add_argument("--lived", type=several, default=24,
                    help="of a state's plans, how many are also filmed as they are driven: the "
                         "energy of what came tells a bad energy from a bad dream")
-    g.add_argument("--ceiling_steps", type=natural, default=300,
+    g.add_argument("--ceiling_steps", type=natural, default=600,
                    help="training steps of the row that sees the labels; 0 leaves the row out")
-    g.add_argument("--ceiling_batch", type=positive, default=64, help="frames in such a step")
+    g.add_argument("--ceiling_batch", type=positive, default=96, help="frames in such a step")
     g.add_argument("--bootstrap", type=positive, default=200,
                    help="resamples of the tracks behind each interval")
     g.add_argument("--off_road", type=float, default=17.0,
@@ -350,7 +350,7 @@ class Subject:
                                    "train_cost_model.py", encoder=self.key, **keys)
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
-            self.twin = TinyEncoder(**self.encoder.args).to(self.device).eval()
+            self.twin = self.encoder.untrained().eval()
             self.blank = self.predictor and Predictor(**self.predictor.args).to(self.device).eval()
         self.decoder = None
 
@@ -519,20 +519,22 @@ def ceiling(subject, spots, labels, args):
     """The same net trained with the labels, in --ceiling_steps: what this size could know."""
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        net = TinyEncoder(**subject.encoder.args).to(subject.device)
+        net = subject.encoder.untrained()
         head = nn.Linear(net.dim, len(PROBED) + 1).to(subject.device)
     params = [*net.parameters(), *head.parameters()]
     optim = torch.optim.AdamW(params, 2e-3, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(subject.device.type, enabled=subject.dtype == torch.float16)
     y = (labels.y - labels.y[labels.seen].mean(0)) / (labels.y[labels.seen].std(0) + 1e-6)
     rng, offsets = np.random.default_rng([args.seed, 6]), subject.newest()
+    light = torch.Generator(subject.device).manual_seed(args.seed)
     for step in tqdm(range(args.ceiling_steps), desc="ceiling, with labels", leave=False):
         rows = rng.integers(len(spots), size=args.ceiling_batch)
-        obs = spots[rows].frames(offsets)
+        x = stack(spots[rows].frames(offsets).to(subject.device), net.history)
+        jitter_(x, light)
         target, seen, off = (torch.from_numpy(a[rows]).to(subject.device).float()
                              for a in (y, labels.seen, labels.off))
         with autocast(subject.device, subject.dtype):
-            out = head(net.features(stack(obs.to(subject.device), net.history)))
+            out = head(net.features(x))
         error = F.smooth_l1_loss(out[:, :-1].float(), target, reduction="none").mean(dim=1)
         loss = (error * seen).sum() / seen.sum().clamp_min(1)
         loss = loss + 0.2 * F.binary_cross_entropy_with_logits(out[:, -1].float(), off)
@@ -1216,11 +1218,12 @@ def main():
                           "judged": sum(len(x.obs) for x in test)},
               "minutes": round(minutes, 2), "parts": found}
     body = json.dumps(report, indent=1, allow_nan=False).encode()
-    replace_atomically(visuals / "report.json", lambda f: f.write(body))
+    name = "_".join(["report", *args.parts * (set(args.parts) != set(PARTS))])
+    replace_atomically(visuals / f"{name}.json", lambda f: f.write(body))
     draw_page(pages, f"{subject.path}, tracks {test[0].track} to {test[-1].track}",
-              visuals / "report.png")
+              visuals / f"{name}.png")
     sheet = ", report_dreams.png" if subject.decoder else ""
-    print(f"\n{visuals}/report.json, report.png{sheet} in {minutes:.1f} min")
+    print(f"\n{visuals}/{name}.json, {name}.png{sheet} in {minutes:.1f} min")
     return 0
 
 

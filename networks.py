@@ -19,6 +19,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -31,6 +32,8 @@ PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 SCHEMA = 1  # of checkpoints; a newer one is refused
 KEPT, KEPT_EVERY = 3, 10  # of a stage's checkpoints: the last so many, and each such epoch
 YOUNG_S = 600  # a checkpoint younger than this is never deleted
+HUD_ROW = 56  # rows of a frame from here on are instruments
+PANEL = 3 * (64 - HUD_ROW) * 64  # their pixels
 ACT = 3  # steer, gas, brake
 JUDGED = 3  # every so-manieth latent of a future is judged: neighbours say nearly the same
 TROUBLE = 0.3  # of the energy of chaos: most of a lap stays below
@@ -47,15 +50,19 @@ class TinyEncoder(nn.Module):
     of 1 2 2 2.
     `repeat` is the number of environment steps between two frames of the history, and between two
     latents.
+    The last `gauges` numbers of a latent are principal components of the newest frame's instruments,
+    straight from its pixels: bars of speed and yaw rate need no convolutions, which are left free
+    for the road. `fit_gauges` finds them before the training.
     `forward` gives standardised latents, the one space in which everything downstream works;
     `features` gives the raw ones that the losses of the encoder see.
     """
 
-    def __init__(self, width=1.0, history=3, repeat=2, dim=512, strides=(1, 2, 2, 2)):
+    def __init__(self, width=1.0, history=3, repeat=2, dim=512, strides=(1, 2, 2, 2),
+                 gauges=0):
         super().__init__()
         self.args = dict(width=width, history=history, repeat=repeat, dim=dim,
-                         strides=list(strides))
-        self.history, self.repeat, self.dim = history, repeat, dim
+                         strides=list(strides), gauges=gauges)
+        self.history, self.repeat, self.dim, self.gauges = history, repeat, dim, gauges
         w = max(8, int(64 * width))
         net = ResNet(BasicBlock, [2, 2, 2, 2])
         net.inplanes = w
@@ -64,19 +71,51 @@ class TinyEncoder(nn.Module):
             nn.BatchNorm2d(w), nn.ReLU(inplace=True),
             *(net._make_layer(BasicBlock, w << i, 2, stride=s)
               for i, s in enumerate(strides)))  # (8w, 4, 4)
-        self.head = nn.Linear(8 * w * 16, dim)
+        self.head = nn.Linear(8 * w * 16, dim - gauges)
         for m in self.body.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
+        if gauges:
+            self.register_buffer("panel_mean", torch.zeros(PANEL))
+            self.register_buffer("panel_parts", torch.zeros(PANEL, gauges))
 
     def features(self, x):
         """(N, 3 * history, 64, 64) uint8 or float in 0..255 -> raw latents (N, D)."""
         assert x.shape[1:] == (3 * self.history, 64, 64), tuple(x.shape)
         x = torch.rsub(x.float(), -1.0, alpha=-1 / 127.5)  # to -1..1
         x = x.contiguous(memory_format=torch.channels_last)
-        return self.head(self.body(x).flatten(1)).float()
+        z = self.head(self.body(x).flatten(1)).float()
+        if not self.gauges:
+            return z
+        with torch.autocast(x.device.type, enabled=False):
+            gauges = (self.panel(x) - self.panel_mean) @ self.panel_parts
+        return torch.cat([z, gauges], dim=1)
+
+    @staticmethod
+    def panel(x):
+        """The newest frame's instruments of (N, 3 * history, 64, 64) -> (N, PANEL)."""
+        return x[:, -3:, HUD_ROW:].flatten(1)
+
+    @torch.no_grad()
+    def fit_gauges(self, x):
+        """Finds the principal components, each with variance 1, in inputs of training data, (N,
+        3 * history, 64, 64) uint8."""
+        from sklearn.decomposition import PCA
+        panel = self.panel(x).float().cpu().numpy() / 127.5 - 1
+        pca = PCA(self.gauges, svd_solver="full").fit(panel)
+        size = np.sqrt(np.maximum(pca.explained_variance_, 1e-6))
+        self.panel_mean.copy_(torch.from_numpy(pca.mean_))
+        self.panel_parts.copy_(torch.from_numpy((pca.components_ / size[:, None]).T))
+
+    def untrained(self):
+        """A net of the same shape and gauges with fresh weights."""
+        net = TinyEncoder(**self.args).to(self.mean.device)
+        if self.gauges:
+            net.panel_mean.copy_(self.panel_mean)
+            net.panel_parts.copy_(self.panel_parts)
+        return net
 
     def forward(self, x):
         """(N, 3 * history, 64, 64) -> standardised latents (N, D), float32."""
@@ -440,6 +479,7 @@ def load_frozen(path, name, device, made_by):
 
 RUNTIME_ARGS = {"root", "device", "threads", "fresh", "precision", "compile", "tensorboard", "once",
                 "newest", "save_every", "log_every"}  # may change on resume
+DECIDES_BITS = {"device", "threads", "precision", "compile"}  # of them, these change rounding
 
 
 def so_far(args, step, per_epoch, per_step, **data):
@@ -533,6 +573,10 @@ def restore(path, payload, nets, optim, scaler, args):
     if others:
         fail(f"{path}: the run to resume had {'; '.join(others)}; repeat its arguments, or add "
              "--fresh to start again")
+    for key in DECIDES_BITS & vars(args).keys():
+        if then.get(key) != str(getattr(args, key)):
+            print(f"{path}: goes on with --{key} {getattr(args, key)} instead of {then.get(key)}, so "
+                  "no longer bit for bit as without the stop")
     try:
         for name, net in nets.items():
             net.load_state_dict(payload["nets"][name]["weights"])

@@ -190,20 +190,27 @@ def pick_device(args):
     return device
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def name_of(dtype):
+    """bf16, fp16 or fp32."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def pick_precision(name, device):
     """torch dtype for autocast; says what `auto` took and why. The same on all ranks."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if name != "auto":
-        return dtypes[name]
+        return DTYPES[name]
     has, why = hardware_precisions(device)
-    seconds = [time_steps(device, dtypes[k]) if k in has and len(has) > 1 else
-               0.0 if k in has else float("inf") for k in dtypes]
-    seconds = dict(zip(dtypes, map(max, zip(*everywhere(*seconds)))))  # of the slowest rank
+    seconds = [time_steps(device, DTYPES[k]) if k in has and len(has) > 1 else
+               0.0 if k in has else float("inf") for k in DTYPES]
+    seconds = dict(zip(DTYPES, map(max, zip(*everywhere(*seconds)))))  # of the slowest rank
     half = "fp16" if seconds["fp16"] < FASTER * seconds["bf16"] else "bf16"
     took = half if seconds[half] < FASTER * seconds["fp32"] else "fp32"
     timed = ", ".join(f"{k} {1000 * t:.1f}" for k, t in seconds.items() if 0 < t < float("inf"))
     print(f"precision {took}: {why}" + (f"; ms a step of convolutions: {timed}" if timed else ""))
-    return dtypes[took]
+    return DTYPES[took]
 
 
 def hardware_precisions(device):
@@ -414,7 +421,7 @@ class RunLog:
         for ax in axes.flat[len(panels):]:
             ax.axis("off")
         for ax, name in zip(axes.flat, panels):
-            for key, style in ((name, dict(lw=1, color="tab:blue", label="train")),
+            for key, style in ((name, dict(lw=1, marker=".", ms=2, color="tab:blue", label="train")),
                                ("val_" + name, dict(lw=1.5, marker="o", ms=3, color="tab:orange",
                                                     label="held out"))):
                 pts = np.array([(r["step"], r[key]) for r in rows if key in r])
@@ -426,7 +433,9 @@ class RunLog:
             ax.set_title(name, fontsize=9)
             ax.tick_params(labelsize=7)
             ax.grid(alpha=0.3)
-        axes.flat[0].legend(fontsize=7)
+        shown = {label: line for ax in axes.flat for line, label in zip(
+            *ax.get_legend_handles_labels())}
+        fig.legend(shown.values(), shown.keys(), loc="outside upper right", ncols=2, fontsize=8)
         fig.supxlabel("step", fontsize=8)
         save_figure(fig, self.png)
 

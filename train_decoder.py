@@ -218,8 +218,14 @@ def main():
         log.curves()
         print(f"{sheet}: mean error {error:.2f} of 255", flush=True)
         last = payload
-    print(f"stopped after {(time.time() - began) / 60:.1f} min" if stop else
-          f"done in {(time.time() - began) / 60:.1f} min")
+    minutes = f"{(time.time() - began) / 60:.1f} min"
+    if stop:
+        print(f"stopped after {minutes}; the same command goes on")
+    elif last:
+        print(f"done in {minutes}")
+    else:
+        print(f"nothing to draw: what is whole in {models} has its decoder and its sheet in "
+              f"{visuals}; --fresh draws them anew")
     return 130 if stop else 0
 
 

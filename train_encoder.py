@@ -24,15 +24,14 @@ from tqdm import tqdm
 
 from buffer import Loader, load_sources, on_device, provenance, sample_frames, shares_of
 from car_env import TELEMETRY, ZOOM_STEPS
-from networks import (BendModel, InverseModel, Predictor, Projector, TinyEncoder, already_trained,
-                      cosine, optimise, over_ranks, refuse_nan, resume_run, rotate, save, save_run,
-                      so_far, stack, unit_act)
-from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, optimisation, parser,
-                     positive, run, same_start, set_up, stopped)
+from networks import (HUD_ROW, BendModel, InverseModel, Predictor, Projector, TinyEncoder,
+                      already_trained, cosine, optimise, over_ranks, refuse_nan, resume_run, rotate,
+                      save, save_run, so_far, stack, unit_act)
+from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, name_of, natural,
+                     optimisation, parser, positive, run, same_start, set_up, stopped)
 from vicreg import covariance, effective_rank, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
-HUD_ROW = 56  # rows from here on are instruments: augmentation leaves them alone
 JITTER, TINT = 0.3, 0.1  # brightness and contrast, and each channel, are scaled by 1 ± this
 CAR = slice(43, 53), slice(29, 35)  # rows and columns of the car, which a bend does not move
 CAR_ROW, AHEAD_ROWS = 47.5, 48  # its middle, and how many rows of the world are ahead of it
@@ -61,6 +60,9 @@ def arguments(argv=None):
                    help="frames a latent sees; one hides speed and yaw rate")
     g.add_argument("--strides", type=positive, nargs=4, default=[1, 2, 2, 2],
                    help="of ResNet-18's stages, product 8; 2 2 2 1 is twice as fast")
+    g.add_argument("--gauges", type=natural,
+                   help="numbers of a latent that are principal components of the instruments' "
+                        "pixels, straight from the frame (joint 8, vicreg 0)")
     g.add_argument("--repeat", type=positive, default=2,
                    help="environment steps between frames, and between latents: 2 is 25 Hz")
     g = p.add_argument_group("objective")
@@ -73,7 +75,7 @@ def arguments(argv=None):
     g.add_argument("--std", type=float, help="weight of the variance hinge (joint 16, vicreg 25)")
     g.add_argument("--cov", type=float, default=1.0, help="weight of the covariance term")
     g.add_argument("--inverse", type=float, default=2.0, help="joint: weight of inverse dynamics")
-    g.add_argument("--bend", type=float, default=5.0,
+    g.add_argument("--bend", type=float, default=10.0,
                    help="joint: weight of telling how a picture was bent, which teaches where the "
                         "road lies and where it leads; 0 leaves the bent pictures out")
     g.add_argument("--sim", type=float, default=25.0, help="vicreg: weight of the invariance")
@@ -85,7 +87,12 @@ def arguments(argv=None):
         p.error(f"--strides {args.strides}: expected four numbers with product 8, such as 2 2 2 1")
     if args.bend < 0:
         p.error(f"--bend {args.bend}: expected a weight, or 0 to leave the bent pictures out")
-    args.std = args.std if args.std is not None else {"joint": 16.0, "vicreg": 25.0}[args.objective]
+    own = {"joint": {"std": 16.0, "gauges": 8}, "vicreg": {"std": 25.0, "gauges": 0}}
+    for name, value in own[args.objective].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.gauges >= args.dim:
+        p.error(f"--gauges {args.gauges}: expected fewer than the {args.dim} numbers of a latent")
     return args
 
 
@@ -232,7 +239,8 @@ def loss_fn(nets, x, how, act, args):
 
 def make_nets(args, device, dtype):
     """(the encoder and the heads that its objective needs, their optimiser, its scaler)."""
-    nets = {"encoder": TinyEncoder(args.width, args.history, args.repeat, args.dim, args.strides)}
+    nets = {"encoder": TinyEncoder(args.width, args.history, args.repeat, args.dim, args.strides,
+                                   args.gauges)}
     if args.objective == "joint":
         nets |= {"predictor": Predictor(args.dim), "inverse": InverseModel(args.dim)}
         if args.bend:
@@ -316,7 +324,7 @@ def evaluate(nets, loader, device, dtype, args, batches=8):
 
 def table(values):
     """One line of the probe."""
-    return "  ".join(f"{k.removeprefix('val_').removeprefix('r2_')} {v:.3f}"
+    return "  ".join(f"{k.removeprefix('val_').replace('r2_', 'R² ')} {v:.3f}"
                      for k, v in values.items())
 
 
@@ -343,13 +351,15 @@ def main():
     log = RunLog(args, "encoder", resumed=bool(saved))
     probe = Probe(sources, args) if RANK == 0 else None
     size = sum(p.numel() for p in nets["encoder"].parameters()) / 1e6
-    print(f"{size:.2f}M encoder on {device} in {str(dtype).removeprefix('torch.')}, {steps} steps "
+    print(f"{size:.2f}M encoder on {device} in {name_of(dtype)}, {steps} steps "
           f"from {step}, {args.batch_size} windows" + f" on {RANKS} processes" * (RANKS > 1))
+    if not saved and RANK == 0:
+        if args.gauges:
+            nets["encoder"].fit_gauges(stack(probe.parts[0][0], args.history))
+        print("untrained:", table(probe(nets["encoder"], device, dtype)))
     loss_of = over_ranks(loss_fn, nets)
     if args.compile:
         nets["encoder"].body.compile()
-    if not saved and RANK == 0:
-        print("untrained:", table(probe(nets["encoder"], device, dtype)))
 
     frames = dict(zip(sources, RANKS * len(latents_of(args)) * shares_of(
         sources, args.batch_size // RANKS, args.shares)))  # of a step
@@ -389,7 +399,7 @@ def main():
             values = probe(nets["encoder"], device, dtype) | values
             log.log(step, **values)
             log.curves()
-            tqdm.write(f"epoch {epoch}: " + table(values))
+            tqdm.write(f"epoch {epoch}, held out: " + table(values))
             save(models / f"encoder_mixed_ep{epoch}.pth", nets, **state(), epochs=args.epochs,
                  objective=args.objective, done=epoch == args.epochs)
             rotate(models, "encoder_mixed")

@@ -26,9 +26,9 @@ from car_env import FPS
 from networks import (Predictor, already_trained, build, cosine, epoch_of, fingerprint, latest,
                       load_frozen, optimise, over_ranks, read, refuse_nan, resume_run, rotate, save,
                       save_run, so_far, stack)
-from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, optimisation, parser,
-                     positive, pyplot, run, same_start, save_figure, save_gif, set_up,
-                     stopped)
+from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, name_of, optimisation,
+                     parser, positive, pyplot, run, same_start, save_figure, save_gif,
+                     set_up, stopped)
 
 SHOWN = (0, 1, 5, 10, 15)  # steps of a dream that the picture shows
 SWAPPED = "another episode's actions"
@@ -62,7 +62,7 @@ def load_latents(args, device, dtype, sources, stop):
     bar = lambda items: tqdm(items, desc="encode", unit="episode", disable=RANK > 0)
     version = chunks[0].meta["preprocess"]
     with in_turn():
-        latents = Latents(args.root, f"{key}-p{version}", encoder.dim, encoder.history,
+        latents = Latents(args.root, f"{key}-p{version}-{name_of(dtype)}", encoder.dim, encoder.history,
                           encoder.repeat, encode, chunks, bar, stop)
     return latents, encoder, key
 
@@ -95,7 +95,7 @@ def loss_fn(nets, z, act):
     """Mean squared error of the whole dream: z (B, H + 1, D), act (B, H, 3) -> (loss, logs)."""
     z_hat = nets["predictor"].rollout(z[:, 0], act).float()
     steps = (z_hat - z[:, 1:]).pow(2).mean(dim=(0, 2))  # (H,)
-    return steps.mean(), {"first": steps[0].detach(), "last": steps[-1].detach()}
+    return steps.mean(), {"first_step": steps[0].detach(), "last_step": steps[-1].detach()}
 
 
 @torch.no_grad()
@@ -180,8 +180,9 @@ def draw_dream(real, dreamt, names, path, seconds):
     save_figure(fig, path)
 
 
-def animate_dream(real, dreamt, path):
-    """The GIF: real above dreamt, all windows side by side, a bar counts the steps."""
+def animate_dream(real, dreamt, names, path):
+    """The GIF: real above dreamt, all windows side by side under the names of their folders, a bar
+    counts the steps."""
     frames = []
     for t in range(real.shape[1]):
         rows = [np.concatenate(list(x[:, t]), axis=1) for x in (real, dreamt)]
@@ -191,7 +192,12 @@ def animate_dream(real, dreamt, path):
         for i, word in enumerate(("real", "dreamt")):
             cv2.putText(picture, word, (6, 64 * GIF_SCALE * i + 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5,
                         (255, 255, 255), 1, cv2.LINE_AA)
-        frames.append(np.concatenate([picture[:64 * GIF_SCALE], bar, picture[64 * GIF_SCALE:]]))
+        head = np.full((28, picture.shape[1], 3), 40, np.uint8)
+        for i, name in enumerate(names):
+            cv2.putText(head, name, (6 + i * picture.shape[1] // len(names), 19),
+                        cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255), 1, cv2.LINE_AA)
+        frames.append(np.concatenate([head, picture[:64 * GIF_SCALE], bar,
+                                      picture[64 * GIF_SCALE:]]))
     save_gif(path, [frames[0]] * 4 + frames + [frames[-1]] * 4, GIF_FPS)
 
 
@@ -231,7 +237,7 @@ def main():
             real, dreamt = dream(encoder, predictor.eval(), decoder, *windows, device)
             draw_dream(real[::2], dreamt[::2], list(sources), visuals / f"dream_ep{epoch}.png",
                        encoder.repeat / FPS)  # one window of the two of each source
-            animate_dream(real, dreamt, visuals / "output_dream.gif")
+            animate_dream(real, dreamt, list(sources), visuals / "output_dream.gif")
 
     if step >= steps:
         if RANK == 0 and not (visuals / f"dream_ep{args.epochs}.png").exists():
@@ -268,9 +274,9 @@ def main():
             rows = evaluate(predictor, held, device, dtype)
             own = rows["predictor"]
             refuse_nan(own.mean(), f"step {step}, held out")
-            log.log(step, val_loss=own.mean(), val_first=own[0], val_last=own[-1],
-                    val_over_copy=own[-1] / rows["copy-last"][-1],
-                    val_over_swapped=own[-1] / rows[SWAPPED][-1])
+            log.log(step, val_loss=own.mean(), val_first_step=own[0], val_last_step=own[-1],
+                    val_last_over_copy_last=own[-1] / rows["copy-last"][-1],
+                    val_last_over_swapped=own[-1] / rows[SWAPPED][-1])
             log.curves()
             save(models / f"predictor_ep{epoch}.pth", nets, **state(), epochs=args.epochs,
                  horizon=args.horizon, done=epoch == args.epochs)

@@ -302,7 +302,7 @@ def main():
             "tracks": args.tracks, **found}
     replace_atomically(visuals / "trials.json",
                        lambda f: f.write(json.dumps(body, indent=1).encode()))
-    print(f"{visuals / 'trials.json'}")
+    print(f"{visuals}/trials.json" + ", energy_landscape.png" * ("landscape" in found))
     return 0
 
 

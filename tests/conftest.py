@@ -10,7 +10,7 @@ import pytest
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 
-SMALL = "--width 0.125 --dim 32 --batch_size 12 --precision fp32 --threads 2".split()
+SMALL = "--width 0.125 --dim 32 --batch_size 12 --precision fp32 --threads 1".split()
 CHAIN = {  # stage: the README's command, small
     "collect_race_data.py": ["--frames", "2500", "--workers", "2", "--pace", "0.1", "0.2",
                              "--width", "3"],

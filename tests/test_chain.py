@@ -44,6 +44,8 @@ def test_collectors_reach_their_targets_and_say_so(chain):
     assert "recovered" in said["collect_recovery_data.py"]
     again = script("collect_data.py", *CHAIN["collect_data.py"], root=root)
     assert "target is reached" in again.stdout
+    again = script("collect_race_data.py", *CHAIN["collect_race_data.py"], "--pace", "0.2", root=root)
+    assert "episodes of --pace 0.1\n" in again.stdout  # other flags than those that drove them
 
 
 def test_seeds_of_collectors_are_never_for_evaluation(chain):
@@ -79,6 +81,8 @@ def test_a_finished_stage_is_not_repeated(chain):
     done = script("train_encoder.py", *CHAIN["train_encoder.py"], root=root)
     assert done.returncode == 0 and "already trained" in done.stdout
     assert (root / "models" / "encoder_mixed_ep2.pth").stat().st_mtime_ns == before
+    again = script("train_decoder.py", *CHAIN["train_decoder.py"], root=root)
+    assert again.returncode == 0 and "nothing to draw" in again.stdout
 
 
 def test_driving_writes_scores_and_films(chain, tmp_path):
@@ -261,6 +265,7 @@ def refused(done, *words):
 ])
 def test_missing_input_names_the_command_that_makes_it(tmp_path, name, words):
     refused(script(name, root=tmp_path), *words)
+    refused(script(name, "--data", "rides", root=tmp_path), "rides", "data_race, data_recovery")
 
 
 def test_missing_checkpoints_name_the_command_that_makes_them(chain, tmp_path):

@@ -180,6 +180,29 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     assert torch.allclose(loss, total, rtol=1e-4)
 
 
+def test_gauges_are_the_principal_components_of_the_newest_instruments(obs):
+    from sklearn.decomposition import PCA
+    x = stack(obs.repeat(4, 2, 1, 1, 1)[:, :9], 2)
+    x[:, :, HUD_ROW:] = torch.randint(0, 256, x[:, :, HUD_ROW:].shape).byte()
+    net = TinyEncoder(0.125, history=2, dim=16, gauges=4).eval()
+    net.fit_gauges(x)
+    gauges = net.features(x)[:, -4:].detach()
+    panel = x[:, -3:, HUD_ROW:].flatten(1).double().numpy()
+    want = torch.from_numpy(PCA(4, whiten=True, svd_solver="full").fit_transform(panel)).float()
+    assert torch.allclose(gauges.abs(), want.abs(), atol=1e-2)  # signs are free
+    seen = x.clone()
+    bend_(seen, torch.Generator().manual_seed(0))
+    jitter_(seen, torch.Generator().manual_seed(0))
+    seen[:, :3] = 0  # an older frame
+    assert torch.allclose(net.features(seen)[:, -4:], gauges, atol=1e-5)
+    assert not torch.allclose(net.features(seen)[:, :-4], net.features(x)[:, :-4], atol=1e-2)
+    twin = net.untrained().eval()
+    assert torch.equal(twin.features(x)[:, -4:], gauges)
+    assert not torch.allclose(twin.head.weight, net.head.weight)
+    refused = script("train_encoder.py", "--dim", 8, "--gauges", 8)
+    assert refused.returncode == 2 and "fewer than the 8" in refused.stderr
+
+
 def test_strides_change_the_price_of_the_net_not_its_size(obs):
     x, sizes = stack(obs, 3), []
     for strides in ((1, 2, 2, 2), (2, 2, 2, 1)):
