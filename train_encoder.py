@@ -71,11 +71,11 @@ def arguments(argv=None):
     g.add_argument("--targets", type=positive, nargs="+", default=[1, 3, 8],
                    help="joint: steps of the dream that are compared with encoded frames; each "
                         "costs as much as the window's first, the steps between nearly nothing")
-    g.add_argument("--pred", type=float, default=10.0, help="joint: weight of the prediction")
+    g.add_argument("--pred", type=float, default=25.0, help="joint: weight of the prediction")
     g.add_argument("--std", type=float, help="weight of the variance hinge (joint 16, vicreg 25)")
     g.add_argument("--cov", type=float, default=1.0, help="weight of the covariance term")
     g.add_argument("--inverse", type=float, default=2.0, help="joint: weight of inverse dynamics")
-    g.add_argument("--bend", type=float, default=10.0,
+    g.add_argument("--bend", type=float, default=15.0,
                    help="joint: weight of telling how a picture was bent, which teaches where the "
                         "road lies and where it leads; 0 leaves the bent pictures out")
     g.add_argument("--sim", type=float, default=25.0, help="vicreg: weight of the invariance")

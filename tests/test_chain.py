@@ -265,7 +265,7 @@ def refused(done, *words):
 ])
 def test_missing_input_names_the_command_that_makes_it(tmp_path, name, words):
     refused(script(name, root=tmp_path), *words)
-    refused(script(name, "--data", "rides", root=tmp_path), "rides", "data_race, data_recovery")
+    refused(script(name, "--data", "rides", root=tmp_path), "rides", "data_race", "data_recovery")
 
 
 def test_missing_checkpoints_name_the_command_that_makes_them(chain, tmp_path):
