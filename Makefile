@@ -38,10 +38,10 @@ pretrained: .venv/installed  ## an hour on two cores: the weights in models/pret
 	$(PY) collect_data.py $(LAPTOP) --frames 100000
 	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --epochs 6 --steps_per_epoch 500
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 400
-	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --epochs 4 --steps_per_epoch 1500
+	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --hidden 384 --state 192 --epochs 6 --steps_per_epoch 1500
 	$(PY) train_cost_model.py $(LAPTOP)
 	mkdir -p models/pretrained && rm -f models/pretrained/*.pth
-	cp $(ROOT)/models/encoder_mixed_ep6.pth $(ROOT)/models/decoder_ep6.pth $(ROOT)/models/predictor_ep4.pth $(ROOT)/models/cost_model_final.pth models/pretrained/
+	cp $(ROOT)/models/encoder_mixed_ep6.pth $(ROOT)/models/decoder_ep6.pth $(ROOT)/models/predictor_ep6.pth $(ROOT)/models/cost_model_final.pth models/pretrained/
 
 test: .venv/installed  ## the tests, under ten minutes on two cores
 	$(PY) -m pytest

@@ -291,21 +291,25 @@ MADE_BY = {"data": "python collect_data.py", "data_race": "python collect_race_d
            "data_mpc": "python drive_mpc.py --save_data --track_seed 10000000"}
 
 
-def no_folder(folder):
-    """Refuses a folder of chunks that is not there, or is a folder of something else."""
-    mend = (f"`{MADE_BY[folder.name]}` makes it" if folder.name in MADE_BY else
-            f"those that the stages make are {', '.join(MADE_BY)}")
-    fail(f"{folder}: expected a folder of chunks (.npz), found none; {mend}")
+def made_by(folder):
+    """What makes, or fills, such a folder, in words."""
+    if folder.name not in MADE_BY:
+        return f"the stages make {', '.join(MADE_BY)}"
+    where = "" if folder.parent == Path(".") else f" --root {folder.parent}"
+    return f"`{MADE_BY[folder.name]}{where}` makes it"
+
+
+def some_chunks(folder):
+    """Refuses a folder without chunks: it is not there, or holds something else."""
+    if not any(folder.glob("[!.]*.npz")):
+        fail(f"{folder}: expected a folder of chunks (.npz), found none; {made_by(folder)}")
 
 
 def load_sources(args):
     """{folder name: (train chunks, held-out chunks)} for --data; refuses what cannot be learned."""
     out, seen = {}, set()
     for name in args.data:
-        if not any((args.root / name).glob("*.npz")):
-            no_folder(args.root / name)
-        made_by = MADE_BY.get(name, "the command that made the others")
-        made_by += "" if args.root == Path(".") else f" --root {args.root}"
+        some_chunks(args.root / name)
         chunks, damaged, duplicates = index(args.root / name)
         Damage.folders[args.root / name] = Damage(len(chunks) + len(damaged))
         Damage.folders[args.root / name].lines = dict.fromkeys(damaged, True)
@@ -314,18 +318,19 @@ def load_sources(args):
         if len(damaged) > MAX_DAMAGED * (len(chunks) + len(damaged)):
             fail(f"{args.root / name}: {len(damaged)} of {len(chunks) + len(damaged)} chunks are "
                  f"unreadable, first {damaged[0]}; delete them (`python buffer.py "
-                 f"{args.root / name}` names each) and collect more with `{made_by}`")
+                 f"{args.root / name}` names each) and collect more: {made_by(args.root / name)}")
         for line in damaged:
             print(f"skipped {line}")
         seen |= {c.meta["preprocess"] for c in chunks}
         if len(seen) > 1:
             fail(f"{args.root / name}: chunks of several preprocessing versions ({seen}); move the "
-                 f"old ones away and collect anew with `{made_by}`")
+                 f"old ones away and collect anew: {made_by(args.root / name)}")
         split = [c for c in chunks if not c.held_out], [c for c in chunks if c.held_out]
         for part, want in zip(split, ("training", "held-out")):
             if not part:
                 fail(f"{args.root / name}/*.npz: no episode on a {want} track among "
-                     f"{len(chunks)}; `{made_by}` makes them (20,000 frames are enough to start)")
+                     f"{len(chunks)}, 20,000 frames are enough to start; "
+                     f"{made_by(args.root / name)}")
         out[name] = split
     return out
 
@@ -569,9 +574,9 @@ def sample_frames(chunks, history, repeat, count, seed=0, fields=("telemetry",),
 class Latents:
     """Latents of every frame of every chunk, cached on disk in half precision and memory-mapped.
 
-    One file a pair of encoder and preprocessing, `ROOT/models/latents_<key>.f16`, rows appended
-    chunk by chunk, and an index beside it that is written last and knows length and CRC of each
-    chunk: only what is new or has changed is encoded, and another encoder has another file.
+    One file for an encoder, preprocessing and precision, `ROOT/models/latents_<key>.f16`, rows
+    appended chunk by chunk, and an index beside it that is written last and knows length and CRC of
+    each chunk: only what is new or has changed is encoded. Those of other encoders are deleted.
     2 * dim bytes a frame. A second process waits for the first and finds its work. When `stop`
     turns true it keeps what is done and raises KeyboardInterrupt.
     `encode(obs (B, history, 3, 64, 64))` gives z (B, D).
@@ -583,7 +588,7 @@ class Latents:
         self.path, self.index_path = stem.with_suffix(".f16"), stem.with_suffix(".json")
         self.dim, self.repeat = dim, repeat
         for old in self.path.parent.glob("latents_*"):
-            if old.stem != stem.name:
+            if old.stem.split("-")[0] != stem.name.split("-")[0]:
                 old.unlink(missing_ok=True)  # another encoder's
         with open(self.path, "ab") as f:
             fcntl.flock(f, fcntl.LOCK_EX)
@@ -753,8 +758,7 @@ def main():
                      help="look at sizes and descriptions only: finds what is cut off or foreign")
     args = p.parse_args()
     for folder in args.folders:
-        if not any(folder.glob("*.npz")):
-            no_folder(folder)
+        some_chunks(folder)
     print(f"{'folder':24} {'chunks':>7} {'episodes':>8} {'held out':>8} {'frames':>10} {'MB':>8} "
           f"{'B/frame':>7} {'return':>15} {'laps':>5} {'twice':>5} {'damaged':>7}")
     bad, pixels, start = 0, 0, time.process_time()

@@ -215,7 +215,7 @@ def fill(args, source, folder, make_policy):
 
 
 def driven_otherwise(chunks, args):
-    """Of the episodes that are there, those that other flags drove than this command has, in words."""
+    """Of the episodes that are there, those that flags unlike this command's drove, in words."""
     for flag in ("pace", "width"):
         then = [c.meta["policy"].get(flag) for c in chunks] if hasattr(args, flag) else []
         others = [x for x in then if x is not None and x not in np.ravel(getattr(args, flag))]

@@ -302,7 +302,7 @@ def load_driver(args, cfg, policy="mpc"):
             ("train_predictor.py", of_predictor, "encoder_mixed", "encoder", key),
             ("train_cost_model.py", of_cost, "encoder_mixed", "encoder", key),
             ("train_cost_model.py", of_cost, "predictor", "predictor", fingerprint(predictor))):
-        if payload[f"{on}_key"] != its_key:
+        if payload.get(f"{on}_key") != its_key:
             fail(f"{models}: what {name} wrote belongs to another {on} than "
                  f"{latest(models, stem)}; run `python {name} --fresh`")
     if policy == "untrained":

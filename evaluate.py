@@ -5,7 +5,8 @@ Reads ROOT/models, or the weights that come with the code, and the training epis
 ROOT/data_race, data_recovery and data, or drives some; then drives new episodes of the same three
 kinds on tracks 200000 to 299999, which nothing was fitted to. Prints tables (a value ± half its
 95 % interval, bootstrapped over tracks), writes ROOT/visuals/report.json (all figures, with n and
-intervals), report.png, and report_dreams.png where there is a decoder.
+intervals), report.png, and report_dreams.png where there is a decoder; of some --parts
+report_only_<parts>.json and .png.
 
 1. knows    R² of ridge and small-MLP probes where the road is in view (|offset| < 7 units, |heading
             error| < 1 rad), AUC of any wheel off the road in all frames; from imagined latents too.
@@ -93,7 +94,7 @@ def arguments():
                         "that comes with the code); what needs "
                         "a predictor or cost model trained on it is left out if there is none")
     g.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS),
-                   help="some of the card only: the other tables are left out")
+                   help="some of the card only, in report_only_<parts>.json and .png")
     g = p.add_argument_group("sizes")
     g.add_argument("--track_seed", type=choosing, default=CHOOSING[0],
                    help="first of the tracks to drive anew, 200000 to 299999: those for choosing")
@@ -362,7 +363,7 @@ class Subject:
             return None
         net, payload = load_frozen(path, name, self.device, f"python {script}")
         for on, key in keys.items():
-            if payload[f"{on}_key"] != key:
+            if payload.get(f"{on}_key") != key:
                 print(f"no {name}: {path} was trained on another {on} than "
                       f"{self.path if on == 'encoder' else latest(self.models, on)}")
                 return None
@@ -1218,7 +1219,8 @@ def main():
                           "judged": sum(len(x.obs) for x in test)},
               "minutes": round(minutes, 2), "parts": found}
     body = json.dumps(report, indent=1, allow_nan=False).encode()
-    name = "_".join(["report", *args.parts * (set(args.parts) != set(PARTS))])
+    ran = [part for part in PARTS if part in parts]
+    name = "report" if len(ran) == len(PARTS) else "report_only_" + "_".join(ran)
     replace_atomically(visuals / f"{name}.json", lambda f: f.write(body))
     draw_page(pages, f"{subject.path}, tracks {test[0].track} to {test[-1].track}",
               visuals / f"{name}.png")

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from car_env import OBS_SIZE, SCENE_H
 from runtime import RANKS, fail, git_commit, optional, replace_atomically, run, versions
 from vicreg import gather
 
@@ -32,8 +33,7 @@ PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 SCHEMA = 1  # of checkpoints; a newer one is refused
 KEPT, KEPT_EVERY = 3, 10  # of a stage's checkpoints: the last so many, and each such epoch
 YOUNG_S = 600  # a checkpoint younger than this is never deleted
-HUD_ROW = 56  # rows of a frame from here on are instruments
-PANEL = 3 * (64 - HUD_ROW) * 64  # their pixels
+PANEL = 3 * (OBS_SIZE - SCENE_H) * OBS_SIZE  # pixels of a frame's instruments
 ACT = 3  # steer, gas, brake
 JUDGED = 3  # every so-manieth latent of a future is judged: neighbours say nearly the same
 TROUBLE = 0.3  # of the energy of chaos: most of a lap stays below
@@ -50,8 +50,8 @@ class TinyEncoder(nn.Module):
     of 1 2 2 2.
     `repeat` is the number of environment steps between two frames of the history, and between two
     latents.
-    The last `gauges` numbers of a latent are principal components of the newest frame's instruments,
-    straight from its pixels: bars of speed and yaw rate need no convolutions, which are left free
+    The last `gauges` numbers of a latent are principal components of the newest frame's
+    instruments, straight from its pixels: bars of speed and yaw rate need no convolutions, which are left free
     for the road. `fit_gauges` finds them before the training.
     `forward` gives standardised latents, the one space in which everything downstream works;
     `features` gives the raw ones that the losses of the encoder see.
@@ -96,12 +96,12 @@ class TinyEncoder(nn.Module):
     @staticmethod
     def panel(x):
         """The newest frame's instruments of (N, 3 * history, 64, 64) -> (N, PANEL)."""
-        return x[:, -3:, HUD_ROW:].flatten(1)
+        return x[:, -3:, SCENE_H:].flatten(1)
 
     @torch.no_grad()
     def fit_gauges(self, x):
-        """Finds the principal components, each with variance 1, in inputs of training data, (N,
-        3 * history, 64, 64) uint8."""
+        """Finds the principal components in inputs of training data, among which each then has
+        variance 1. x (N, 3 * history, 64, 64) uint8."""
         from sklearn.decomposition import PCA
         panel = self.panel(x).float().cpu().numpy() / 127.5 - 1
         pca = PCA(self.gauges, svd_solver="full").fit(panel)
@@ -478,8 +478,7 @@ def load_frozen(path, name, device, made_by):
 
 
 RUNTIME_ARGS = {"root", "device", "threads", "fresh", "precision", "compile", "tensorboard", "once",
-                "newest", "save_every", "log_every"}  # may change on resume
-DECIDES_BITS = {"device", "threads", "precision", "compile"}  # of them, these change rounding
+                "newest", "save_every", "log_every", "arithmetic"}  # may change on resume
 
 
 def so_far(args, step, per_epoch, per_step, **data):
@@ -567,16 +566,15 @@ def restore(path, payload, nets, optim, scaler, args):
     the arguments are others."""
     if "per_epoch" not in payload:
         fail(f"{path}: was written by an older version of this code; add --fresh to start again")
-    then = payload["args"]
+    then = {"gauges": "0", **payload["args"]}  # encoders had none once
     others = [f"--{key} {then.get(key)}, this command has {now}" for key, now in vars(args).items()
               if key not in RUNTIME_ARGS and then.get(key) != str(now)]
     if others:
         fail(f"{path}: the run to resume had {'; '.join(others)}; repeat its arguments, or add "
              "--fresh to start again")
-    for key in DECIDES_BITS & vars(args).keys():
-        if then.get(key) != str(getattr(args, key)):
-            print(f"{path}: goes on with --{key} {getattr(args, key)} instead of {then.get(key)}, so "
-                  "no longer bit for bit as without the stop")
+    if then.get("arithmetic") != args.arithmetic:
+        print(f"{path}: goes on with {args.arithmetic} instead of {then.get('arithmetic')}, so its "
+              "losses may differ in their last digits")
     try:
         for name, net in nets.items():
             net.load_state_dict(payload["nets"][name]["weights"])

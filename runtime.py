@@ -251,8 +251,9 @@ def time_steps(device, dtype, steps=5):
 
 
 def set_up(args, ranks=False):
-    """(device, dtype of autocast) of a stage; seeds torch and sets its threads. A stage that knows
-    `ranks` joins the other processes of torchrun, of which only the first one speaks."""
+    """(device, dtype of autocast) of a stage; seeds torch, sets its threads, and says in
+    `args.arithmetic` all that decides the last digits. A stage that knows `ranks` joins the other
+    processes of torchrun, of which only the first one speaks."""
     if RANKS > 1 and not ranks:
         fail("this stage runs as one process: start it with python, not torchrun")
     if RANKS > 1 and args.batch_size % RANKS:
@@ -272,6 +273,8 @@ def set_up(args, ranks=False):
                                 timeout=PATIENCE)
     keep_memory()
     dtype = pick_precision(args.precision, device)
+    args.arithmetic = (f"{device.type}, {name_of(dtype)}, threads {torch.get_num_threads()}, "
+                       f"processes {RANKS}" + ", compiled" * getattr(args, "compile", False))
     torch.manual_seed(args.seed)
     return device, dtype
 
@@ -421,7 +424,8 @@ class RunLog:
         for ax in axes.flat[len(panels):]:
             ax.axis("off")
         for ax, name in zip(axes.flat, panels):
-            for key, style in ((name, dict(lw=1, marker=".", ms=2, color="tab:blue", label="train")),
+            for key, style in ((name, dict(lw=1, marker=".", ms=2, color="tab:blue",
+                                           label="train")),
                                ("val_" + name, dict(lw=1.5, marker="o", ms=3, color="tab:orange",
                                                     label="held out"))):
                 pts = np.array([(r["step"], r[key]) for r in rows if key in r])
@@ -554,8 +558,7 @@ class Stop:
         return any(requested for requested, in everywhere(self.requested))
 
 
-def stopped(args, step, steps):
-    """Says that a training was stopped and saved, and what goes on with it -> its exit code."""
-    print(f"stopped at step {step} of {steps}; the same command "
-          + "without --fresh " * args.fresh + "goes on")
+def stopped(args, when):
+    """Says that a run was stopped and saved, and what goes on with it -> its exit code."""
+    print(f"stopped {when}; the same command " + "without --fresh " * args.fresh + "goes on")
     return 130

@@ -204,7 +204,7 @@ def main():
             keep(step + 1)
             last_save = time.time()
         if stop and step + 1 < steps:
-            return stopped(args, step + 1, steps)
+            return stopped(args, f"at step {step + 1} of {steps}")
     print(f"{models}/cost_model_final.pth in {(time.time() - began) / 60:.1f} min; held-out AUC of "
           f"random over expert: classifier {auc['classifier']:.3f}, density {auc['density']:.3f}; "
           f"R² of the energy to come of recoveries {r2:.3f}")

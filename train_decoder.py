@@ -24,7 +24,7 @@ from networks import (TinyDecoder, build, epoch_of, fingerprint, hold, latest, l
                       optimise, read, refuse_nan, restore, rotate, save, save_run, set_aside,
                       so_far, stack)
 from runtime import (Refusal, RunLog, Stop, autocast, fail, parser, positive, pyplot, rate,
-                     run, save_figure, set_up)
+                     run, save_figure, set_up, stopped)
 
 PICTURES = 4  # held-out frames of each source on the sheet
 MADE = ("decoder_ep*.pth", "decoder_resume.pth", "decoder.jsonl")  # --fresh sets them aside
@@ -220,13 +220,10 @@ def main():
         last = payload
     minutes = f"{(time.time() - began) / 60:.1f} min"
     if stop:
-        print(f"stopped after {minutes}; the same command goes on")
-    elif last:
-        print(f"done in {minutes}")
-    else:
-        print(f"nothing to draw: what is whole in {models} has its decoder and its sheet in "
-              f"{visuals}; --fresh draws them anew")
-    return 130 if stop else 0
+        return stopped(args, f"after {minutes}")
+    print(f"done in {minutes}" if last else f"nothing to draw: what is whole in {models} has its "
+          f"decoder and its sheet in {visuals}; --fresh draws them anew")
+    return 0
 
 
 def finished(models, visuals):

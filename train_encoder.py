@@ -23,8 +23,8 @@ from sklearn.linear_model import Ridge
 from tqdm import tqdm
 
 from buffer import Loader, load_sources, on_device, provenance, sample_frames, shares_of
-from car_env import TELEMETRY, ZOOM_STEPS
-from networks import (HUD_ROW, BendModel, InverseModel, Predictor, Projector, TinyEncoder,
+from car_env import SCENE_H, TELEMETRY, ZOOM_STEPS
+from networks import (PANEL, BendModel, InverseModel, Predictor, Projector, TinyEncoder,
                       already_trained, cosine, optimise, over_ranks, refuse_nan, resume_run, rotate,
                       save, save_run, so_far, stack, unit_act)
 from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, name_of, natural,
@@ -62,7 +62,8 @@ def arguments(argv=None):
                    help="of ResNet-18's stages, product 8; 2 2 2 1 is twice as fast")
     g.add_argument("--gauges", type=natural,
                    help="numbers of a latent that are principal components of the instruments' "
-                        "pixels, straight from the frame (joint 8, vicreg 0)")
+                        "pixels, straight from the frame (joint 8, vicreg 0): what they hold needs "
+                        "no learning")
     g.add_argument("--repeat", type=positive, default=2,
                    help="environment steps between frames, and between latents: 2 is 25 Hz")
     g = p.add_argument_group("objective")
@@ -91,8 +92,9 @@ def arguments(argv=None):
     for name, value in own[args.objective].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.gauges >= args.dim:
-        p.error(f"--gauges {args.gauges}: expected fewer than the {args.dim} numbers of a latent")
+    if args.gauges >= min(args.dim, PANEL):
+        p.error(f"--gauges {args.gauges}: expected fewer than the {args.dim} numbers of a latent, "
+                f"and than the {PANEL} pixels of the instruments")
     return args
 
 
@@ -112,19 +114,19 @@ def jitter_(x, generator):
     tint = (1 + TINT * draw(N, 1, 3)).repeat(1, 1, W * C // 3)  # (N, 1, W * C)
     b, c = 1 + JITTER * draw(2, N, 1, 1)
     x = x.permute(0, 2, 3, 1).view(N, H, W * C)  # as it lies in memory: long rows
-    mean = x[:, :HUD_ROW:MEAN_OF].float().mean(dim=(1, 2), keepdim=True)
+    mean = x[:, :SCENE_H:MEAN_OF].float().mean(dim=(1, 2), keepdim=True)
     light = b * tint * UNIT  # ((scene - mean) c + mean) b, tinted: never out of int16's range
     gain, more = (c * light).round().short(), ((1 - c) * mean * light + UNIT / 2).short()
     for part in pieces(x):
-        scene = x[part, :HUD_ROW].short().mul_(gain[part]).add_(more[part])
-        x[part, :HUD_ROW] = scene.bitwise_right_shift_(UNIT_BITS).clamp_(0, 255)
+        scene = x[part, :SCENE_H].short().mul_(gain[part]).add_(more[part])
+        x[part, :SCENE_H] = scene.bitwise_right_shift_(UNIT_BITS).clamp_(0, 255)
 
 
 def bend_rows(device=None):
-    """(2 + STRETCHES, HUD_ROW): columns by which bends of 1 move a row of the scene to the right: a
+    """(2 + STRETCHES, SCENE_H): columns by which bends of 1 move a row of the scene to the right: a
     shift, a slope, and a curvature of each stretch of the way ahead, nearest first.
     """
-    u = (CAR_ROW - torch.arange(HUD_ROW, device=device)) / AHEAD_ROWS  # 0 at the car, 1 far ahead
+    u = (CAR_ROW - torch.arange(SCENE_H, device=device)) / AHEAD_ROWS  # 0 at the car, 1 far ahead
     rows = [torch.full_like(u, SHIFT), SLOPE * u]
     for k in range(STRETCHES):
         inside = (u - k / STRETCHES).clamp(0, 1 / STRETCHES)
@@ -144,13 +146,13 @@ def bend_(x, generator):
     rows = bend_rows(x.device)
     how = math.sqrt(3) * (2 * torch.rand(N, len(rows), generator=generator, device=x.device) - 1)
     moved = (how[:, :, None] * rows).sum(dim=1)  # not a product of matrices, which autocast rounds
-    source = MOST - moved  # (N, HUD_ROW): which column of `wider` comes to column 0
+    source = MOST - moved  # (N, SCENE_H): which column of `wider` comes to column 0
     left = source.floor()
     right = ((source - left) * UNIT).round().short()[..., None]  # its neighbour's share
     tall, wide = CAR
     share = torch.linspace(0, 1, wide.stop - wide.start + 2, device=x.device)[1:-1, None]
     for part in pieces(x):
-        scene = x[part, :HUD_ROW]
+        scene = x[part, :SCENE_H]
         edge = lambda column, n: scene[:, :, column, None].expand(-1, -1, n, -1)
         wider = torch.cat([edge(0, MOST), scene, edge(-1, MOST + 1)], dim=2)
         beside = scene[:, tall, wide.start - 1:wide.stop + 1:wide.stop - wide.start + 1].float()
@@ -159,12 +161,12 @@ def bend_(x, generator):
         starts = wider.view(-1, wider.shape[2] * C).unfold(1, (W + 1) * C, C)  # of every row
         first = left[part].long().view(-1)
         taken = starts[torch.arange(len(first), device=x.device), first].short()
-        taken = taken.view(-1, HUD_ROW, (W + 1) * C)
+        taken = taken.view(-1, SCENE_H, (W + 1) * C)
         bent, step = taken[..., :-C], taken[..., C:] - taken[..., :-C]
         step.mul_(right[part]).add_(UNIT // 2).bitwise_right_shift_(UNIT_BITS)
-        bent = step.add_(bent).view(-1, HUD_ROW, W, C)
+        bent = step.add_(bent).view(-1, SCENE_H, W, C)
         bent[:, tall, wide] += scene[:, tall, wide] - under
-        x[part, :HUD_ROW] = bent.clamp_(0, 255)
+        x[part, :SCENE_H] = bent.clamp_(0, 255)
     return how
 
 
@@ -208,7 +210,7 @@ def joint_loss(nets, x, how, act, args):
     """Prediction, inverse dynamics, bends, variance and covariance of `views`.
 
     x, how of `views`, act (B, H, 3), H the last of --targets -> (loss, logs, raw latents (N, D)),
-    bent ones not among them.
+    bent ones and gauges not among them.
     """
     seen = nets["encoder"].features(x).unflatten(0, (len(act), -1))
     z = seen[:, how is not None:]  # (B, 1 + len(targets), D)
@@ -221,7 +223,8 @@ def joint_loss(nets, x, how, act, args):
     if how is not None:
         logs["bend"] = F.mse_loss(nets["bend"](z[:, 0], seen[:, 0]).float(), how)
     loss = sum(getattr(args, name) * term for name, term in logs.items())
-    return loss, {k: v.detach() for k, v in logs.items()}, flat.detach()
+    learned = flat[:, :flat.shape[1] - nets["encoder"].gauges]
+    return loss, {k: v.detach() for k, v in logs.items()}, learned.detach()
 
 
 def plain_loss(nets, x, how, act, args):
@@ -290,19 +293,21 @@ class Probe:
             self.parts.append((obs, seen, np.stack([col(k) for k in PROBED], 1)))
 
     def __call__(self, encoder, device, dtype):
-        """Sets the encoder's standardisation; returns {quantity: R²}, rank, spread of latents."""
+        """Sets the encoder's standardisation; returns {quantity: R²}, rank, spread of what is
+        learned of the latents."""
         encoder.eval()
         (za, ma, ya), (zb, mb, yb) = [(features_of(encoder, obs, device, dtype), seen, y)
                                       for obs, seen, y in self.parts]
         refuse_nan(za.sum() + zb.sum(), "the probe")
         encoder.calibrate(za.to(device))
+        learned = zb[:, :encoder.dim - encoder.gauges]
         mean, std = ya[ma].mean(0), ya[ma].std(0) + 1e-6
         scale = za.std(0) + 1e-6
         fit = Ridge(alpha=1.0).fit((za / scale)[ma], (ya[ma] - mean) / std)
         y = (yb[mb] - mean) / std
         error = ((fit.predict((zb / scale)[mb]) - y) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)
         return {"val_r2_" + k: 1 - e for k, e in zip(PROBED, error)} | {
-            "val_rank": effective_rank(zb), "val_spread": float(spread(zb))}
+            "val_rank": effective_rank(learned), "val_spread": float(spread(learned))}
 
 
 @torch.no_grad()
@@ -409,7 +414,7 @@ def main():
             last_save = time.time()
         if stopping:
             bar.close()
-            return stopped(args, step, steps)
+            return stopped(args, f"at step {step} of {steps}")
     bar.close()
     if RANK:
         return 0

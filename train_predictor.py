@@ -62,8 +62,8 @@ def load_latents(args, device, dtype, sources, stop):
     bar = lambda items: tqdm(items, desc="encode", unit="episode", disable=RANK > 0)
     version = chunks[0].meta["preprocess"]
     with in_turn():
-        latents = Latents(args.root, f"{key}-p{version}-{name_of(dtype)}", encoder.dim, encoder.history,
-                          encoder.repeat, encode, chunks, bar, stop)
+        latents = Latents(args.root, f"{key}-p{version}-{name_of(dtype)}", encoder.dim,
+                          encoder.history, encoder.repeat, encode, chunks, bar, stop)
     return latents, encoder, key
 
 
@@ -288,7 +288,7 @@ def main():
             last_save = time.time()
         if stopping:
             bar.close()
-            return stopped(args, step, steps)
+            return stopped(args, f"at step {step} of {steps}")
     bar.close()
     if RANK:
         return 0

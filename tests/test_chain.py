@@ -44,7 +44,7 @@ def test_collectors_reach_their_targets_and_say_so(chain):
     assert "recovered" in said["collect_recovery_data.py"]
     again = script("collect_data.py", *CHAIN["collect_data.py"], root=root)
     assert "target is reached" in again.stdout
-    again = script("collect_race_data.py", *CHAIN["collect_race_data.py"], "--pace", "0.2", root=root)
+    again = script("collect_race_data.py", "--frames", 2500, "--pace", "0.2", root=root)
     assert "episodes of --pace 0.1\n" in again.stdout  # other flags than those that drove them
 
 
@@ -264,7 +264,7 @@ def refused(done, *words):
     ("train_cost_model.py", ["data_race", "collect_race_data.py"]),
 ])
 def test_missing_input_names_the_command_that_makes_it(tmp_path, name, words):
-    refused(script(name, root=tmp_path), *words)
+    refused(script(name, root=tmp_path), *words, f"--root {tmp_path}")
     refused(script(name, "--data", "rides", root=tmp_path), "rides", "data_race", "data_recovery")
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import script
 
+from car_env import SCENE_H
 from networks import BendModel, InverseModel, Predictor, TinyEncoder, stack, unit_act
 from runtime import Refusal
-from train_encoder import (CAR, HUD_ROW, JITTER, MEAN_OF, MOST, TINT, bend_, bend_rows, jitter_,
+from train_encoder import (CAR, JITTER, MEAN_OF, MOST, TINT, bend_, bend_rows, jitter_,
                            loss_fn, refuse_collapse, views)
 
 
@@ -45,17 +46,17 @@ def test_a_view_changes_brightness_contrast_and_tint_of_the_scene_only(obs):
     g.manual_seed(1)
     tint = 1 + TINT * (2 * torch.rand(N, 1, 3, generator=g) - 1)
     b, c = 1 + JITTER * (2 * torch.rand(2, N, 1, 1, generator=g) - 1)
-    scene = x[..., :HUD_ROW, :].float()
+    scene = x[..., :SCENE_H, :].float()
     mean = scene[..., ::MEAN_OF, :].mean(dim=(1, 2, 3))
     for n in range(N):  # one draw a row, of all its frames
         for k in range(6):
             want = ((scene[n, k] - mean[n]) * c[n] + mean[n]) * b[n] * tint[n, 0, k % 3]
-            assert (view[n, k, :HUD_ROW] - want.clamp(0, 255)).abs().max() < 2.6
+            assert (view[n, k, :SCENE_H] - want.clamp(0, 255)).abs().max() < 2.6
             gain = (64 * c[n] * b[n] * tint[n, 0, k % 3]).round()  # in steps of 1 / 64, which is
             more = 64 * (1 - c[n]) * b[n] * tint[n, 0, k % 3] * mean[n]  # all that is lost
             want = ((scene[n, k] * gain + more) / 64).clamp(0, 255)
-            assert (view[n, k, :HUD_ROW] - want).abs().max() < 0.53
-    assert torch.equal(view[..., HUD_ROW:, :], x[..., HUD_ROW:, :])
+            assert (view[n, k, :SCENE_H] - want).abs().max() < 0.53
+    assert torch.equal(view[..., SCENE_H:, :], x[..., SCENE_H:, :])
     assert b.std() > 0.01 and c.std() > 0.01 and tint.std() > 0.01
 
 
@@ -63,9 +64,9 @@ def test_vicreg_sees_each_frame_twice_and_in_unlike_light(obs):
     args = argparse.Namespace(objective="vicreg", history=2, bend=5.0)
     x, how = views(obs, args, torch.Generator().manual_seed(1))
     assert how is None and x.shape == (6, 6, 64, 64)
-    frame = stack(obs, 2, [0])[..., HUD_ROW:, :]
-    assert torch.equal(x[::2, :, HUD_ROW:], frame) and torch.equal(x[1::2, :, HUD_ROW:], frame)
-    assert (x[::2] != x[1::2])[:, :, :HUD_ROW].float().mean() > 0.5
+    frame = stack(obs, 2, [0])[..., SCENE_H:, :]
+    assert torch.equal(x[::2, :, SCENE_H:], frame) and torch.equal(x[1::2, :, SCENE_H:], frame)
+    assert (x[::2] != x[1::2])[:, :, :SCENE_H].float().mean() > 0.5
 
 
 def test_the_strongest_light_and_the_faintest_stay_in_range():
@@ -75,8 +76,8 @@ def test_the_strongest_light_and_the_faintest_stay_in_range():
     x[1::2, :, 3:] = 0
     view = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     jitter_(view, torch.Generator().manual_seed(0))
-    view = view.permute(0, 2, 3, 1)[:, :HUD_ROW, :3]
-    white, black = (view[x[:, :HUD_ROW, :3] == v].float() for v in (255, 0))
+    view = view.permute(0, 2, 3, 1)[:, :SCENE_H, :3]
+    white, black = (view[x[:, :SCENE_H, :3] == v].float() for v in (255, 0))
     assert white.min() > 100 and black.max() < 130  # nothing wraps around
 
 
@@ -84,13 +85,13 @@ def test_a_bend_moves_a_road_as_it_says_and_neither_car_nor_instruments():
     """A straight road: each row moves by the columns of its bends, every frame alike."""
     x = torch.full((40, 64, 64, 6), 50, dtype=torch.uint8)
     x[:, :, 27:38] = 150
-    x[:, 44:52, 30:34], x[:, HUD_ROW:, 40:50] = 250, 200
+    x[:, 44:52, 30:34], x[:, SCENE_H:, 40:50] = 250, 200
     x = x.permute(0, 3, 1, 2)
     bent = x.clone()
     with torch.autocast("cpu", torch.bfloat16):  # which must not round columns
         how = bend_(bent, torch.Generator().manual_seed(0))
     assert how.shape == (40, 5)
-    assert torch.equal(bent[:, :, HUD_ROW:], x[:, :, HUD_ROW:])
+    assert torch.equal(bent[:, :, SCENE_H:], x[:, :, SCENE_H:])
     on_road = (how @ bend_rows())[:, 47].abs() < 1  # there the car has the same grey under it
     car = lambda frames: frames[on_road][:, :, 46:50, 30:34]
     assert on_road.any() and torch.equal(car(bent), car(x))
@@ -121,7 +122,7 @@ def test_each_latent_of_a_window_is_seen_in_a_light_of_its_own():
     args = argparse.Namespace(objective="joint", targets=[1, 3], history=3, bend=0)
     x, how = views(obs, args, torch.Generator().manual_seed(1))
     assert how is None
-    frames = x.float().view(2, 3, 3, 3, 64, 64)[..., :HUD_ROW, :]  # (B, T, history, 3, 56, 64)
+    frames = x.float().view(2, 3, 3, 3, 64, 64)[..., :SCENE_H, :]  # (B, T, history, 3, 56, 64)
     assert torch.equal(frames[:, :, 0], frames[:, :, 2])  # its frames in the same
     means = frames.mean(dim=(2, 3, 4, 5)).flatten()
     assert len(means.unique()) == 6
@@ -183,11 +184,11 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
 def test_gauges_are_the_principal_components_of_the_newest_instruments(obs):
     from sklearn.decomposition import PCA
     x = stack(obs.repeat(4, 2, 1, 1, 1)[:, :9], 2)
-    x[:, :, HUD_ROW:] = torch.randint(0, 256, x[:, :, HUD_ROW:].shape).byte()
+    x[:, :, SCENE_H:] = torch.randint(0, 256, x[:, :, SCENE_H:].shape).byte()
     net = TinyEncoder(0.125, history=2, dim=16, gauges=4).eval()
     net.fit_gauges(x)
     gauges = net.features(x)[:, -4:].detach()
-    panel = x[:, -3:, HUD_ROW:].flatten(1).double().numpy()
+    panel = x[:, -3:, SCENE_H:].flatten(1).double().numpy()
     want = torch.from_numpy(PCA(4, whiten=True, svd_solver="full").fit_transform(panel)).float()
     assert torch.allclose(gauges.abs(), want.abs(), atol=1e-2)  # signs are free
     seen = x.clone()

@@ -60,7 +60,7 @@ def test_without_episodes_or_nets_it_judges_the_weights_that_come_with_the_code(
                   "1", root=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "weights that come with the code" in done.stdout and "no episodes there" in done.stdout
-    report = json.loads((tmp_path / "visuals" / "report_knows.json").read_text())
+    report = json.loads((tmp_path / "visuals" / "report_only_knows.json").read_text())
     assert "pretrained" in report["checkpoint"]
     assert report["parts"]["knows"]["this encoder, ridge"]["cells"]["speed"]["value"] > 0.8
 
