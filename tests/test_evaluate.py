@@ -179,10 +179,10 @@ def test_parts_without_a_matching_predictor_are_left_out(chain, tmp_path, monkey
     said = capsys.readouterr().out
     assert "trained on another encoder" in said
     assert all(f"left out: {part}" in said for part in ("dreams", "futures", "plans"))
-    report = json.loads((tmp_path / "visuals" / "report.json").read_text())
+    report = json.loads((tmp_path / "visuals" / "report_only_knows.json").read_text())
     assert report["checkpoint"].endswith("ep1.pth") and set(report["parts"]) == {"knows"}
     assert not any("imagined" in row or "ceiling" in row for row in report["parts"]["knows"])
-    assert cv2.imread(str(tmp_path / "visuals" / "report.png")).std() > 5
+    assert cv2.imread(str(tmp_path / "visuals" / "report_only_knows.png")).std() > 5
     args = flags(root, models / "encoder_mixed_ep1.pth")
     with pytest.raises(Refusal, match="--parts plans"):
         possible(Subject(args), args)
