@@ -44,7 +44,7 @@ forkserver = multiprocessing.get_context("forkserver")  # the imports, 5 s, are 
 forkserver.set_forkserver_preload([f"train_{stage}" for stage in STAGES])
 
 
-def episode(folder, number, held_out, steps=100):
+def episode(folder, number, held_out, steps=230):
     """An episode of cloudy pictures, all unlike each other."""
     rng = np.random.default_rng([number, len(folder.name)])
     obs = rng.integers(0, 256, (steps + 1, 8, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
@@ -174,7 +174,7 @@ def test_killed_and_stopped_anywhere_it_goes_on_to_the_bit(given, whole, tmp_pat
     assert all(torch.equal(a[n]["weights"][k], b[n]["weights"][k])
                for n in a for k in a[n]["weights"])
     if stage != "decoder":  # which has nothing left to resume
-        refused(Run(stage, root, "--lr", 0.5, "--weight_decay", 0.3), "--lr 0.001", "0.5",
+        refused(Run(stage, root, "--lr", 0.5, "--weight_decay", 0.3), "--lr 0.00", "0.5",
                 "--weight_decay", "0.3", "--fresh")
 
 

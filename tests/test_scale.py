@@ -161,7 +161,7 @@ def test_two_processes_make_the_predictor_of_one(data, tmp_path):
         (root / "models").mkdir()
         save(root / "models" / "encoder_mixed_ep1.pth", {"encoder": encoder}, done=True)
         args = ["--epochs", 1, "--steps_per_epoch", 10, "--batch_size", 24, "--hidden", 32,
-                "--root", root]
+                "--precision", "fp32", "--root", root]
         done = start("train_predictor.py", *args)
         assert done.returncode == 0, done.stderr[-3000:]
         again = script("train_predictor.py", *args)
