@@ -45,7 +45,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_encoder
-from buffer import AHEAD, Loader, index, load_sources, on_device, read_chunk, write_chunk
+from buffer import (AHEAD, Loader, index, load_sources, on_device, read_chunk, some_chunks,
+                    write_chunk)
 from car_env import (FPS, PLAYFIELD, TELEMETRY, ZOOM_STEPS, make_env, observe, place_car,
                      telemetry)
 from drive_mpc import colored_noise, limited, load_driver, planning, to_action
@@ -523,6 +524,7 @@ def bench_train(args):
 
 
 def bench_scale(args):
+    some_chunks(args.root / "data_race")
     gpus = torch.cuda.device_count()
     flags = [] if gpus else LAPTOP
     cfg = train_encoder.arguments(flags)
