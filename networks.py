@@ -109,6 +109,10 @@ class TinyEncoder(nn.Module):
         self.panel_mean.copy_(torch.from_numpy(pca.mean_))
         self.panel_parts.copy_(torch.from_numpy((pca.components_ / size[:, None]).T))
 
+    def learned(self, z):
+        """Latents (..., D) without their gauges."""
+        return z[..., :self.dim - self.gauges]
+
     def untrained(self):
         """A net of the same shape and gauges with fresh weights."""
         net = TinyEncoder(**self.args).to(self.mean.device)

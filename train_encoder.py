@@ -223,7 +223,7 @@ def joint_loss(nets, x, how, act, args):
     if how is not None:
         logs["bend"] = F.mse_loss(nets["bend"](z[:, 0], seen[:, 0]).float(), how)
     loss = sum(getattr(args, name) * term for name, term in logs.items())
-    learned = flat[:, :flat.shape[1] - nets["encoder"].gauges]
+    learned = nets["encoder"].learned(flat)
     return loss, {k: v.detach() for k, v in logs.items()}, learned.detach()
 
 
@@ -300,7 +300,7 @@ class Probe:
                                       for obs, seen, y in self.parts]
         refuse_nan(za.sum() + zb.sum(), "the probe")
         encoder.calibrate(za.to(device))
-        learned = zb[:, :encoder.dim - encoder.gauges]
+        learned = encoder.learned(zb)
         mean, std = ya[ma].mean(0), ya[ma].std(0) + 1e-6
         scale = za.std(0) + 1e-6
         fit = Ridge(alpha=1.0).fit((za / scale)[ma], (ya[ma] - mean) / std)
