@@ -45,7 +45,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_encoder
-from buffer import (AHEAD, Loader, index, load_sources, on_device, read_chunk, some_chunks,
+from buffer import (AHEAD, Loader, index, load_sources, read_chunk, some_chunks,
                     write_chunk)
 from car_env import (FPS, PLAYFIELD, TELEMETRY, ZOOM_STEPS, make_env, observe, place_car,
                      telemetry)
@@ -481,7 +481,7 @@ def bench_train(args):
     sources = load_sources(cfg)
     nets, optim, scaler = train_encoder.make_nets(cfg, device, dtype)
     loader = train_encoder.make_loader(cfg, sources, 0, cfg.batch_size, cfg.seed)
-    batches = on_device(loader.batches(), device)
+    batches = train_encoder.training_batches(loader, cfg, device)
     generator = torch.Generator(device).manual_seed(0)
 
     def learn(views, act):

@@ -23,7 +23,7 @@ from sklearn.linear_model import Ridge
 from tqdm import tqdm
 
 from buffer import Loader, load_sources, on_device, provenance, sample_frames, shares_of
-from car_env import SCENE_H, TELEMETRY, ZOOM_STEPS
+from car_env import SCENE_H, TELEMETRY, ZOOM_STEPS, mirrored
 from networks import (PANEL, BendModel, InverseModel, Predictor, Projector, TinyEncoder,
                       already_trained, cosine, optimise, over_ranks, refuse_nan, resume_run, rotate,
                       save, save_run, so_far, stack, unit_act)
@@ -79,6 +79,9 @@ def arguments(argv=None):
     g.add_argument("--bend", type=float, default=15.0,
                    help="joint: weight of telling how a picture was bent, which teaches where the "
                         "road lies and where it leads; 0 leaves the bent pictures out")
+    g.add_argument("--mirror", type=float,
+                   help="share of the windows with left and right exchanged, pictures and steering "
+                        "(joint 0.5, vicreg 0): a lap has few bends to the right")
     g.add_argument("--sim", type=float, default=25.0, help="vicreg: weight of the invariance")
     optimisation(p, batch_size=256)
     args = p.parse_args(argv)
@@ -86,9 +89,12 @@ def arguments(argv=None):
         p.error(f"--targets {args.targets}: expected rising steps from 1 on, such as 1 3 8")
     if math.prod(args.strides) != 8:
         p.error(f"--strides {args.strides}: expected four numbers with product 8, such as 2 2 2 1")
+    if not 0 <= (args.mirror or 0) <= 1:
+        p.error(f"--mirror {args.mirror}: expected a share, 0 to 1")
     if args.bend < 0:
         p.error(f"--bend {args.bend}: expected a weight, or 0 to leave the bent pictures out")
-    own = {"joint": {"std": 16.0, "gauges": 8}, "vicreg": {"std": 25.0, "gauges": 0}}
+    own = {"joint": {"std": 16.0, "gauges": 8, "mirror": 0.5},
+           "vicreg": {"std": 25.0, "gauges": 0, "mirror": 0.0}}
     for name, value in own[args.objective].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -266,6 +272,23 @@ def make_loader(args, sources, part, batch_size, seed, rank=0, ranks=1):
                   history=args.history, repeat=args.repeat, shares=args.shares)
 
 
+def some_mirrored(batches, share, seed, start):
+    """The batches from step `start` on, in a share of their windows left and right exchanged."""
+    for step, (obs, act) in enumerate(batches, start):
+        rows = np.random.default_rng([seed, step, RANK]).random(len(obs)) < share
+        if rows.any():
+            frames = obs.permute(0, 1, 3, 4, 2).numpy()  # as they lie in memory
+            frames[rows] = mirrored(frames[rows])
+            act[rows, :, 0] *= -1
+        yield obs, act
+
+
+def training_batches(loader, args, device, start=0):
+    """Endless (obs, act) on the device, from step `start` on."""
+    batches = some_mirrored(loader.batches(start), args.mirror, args.seed, start)
+    return on_device(batches, device)
+
+
 @torch.no_grad()
 def features_of(encoder, obs, device, dtype, batch=256):
     """Raw latents of stacked frames: obs (N, history, 3, 64, 64) -> (N, D) on the CPU."""
@@ -373,7 +396,7 @@ def main():
     if not saved and RANK == 0:
         keep()  # no epoch's file is ever there without it
     stop = Stop()  # until here a signal ends it at once: there is nothing to save
-    batches, last_save = on_device(loader.batches(step), device), time.time()
+    batches, last_save = training_batches(loader, args, device, step), time.time()
     bar = tqdm(total=steps, initial=step, desc="encoder", unit="step", mininterval=1,
                disable=RANK > 0)
     while step < steps:

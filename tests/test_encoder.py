@@ -2,15 +2,16 @@
 
 import argparse
 
+import numpy as np
 import pytest
 import torch
 from conftest import script
 
-from car_env import SCENE_H
+from car_env import SCENE_H, mirrored
 from networks import BendModel, InverseModel, Predictor, TinyEncoder, stack, unit_act
 from runtime import Refusal
 from train_encoder import (CAR, JITTER, MEAN_OF, MOST, TINT, bend_, bend_rows, jitter_,
-                           loss_fn, refuse_collapse, views)
+                           loss_fn, refuse_collapse, some_mirrored, views)
 
 
 @pytest.fixture
@@ -214,3 +215,27 @@ def test_strides_change_the_price_of_the_net_not_its_size(obs):
     assert sizes[0] <= sizes[1] < 1.01 * sizes[0]  # a projection more, of 1x1
     refused = script("train_encoder.py", "--strides", 1, 1, 2, 2)
     assert refused.returncode == 2 and "product 8" in refused.stderr
+
+
+def test_mirrored_windows_are_mirrored_as_a_whole_and_so_is_their_steering():
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (7, 20, 5, 64, 64, 3), np.uint8)  # of 7 batches of 20 windows
+    acts = rng.uniform(-1, 1, (7, 20, 4, 3)).astype(np.float32)
+
+    def stream(start, share=0.3):
+        batches = ((torch.from_numpy(f.copy()).permute(0, 1, 4, 2, 3), torch.from_numpy(a.copy()))
+                   for f, a in zip(frames[start:], acts[start:]))
+        return list(some_mirrored(batches, share, 5, start))
+    count = 0
+    for (obs, act), frame, a in zip(stream(0), frames, acts):
+        obs = obs.permute(0, 1, 3, 4, 2).numpy()
+        for window, steer, f, was in zip(obs, act.numpy(), frame, a):
+            turned = (steer[:, 0] == -was[:, 0]).all()
+            assert (window == (mirrored(f) if turned else f)).all()
+            assert turned or (steer == was).all()
+            assert (steer[:, 1:] == was[:, 1:]).all()
+            count += turned
+    assert 20 < count < 70  # of 140
+    for (obs, act), (o, a) in zip(stream(3), stream(0)[3:]):  # resumed
+        assert torch.equal(obs, o) and torch.equal(act, a)
+    assert all((a.numpy() == b).all() for (_, a), b in zip(stream(0, share=0.0), acts))
