@@ -51,7 +51,7 @@ from car_env import (FPS, PLAYFIELD, TELEMETRY, ZOOM_STEPS, make_env, observe, p
                      telemetry)
 from drive_mpc import colored_noise, limited, load_driver, planning, to_action
 from networks import latest, optimise
-from runtime import Help, autocast, fail, keep_memory, run, set_up
+from runtime import Help, Parser, autocast, fail, keep_memory, run, set_up
 
 CHOOSING = 200_500  # first of the tracks that nets are compared on: never collected nor reported
 MANY = 10**6  # more than any episode has steps
@@ -62,10 +62,11 @@ FEATURE = {name: i for i, name in enumerate(TELEMETRY)}
 
 
 def parse_args():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    p = Parser(description=__doc__, formatter_class=Help)
     p.add_argument("what", nargs="+", choices=list(BENCHMARKS), help="what to measure")
     p.add_argument("--root", type=Path, default=Path("."),
-                   help="visuals/ is written in here; train reads data/, paired models/ from here")
+                   help="visuals/ is written in here; train and scale read its data*/, plan and "
+                        "paired its models/")
     p.add_argument("--rounds", type=int, default=5,
                    help="env, train, scale: a median needs an odd number")
     p.add_argument("--frames", type=int, default=40_000,
@@ -230,7 +231,8 @@ def bench_collect(args):
             stock.append(stock_rate())
         for workers, both in rates.items():
             rate = statistics.mean(both)
-            print(f"{name:20s}{workers:8d}{rate:10.0f}{rate / workers / statistics.mean(stock):16.1f}"
+            times = rate / workers / statistics.mean(stock)
+            print(f"{name:20s}{workers:8d}{rate:10.0f}{times:16.1f}"
                   f"{size / frames:9.0f}")  # fmt: skip
         ratio = sum(rates[2]) / sum(rates[1])
         print(f"{'':20s}two workers are {ratio:.2f} times one")

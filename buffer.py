@@ -14,13 +14,13 @@ Frames before the first are the first, repeated; nothing ever crosses an episode
     python buffer.py export --format minari            the same for others, into minari/
 """
 
-import argparse
 import fcntl
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import sys
@@ -37,7 +37,8 @@ import torch
 from isal import isal_zlib
 from tqdm import tqdm
 
-from runtime import Help, Refusal, fail, optional, replace_atomically, run, versions, writable
+from runtime import (Help, Parser, Refusal, command, fail, optional, replace_atomically, run,
+                     versions, writable)
 
 SCHEMA = 1  # of chunks; a newer one is skipped and named
 DEFLATE_LEVEL = 1  # of isal: a fifth of the time of zlib's level 2, and a little smaller
@@ -222,7 +223,8 @@ class Damage:
             self.lines[line] = True
             tqdm.write(f"skipped {line}; damaged so far: {len(self.lines)} of {self.total}")
         if len(self.lines) > MAX_DAMAGED * self.total:
-            fail(f"{len(self.lines)} of {self.total} chunks are unreadable, over {MAX_DAMAGED:.0%}, "
+            fail(f"{len(self.lines)} of {self.total} chunks are unreadable, over "
+                 f"{MAX_DAMAGED:.0%}, "
                  f"first {next(iter(self.lines))}; `python buffer.py` names each: delete them and "
                  "collect more")
 
@@ -286,17 +288,16 @@ def provenance(sources):
     return {"data_key": data_key(sources), "preprocessing": chunk.meta["preprocess"]}
 
 
-MADE_BY = {"data": "python collect_data.py", "data_race": "python collect_race_data.py",
-           "data_recovery": "python collect_recovery_data.py",
-           "data_mpc": "python drive_mpc.py --save_data --track_seed 10000000"}
+MADE_BY = {"data": "collect_data.py", "data_race": "collect_race_data.py",
+           "data_recovery": "collect_recovery_data.py",
+           "data_mpc": "drive_mpc.py --save_data --track_seed 10000000"}
 
 
 def made_by(folder):
     """What makes, or fills, such a folder, in words."""
     if folder.name not in MADE_BY:
         return f"the stages make {', '.join(MADE_BY)}"
-    where = "" if folder.parent == Path(".") else f" --root {folder.parent}"
-    return f"`{MADE_BY[folder.name]}{where}` makes it"
+    return f"{command(MADE_BY[folder.name], folder.parent)} makes it"
 
 
 def some_chunks(folder):
@@ -341,7 +342,8 @@ def shares_of(sources, batch_size, shares=None):
     """Windows of each source in a batch: exact, adding up to batch_size (largest remainders)."""
     shares = np.ones(len(sources)) if shares is None else np.array(shares, float)
     if len(shares) != len(sources) or (shares < 0).any() or shares.sum() == 0:
-        fail(f"--shares {list(shares)}: expected {len(sources)} numbers >= 0, one for each folder")
+        fail(f"--shares {' '.join(f'{s:g}' for s in shares)}: expected {len(sources)} numbers >= "
+             "0, one for each folder, and not all 0")
     exact = batch_size * shares / shares.sum()
     count = np.floor(exact).astype(int)
     count[np.argsort(count - exact, kind="stable")[:batch_size - count.sum()]] += 1
@@ -693,8 +695,11 @@ def export_minari(folders, out, name):
     out = out.resolve()  # Minari writes relative to a folder of its own
     minari, gymnasium = optional("minari", "minari>=0.5.4"), optional("gymnasium", "gymnasium")
     optional("h5py", "h5py")
+    if not re.search(r"-v\d+$", name):
+        fail(f"--name {name}: expected a name that ends in a version, such as carracing-v0")
     found = [index(folder) for folder in folders]
-    chunks, damaged = ([x for f in found for x in f[i]] for i in (0, 1))
+    chunks = list({c.meta["uid"]: c for every, *_ in found for c in every}.values())
+    damaged = [line for _, bad, _ in found for line in bad]
     if not chunks:
         fail(f"{', '.join(map(str, folders))}: no whole chunk there; `python collect_race_data.py` "
              "makes some")
@@ -736,9 +741,10 @@ def export_minari(folders, out, name):
 
 def export(argv):
     """`buffer.py export`: folders of chunks in the format of another library."""
-    p = argparse.ArgumentParser(prog="buffer.py export", description="episodes for other programs")
+    p = Parser(prog="buffer.py export", description="episodes for other programs")
     p.add_argument("folders", type=Path, nargs="*", default=[Path(name) for name in MADE_BY],
-                   help=f"of chunks, which become one dataset (default {' '.join(MADE_BY)})")
+                   help=f"of chunks, which become one dataset (default {' '.join(MADE_BY)}, those "
+                        "of them that are there)")
     p.add_argument("--format", choices=["minari"], default="minari", help="HDF5 as Minari reads it")
     p.add_argument("--out", type=Path, default=Path("minari"), help="where datasets are kept")
     p.add_argument("--name", default="carracing-v0", help="Minari's dataset id, ends in a version")
@@ -749,7 +755,7 @@ def export(argv):
 def main():
     if sys.argv[1:2] == ["export"]:
         return export(sys.argv[2:])
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    p = Parser(description=__doc__, formatter_class=Help)
     p.add_argument("folders", nargs="+", type=Path, help="folders of chunks")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--verify", action="store_true", default=True,

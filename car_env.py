@@ -668,7 +668,7 @@ class Hud:
 
 
 def level_end(place, value, length):
-    """Column of the window where the bar of `value` from `place` ends, `length` grid cells a unit."""
+    """Window column where the bar of `value` from `place` ends, `length` grid cells a unit."""
     if abs(value) <= MIN_VALUE:
         return cr.WINDOW_W  # none
     return int(min(max((place + length * value) * BAR_X, 0), cr.WINDOW_W - 1))

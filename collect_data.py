@@ -4,7 +4,7 @@ Temporally correlated steering, gas and brake from random places on the track: g
 odd headings. Writes ROOT/data/*.npz, one episode a file; started again it goes on to the target.
 
     python collect_data.py                      1.5 million frames
-    python collect_data.py --frames 20000       minutes on a laptop: see the README
+    python collect_data.py --frames 20000       seconds on a laptop
 """
 
 import errno

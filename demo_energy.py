@@ -19,12 +19,13 @@ import torch
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from car_env import FPS, TELEMETRY, ZOOM_STEPS, make_env, observe, place_beside, telemetry
+from car_env import (FPS, MAX_STEPS, TELEMETRY, ZOOM_STEPS, make_env, observe, place_beside,
+                     telemetry)
 from drive_mpc import (DIM, INK, PAPER, SIDE, STRIP, VIDEO_FPS, VIEW, WARM, Window,
                        load_driver, planning, plot, write)
 from networks import stack
-from runtime import (Stop, autocast, natural, parser, positive, pyplot, run, save_figure, save_gif,
-                     save_mp4, writable)
+from runtime import (Stop, autocast, fail, natural, parser, positive, pyplot, run, save_figure,
+                     save_gif, save_mp4, writable)
 
 FUTURES = {"true": (90, 200, 120), "teleported": WARM, "random": (240, 90, 90)}  # name: colour
 MIN_JUMP = 15  # tiles between the car and where it is teleported to, so that places differ
@@ -147,6 +148,7 @@ def draw_summary(energy, seconds, path, seconds_ahead):
         left.semilogy(seconds, energy[:, i], color=color, lw=0.9, label=name)
         right.hist(energy[:, i], edges, color=color, alpha=0.6, label=name)
     right.set(xscale="log", xlabel="energy", ylabel="futures")
+    right.xaxis.set_minor_formatter("")
     right.yaxis.get_major_locator().set_params(integer=True)
     left.set(xlabel="time, s", ylabel="energy",
              title=f"distance of proposed futures from the dream {seconds_ahead:.2f} s ahead")
@@ -156,8 +158,12 @@ def draw_summary(energy, seconds, path, seconds_ahead):
 
 def main():
     args = arguments()
-    visuals, stop = writable(args.root / "visuals"), Stop()
+    args.steps = min(args.steps, MAX_STEPS)
     driver, _ = load_driver(args, args)
+    least = ZOOM_STEPS + args.ahead * driver.encoder.repeat + 1
+    if args.steps < least:
+        fail(f"--steps {args.steps}: expected at least {least}: then the first futures are judged")
+    visuals, stop = writable(args.root / "visuals"), Stop()
     env = make_env("official", render_mode="rgb_array")
     rng = np.random.default_rng(args.seed)
     same, other = Elsewhere(args.track_seed, rng), Elsewhere(args.track_seed + 1, rng)
@@ -209,8 +215,8 @@ def main():
         bar.update()
     bar.close()
     if not rows:
-        print(f"only {step} steps were driven, nothing was judged: drive over {ZOOM_STEPS + 20}")
-        return 0
+        print(f"ended after {step} steps, before the first futures were judged; nothing is kept")
+        return 130 if stop else 0
     energy = np.array(rows)
     for what, found in (("dream", energy[:, 1:]), ("copy-last", np.array(both))):
         table = separation(found)

@@ -31,9 +31,9 @@ from car_env import ENV_ID, FPS, ZOOM_STEPS, make_env, observe, telemetry
 from collect_data import FIRST_SEED, origin
 from collect_race_data import Expert
 from networks import (DISCOUNT, Predictor, fingerprint, judged, latest, load_frozen, models_of,
-                      stack, unit_act)
-from runtime import (Stop, autocast, fail, fraction, natural, parser, positive, replace_atomically,
-                     run, save_gif, save_mp4, set_up, versions, writable)
+                      some_root, stack, unit_act)
+from runtime import (Stop, autocast, command, fail, fraction, natural, parser, positive,
+                     replace_atomically, run, save_gif, save_mp4, set_up, versions, writable)
 from train_predictor import load_decoder
 
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little
@@ -292,11 +292,11 @@ def load_driver(args, cfg, policy="mpc"):
     device, dtype = set_up(args)
     models = models_of(args.root)
     encoder, _ = load_frozen(latest(models, "encoder_mixed"), "encoder", device,
-                             "python train_encoder.py")
+                             "train_encoder.py")
     predictor, of_predictor = load_frozen(latest(models, "predictor"), "predictor", device,
-                                          "python train_predictor.py")
+                                          "train_predictor.py")
     cost, of_cost = load_frozen(models / "cost_model_final.pth", "cost", device,
-                                "python train_cost_model.py")
+                                "train_cost_model.py")
     key = fingerprint(encoder)
     for name, payload, stem, on, its_key in (
             ("train_predictor.py", of_predictor, "encoder_mixed", "encoder", key),
@@ -304,7 +304,7 @@ def load_driver(args, cfg, policy="mpc"):
             ("train_cost_model.py", of_cost, "predictor", "predictor", fingerprint(predictor))):
         if payload.get(f"{on}_key") != its_key:
             fail(f"{models}: what {name} wrote belongs to another {on} than "
-                 f"{latest(models, stem)}; run `python {name} --fresh`")
+                 f"{latest(models, stem)}; run {command(name, models.parent, '--fresh')}")
     if policy == "untrained":
         torch.manual_seed(args.seed)
         predictor = Predictor(**predictor.args).to(device).eval().requires_grad_(False)
@@ -603,7 +603,7 @@ def compare(reports, env_name):
 
 def main():
     args = arguments()
-    visuals, stop = writable(args.root / "visuals"), Stop()
+    visuals, stop = writable(some_root(args.root) / "visuals"), Stop()
     if args.json:
         writable(args.json.parent)
     film = None if args.no_video else Film(None, Window.open("TinyJEPA drives"))
@@ -614,6 +614,7 @@ def main():
             reports[policy] = run_policy(args, policy, filmed, stop)
     reports = {p: r for p, r in reports.items() if r}
     if not reports:
+        print("stopped before the first drive ended; nothing is kept")
         return 130
     print(compare(list(reports.values()), args.env))
     if args.json and args.policy in reports:

@@ -63,8 +63,8 @@ from demo_energy import MIN_JUMP, Elsewhere
 from drive_mpc import Futures, colored_noise, limited, plan, planning, several, to_action
 from networks import (Predictor, cosine, fingerprint, latest, load_frozen, models_of,
                       optimise, stack, unit_act)
-from runtime import (Refusal, autocast, fail, git_commit, natural, parser, positive, pyplot,
-                     replace_atomically, run, save_figure, set_up, versions, writable)
+from runtime import (Refusal, autocast, command, fail, git_commit, natural, parser, positive,
+                     pyplot, replace_atomically, run, save_figure, set_up, versions, writable)
 from train_encoder import features_of, jitter_
 from train_predictor import draw_dream, dream, load_decoder
 
@@ -340,14 +340,13 @@ class Subject:
     def __init__(self, args):
         self.device, self.dtype = set_up(args)
         self.models = args.root / "models" if args.checkpoint else models_of(args.root)
-        self.where = "" if args.root == Path(".") else f" --root {args.root}"
         self.path = args.checkpoint or latest(self.models, "encoder_mixed")
-        self.encoder, _ = load_frozen(self.path, "encoder", self.device, "python train_encoder.py")
+        self.encoder, _ = load_frozen(self.path, "encoder", self.device, "train_encoder.py")
         self.key = fingerprint(self.encoder)
-        self.predictor = self._matching(latest(self.models, "predictor"), "predictor",
+        self.predictor = self._matching(args, latest(self.models, "predictor"), "predictor",
                                         "train_predictor.py", encoder=self.key)
         keys = {"predictor": fingerprint(self.predictor)} if self.predictor else {}
-        self.cost = self._matching(self.models / "cost_model_final.pth", "cost",
+        self.cost = self._matching(args, self.models / "cost_model_final.pth", "cost",
                                    "train_cost_model.py", encoder=self.key, **keys)
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
@@ -355,13 +354,13 @@ class Subject:
             self.blank = self.predictor and Predictor(**self.predictor.args).to(self.device).eval()
         self.decoder = None
 
-    def _matching(self, path, name, script, **keys):
+    def _matching(self, args, path, name, script, **keys):
         """The net if it was trained on the nets of these keys, or None and a line that says why."""
-        mend = f"`python {script}{self.where}` makes it"
+        mend = f"{command(script, args.root)} makes it"
         if not path.exists():
             print(f"no {name}: {path} is not there; {mend}")
             return None
-        net, payload = load_frozen(path, name, self.device, f"python {script}")
+        net, payload = load_frozen(path, name, self.device, script)
         for on, key in keys.items():
             if payload.get(f"{on}_key") != key:
                 print(f"no {name}: {path} was trained on another {on} than "
@@ -438,6 +437,8 @@ def cells(statistic, tracks, arrays, args, n=None):
     for _ in range(args.bootstrap):
         pick = np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
         draws.append(np.atleast_1d(statistic(*(a[pick] for a in arrays))))
+    if len(rows) == 1:
+        draws = [np.full(len(values), np.nan)]  # one track says nothing of others
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # all draws may be nan: so is the interval
         low, high = np.nanpercentile(np.array(draws, float), [2.5, 97.5], axis=0)
@@ -924,6 +925,9 @@ def states_of(spots, args):
     rng, rows = np.random.default_rng([args.seed, 8]), []
     for source in dict.fromkeys(spots.source):
         own = np.flatnonzero((spots.source == source) & spots.within(IN_SIGHT))
+        if not len(own):
+            print(f"{source}: no window has the road in sight, so no plans are judged from there; "
+                  "raise --windows or --tracks")
         rows += np.sort(rng.permutation(own)[:args.states]).tolist()
     if not rows:
         fail("no window has the road in sight to judge plans from; raise --windows or --tracks")
@@ -986,8 +990,9 @@ def text(cell):
     """A cell as "value ± half its interval"."""
     if cell["value"] is None:
         return "-"
-    half = (cell["high"] - cell["low"]) / 2 if cell["low"] is not None else math.nan
-    return f"{cell['value']:.3f} ±{half:.2f}"
+    if cell["low"] is None:
+        return f"{cell['value']:.3f} ±   ?"
+    return f"{cell['value']:.3f} ±{(cell['high'] - cell['low']) / 2:.2f}"
 
 
 def table(title, columns, rows, first, wide=15):
@@ -1048,8 +1053,8 @@ def heat(ax, values, shade, rows, columns, title):
     ax.set_title(title, fontsize=9, loc="left")
 
 
-def number(cell):
-    return math.nan if cell["value"] is None else cell["value"]
+def number(cell, which="value"):
+    return math.nan if cell[which] is None else cell[which]
 
 
 def page_knows(ax, rows):
@@ -1068,8 +1073,8 @@ def page_dreams(ax, found):
     for i, (name, row) in enumerate(found["all"].items()):
         ax.plot(steps, [c["value"] for c in row], color=f"C{i}", lw=2, label=name)
         if name != "copy-last":
-            ax.fill_between(steps, [c["low"] for c in row], [c["high"] for c in row], color=f"C{i}",
-                            alpha=0.15, lw=0)
+            low, high = ([number(c, which) for c in row] for which in ("low", "high"))
+            ax.fill_between(steps, low, high, color=f"C{i}", alpha=0.15, lw=0)
     for (source, rows), style in zip(list(found.items())[1:], ("--", ":", "-.")):
         ax.plot(steps, [c["value"] for c in rows["this predictor"]], color="C0", lw=0.9, ls=style,
                 label=f"this predictor, {source}")
@@ -1202,8 +1207,8 @@ def evaluate(subject, parts, train, test, spots, args):
 
 def main():
     args, began = arguments(), time.time()
-    visuals = writable(args.root / "visuals")
     subject = Subject(args)
+    visuals = writable(args.root / "visuals")
     parts = possible(subject, args)
     train, test, spots = prepare(subject, args)
     if "dreams" in parts:

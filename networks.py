@@ -1,4 +1,4 @@
-"""The nets (encoder, the heads it learns with, decoder, predictor, cost model) and the one checkpoint
+"""The nets (encoder and the heads it learns with, decoder, predictor, cost model), the one checkpoint
 format.
 
 `obs` (B, T, C, 64, 64) uint8, `act` (B, T, 3), `z` (B, T, D), `energy` (B,): the vocabulary of the
@@ -6,7 +6,6 @@ README. `python networks.py FILE` prints what a checkpoint holds, `--safetensors
 weights for other programs.
 """
 
-import argparse
 import fcntl
 import io
 import json
@@ -26,7 +25,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from car_env import OBS_SIZE, SCENE_H
-from runtime import RANKS, fail, git_commit, optional, replace_atomically, run, versions
+from runtime import (RANKS, Parser, Refusal, command, fail, git_commit, optional,
+                     replace_atomically, run, versions, writable)
 from vicreg import gather
 
 PRETRAINED = Path(__file__).parent / "models" / "pretrained"
@@ -51,8 +51,8 @@ class TinyEncoder(nn.Module):
     `repeat` is the number of environment steps between two frames of the history, and between two
     latents.
     The last `gauges` numbers of a latent are principal components of the newest frame's
-    instruments, straight from its pixels: bars of speed and yaw rate need no convolutions, which are left free
-    for the road. `fit_gauges` finds them before the training.
+    instruments, straight from its pixels: bars of speed and yaw rate need no convolutions, which
+    are left free for the road. `fit_gauges` finds them before the training.
     `forward` gives standardised latents, the one space in which everything downstream works;
     `features` gives the raw ones that the losses of the encoder see.
     """
@@ -336,8 +336,8 @@ class CostModel(nn.Module):
         return share[:, 1:].unfold(1, FORESIGHT, 1) @ self.discount
 
     def judge(self, z, z_hat, kind="value"):
-        """Of futures z_hat (N, H, D) of the present z (1, D): (N,), the sum of the energies of their
-        latents, told from those that are `judged`."""
+        """Of futures z_hat (N, H, D) of the present z (1, D): (N,), the sum of the energies of
+        their latents, told from those that are `judged`."""
         H = z_hat.shape[1]
         energies = self.energy(z_hat[:, list(judged(H))], kind)
         if kind == "value" and self.in_trouble(z):
@@ -424,13 +424,17 @@ def not_finite(weights):
     return next((name for name, t in weights.items() if not torch.isfinite(t).all()), None)
 
 
-def read(path, made_by="the stage that writes it"):
-    """The payload of a checkpoint, refused in one line if it is not one of ours."""
+def mend(path, script, flags="", word="makes it"):
+    """The end of a refusal of a checkpoint: what makes it, where its script is known."""
+    return f"; {command(script, path.parent.parent, flags)} {word}" if script else ""
+
+
+def read(path, script=""):
+    """The payload of a checkpoint, refused in one line, which names the script that makes it, if it
+    is not one of ours."""
     path = Path(path)
-    root = path.parent.parent
-    made_by += f" --root {root}" if made_by.startswith("python") and root != Path(".") else ""
-    if not path.exists():
-        fail(f"{path}: not found; `{made_by}` makes it")
+    if not path.is_file():
+        fail(f"{path}: {'not a file' if path.exists() else 'not found'}{mend(path, script)}")
     try:
         with open(path, "rb") as f:
             torn = zipfile.ZipFile(f).testzip()  # torch does not look at the CRCs
@@ -444,29 +448,30 @@ def read(path, made_by="the stage that writes it"):
             raise KeyError("nets")
     except Exception as e:  # torch raises half a dozen types for damaged or hostile files
         fail(f"{path}: expected a checkpoint of this project, found a damaged or foreign file "
-             f"({type(e).__name__}); `{made_by}` makes it anew")
+             f"({type(e).__name__}){mend(path, script, word='makes it anew')}")
     if schema != SCHEMA:
-        fail(f"{path}: expected checkpoint schema {SCHEMA}, found {schema}; update the code or "
-             f"remake the file with `{made_by}`")
+        fail(f"{path}: expected checkpoint schema {SCHEMA}, found {schema}; update the code"
+             f"{mend(path, script, word='makes it anew')}")
     return payload
 
 
-def build(payload, name, path="checkpoint", made_by="the stage that writes it"):
+def build(payload, name, path=Path("checkpoint"), script=""):
     """The named net of a payload with its weights, refused in one line if they do not fit."""
     if name not in payload["nets"]:
         fail(f"{path}: expected a net named {name}, found {', '.join(payload['nets'])}")
     entry, kind = payload["nets"][name], NETS[name]
     if entry["class"] != kind.__name__:
-        fail(f"{path}: expected {name} to be a {kind.__name__}, found a {entry['class']}; "
-             f"`{made_by}` makes it")
+        fail(f"{path}: expected {name} to be a {kind.__name__}, found a {entry['class']}"
+             f"{mend(path, script)}")
     try:
         net = kind(**entry["args"])
         net.load_state_dict(entry["weights"])
     except Exception as e:  # the arguments of a foreign file may be anything
         fail(f"{path}: the weights of {name} do not fit {entry['class']} with {entry['args']} "
-             f"({last_line(e)}); `{made_by}` with --fresh makes it anew")
+             f"({last_line(e)}){mend(path, script, '--fresh', 'makes it anew')}")
     if broken := not_finite(entry["weights"]):
-        fail(f"{path}: {name}'s {broken} is not finite; `{made_by}` makes it anew")
+        fail(f"{path}: {name}'s {broken} is not finite"
+             f"{mend(path, script, '--fresh', 'makes it anew')}")
     return net
 
 
@@ -475,10 +480,10 @@ def last_line(error):
     return (str(error).splitlines() or [type(error).__name__])[-1].strip()
 
 
-def load_frozen(path, name, device, made_by):
+def load_frozen(path, name, device, script=""):
     """(net, payload): a net from a checkpoint, on the device, in eval mode, without gradients."""
-    payload = read(path, made_by)
-    return build(payload, name, path, made_by).to(device).eval().requires_grad_(False), payload
+    payload = read(path, script)
+    return build(payload, name, Path(path), script).to(device).eval().requires_grad_(False), payload
 
 
 RUNTIME_ARGS = {"root", "device", "threads", "fresh", "precision", "compile", "tensorboard", "once",
@@ -537,6 +542,14 @@ def set_aside(folder, patterns):
             p.rename(aside / p.name)
 
 
+def of_these(path, payload, **must):
+    """Refuses a payload with other values of `must`: of the nets, as x_key, it was trained on."""
+    for key, now in must.items():
+        if payload.get(key, now) != now:
+            fail(f"{path}: was trained on another {key.removesuffix('_key')}; add --fresh to start "
+                 "again")
+
+
 def resume_run(path, nets, optim, scaler, args, made, data_key, **must):
     """Restores `save_run`'s file into nets and optimiser and returns its payload, or None.
 
@@ -553,11 +566,11 @@ def resume_run(path, nets, optim, scaler, args, made, data_key, **must):
         set_aside(path.parent, (path.name, *made))
     if not path.exists():
         return None
-    payload = read(path, "the same command with --fresh")
-    for key, now in must.items():
-        if payload.get(key, now) != now:
-            fail(f"{path}: was trained on another {key.removesuffix('_key')}; add --fresh to start "
-                 "again")
+    try:
+        payload = read(path)
+    except Refusal as e:
+        fail(f"{e}; add --fresh to start again")
+    of_these(path, payload, **must)
     restore(path, payload, nets, optim, scaler, args)
     if payload["data_key"] != data_key:
         print(f"{path}: the data has changed since; epochs stay as long as they were, --fresh "
@@ -570,7 +583,7 @@ def restore(path, payload, nets, optim, scaler, args):
     the arguments are others."""
     if "per_epoch" not in payload:
         fail(f"{path}: was written by an older version of this code; add --fresh to start again")
-    then = {"gauges": "0", **payload["args"]}  # encoders had none once
+    then = {"gauges": "0", "mirror": "0.0", **payload["args"]}  # encoders had none once
     others = [f"--{key} {then.get(key)}, this command has {now}" for key, now in vars(args).items()
               if key not in RUNTIME_ARGS and then.get(key) != str(now)]
     if others:
@@ -592,12 +605,14 @@ def restore(path, payload, nets, optim, scaler, args):
         fail(f"{path}: does not fit this run ({last_line(e)}); add --fresh to start again")
 
 
-def already_trained(path):
-    """Says so when a run's last file is there; refuses when the run ended but the file is gone or
-    damaged."""
-    if not path.exists():
-        fail(f"{path}: its training has ended but the file is gone; --fresh trains it again")
-    read(path, "the same command with --fresh")
+def already_trained(path, write):
+    """Says so of a run that has ended; where its last file is gone or damaged, writes it anew: the
+    nets were restored from the run's own file."""
+    try:
+        read(path)
+    except Refusal as e:
+        write()
+        print(f"{e}; written anew")
     print(f"already trained: {path}; --fresh starts again")
     return 0
 
@@ -650,11 +665,20 @@ def latest(folder, prefix):
     return found[-1] if found else Path(folder) / f"{prefix}_ep1.pth"
 
 
+def some_root(root):
+    """The Path of a ROOT; refuses one that is not there, where other nets would drive instead."""
+    if not Path(root).is_dir():
+        fail(f"--root {root}: no such folder; without --root it is this one, or the weights that "
+             "come with the code")
+    return Path(root)
+
+
 def models_of(root):
     """ROOT/models, or where nothing was trained, the weights that come with the code; says so."""
-    models = Path(root) / "models"
+    models = some_root(root) / "models"
     if (models / "encoder_resume.pth").exists() and not latest(models, "encoder_mixed").exists():
-        fail(f"{models}: its encoder has not finished an epoch; `python train_encoder.py` goes on")
+        fail(f"{models}: its encoder has not finished an epoch; "
+             f"{command('train_encoder.py', root)} goes on")
     ours, shipped = (latest(folder, "encoder_mixed") for folder in (models, PRETRAINED))
     if shipped.exists() and not ours.exists():
         models = Path(os.path.relpath(PRETRAINED))
@@ -702,12 +726,12 @@ def export_safetensors(path, out):
     about = {name: json.dumps({k: entry[k] for k in ("class", "args")})
              for name, entry in nets.items()}
     body = optional("safetensors.torch", "safetensors").save(weights, about)
-    replace_atomically(out, lambda f: f.write(body))
+    replace_atomically(writable(out.parent) / out.name, lambda f: f.write(body))
     print(f"{out}: {len(weights)} tensors of {', '.join(nets)}")
 
 
 def main():
-    p = argparse.ArgumentParser(description="what a checkpoint holds")
+    p = Parser(description="what a checkpoint holds")
     p.add_argument("files", nargs="+", type=Path, help="checkpoints to describe")
     p.add_argument("--safetensors", type=Path, metavar="OUT",
                    help="write the weights of the one file to OUT instead")

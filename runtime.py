@@ -70,12 +70,20 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         silent = action.default in (None, argparse.SUPPRESS) or isinstance(action.default, bool)
-        return action.help + " (default: %(default)s)" * (not silent and "default" not in action.help)
+        silent = silent or "default" in action.help
+        return action.help + " (default: %(default)s)" * (not silent)
+
+
+class Parser(argparse.ArgumentParser):
+    """One that refuses arguments in one line, and not behind a page of its usage."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; `python {self.prog} --help` explains\n")
 
 
 def parser(doc, seed=True, device=True, data=False, shares=True):
     """An ArgumentParser with the flags that stages share; `doc` is the script's docstring."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=Help)
+    p = Parser(description=doc, formatter_class=Help)
     g = p.add_argument_group("runtime")
     g.add_argument("--root", type=Path, default=Path("."),
                    help="folder that holds data*/, models/ and visuals/: one experiment each "
@@ -165,6 +173,12 @@ def writable(folder):
         fail(f"{folder}: cannot write there ({e.strerror}); choose another --root or mend its "
              "permissions")
     return folder
+
+
+def command(script, root=Path("."), flags=""):
+    """The command line of a stage, in backticks, for a message that says what mends it."""
+    where = "" if Path(root) == Path(".") else f" --root {root}"
+    return f"`python {script}{where}" + f" {flags}" * bool(flags) + "`"
 
 
 # ------------------------------------------------------------------ device and precision
@@ -280,7 +294,7 @@ def set_up(args, ranks=False):
 
 
 def keep_memory():
-    """Has glibc keep what is freed for the next step in place of giving it back to the kernel, which
+    """Has glibc keep what is freed for the next step, not give it back to the kernel, which
     zeroes each page anew: a sixth of a training step on two cores. Elsewhere it does nothing."""
     with suppress(AttributeError, OSError, TypeError):
         set_option = ctypes.CDLL(None).mallopt
@@ -434,6 +448,7 @@ class RunLog:
             pts = np.array([r[k] for r in rows for k in (name, "val_" + name) if k in r])
             if (pts > 0).all() and pts.max() > 50 * pts.min():
                 ax.set_yscale("log")
+            ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set_title(name, fontsize=9)
             ax.tick_params(labelsize=7)
             ax.grid(alpha=0.3)
@@ -457,8 +472,9 @@ def optional(module, package):
     """
     try:
         return importlib.import_module(module)
-    except ImportError:
-        fail(f"{package} is not installed and this needs it: `pip install '{package}'`")
+    except ImportError as e:
+        lacking = "" if e.name == module.split(".")[0] else f" whole ({e})"
+        fail(f"{package} is not installed{lacking} and this needs it: `pip install '{package}'`")
 
 
 def pyplot():
@@ -548,7 +564,7 @@ class Stop:
         if self.requested:
             raise KeyboardInterrupt
         Stop.requested = True
-        print("\nstopping: saving after this step (again to quit at once)", file=sys.stderr)
+        print("\nstopping as soon as nothing is lost (again to quit at once)", file=sys.stderr)
 
     def __bool__(self):
         return self.requested

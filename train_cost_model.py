@@ -24,8 +24,8 @@ from buffer import load_sources, provenance
 from car_env import ZOOM_STEPS
 from networks import (FORESIGHT, CostModel, already_trained, cosine, fingerprint, latest,
                       load_frozen, optimise, refuse_nan, resume_run, save, save_run, so_far)
-from runtime import (RunLog, Stop, autocast, fail, optimisation, parser, positive, pyplot, run,
-                     save_figure, set_up, stopped)
+from runtime import (RunLog, Stop, autocast, command, fail, optimisation, parser, positive, pyplot,
+                     run, save_figure, set_up, stopped)
 from train_predictor import load_latents
 
 EXPERT, RANDOM = "data_race", "data"  # the classes; recovery is between and trains the value only
@@ -143,11 +143,13 @@ def main():
     sources = load_sources(args)
     models = args.root / "models"
     predictor, payload = load_frozen(latest(models, "predictor"), "predictor", device,
-                                     "python train_predictor.py")
-    latents, encoder, key = load_latents(args, device, dtype, sources, stop)
+                                     "train_predictor.py")
+    latents, encoder, key = load_latents(args, device, dtype, sources, stop,
+                                         "cost_model_resume.pth")
     if payload["encoder_key"] != key:
         fail(f"{latest(models, 'predictor')}: was trained on another encoder than "
-             f"{latest(models, 'encoder_mixed')}; run `python train_predictor.py --fresh`")
+             f"{latest(models, 'encoder_mixed')}; run "
+             f"{command('train_predictor.py', args.root, '--fresh')}")
     parts = [{name: Sampler(latents, split[part], predictor, payload["horizon"])
               for name, split in sources.items()} for part in (0, 1)]
     train, held = parts
@@ -167,11 +169,15 @@ def main():
     per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or max(
         1, len(train[EXPERT].starts) // args.batch_size)
     steps = args.epochs * per_epoch
-    if step >= steps:
-        return already_trained(models / "cost_model_final.pth")
-    log = RunLog(args, "cost_model", resumed=bool(saved))
     frames = dict.fromkeys((EXPERT, RANDOM, RECOVERY), args.batch_size)  # of a step
     state = lambda step: so_far(args, step, per_epoch, frames, **data)
+    judged = lambda step: evaluate(cost, held, held_recovery, device, dtype,
+                                   f"step {step}, held out")
+    write = lambda auc, r2: save(models / "cost_model_final.pth", {"cost": cost}, **state(steps),
+                                 auc=auc, r2_value=r2)
+    if step >= steps:
+        return already_trained(models / "cost_model_final.pth", lambda: write(*judged(step)[1:]))
+    log = RunLog(args, "cost_model", resumed=bool(saved))
     keep = lambda step: save_run(resume, {"cost": cost}, optim, scaler, **state(step))
     if not saved:  # else it is in the file, and what the value has learned so far rests on it
         cost.fit_density(*(train[k].real(DENSITY_SAMPLE).to(device) for k in (EXPERT, RANDOM)),
@@ -191,13 +197,11 @@ def main():
         if step % 20 == 0 or log.due():
             log.log(step, loss=loss, lr=lr, **logs)
         if (step + 1) % per_epoch == 0:
-            energies, auc, r2 = evaluate(cost, held, held_recovery, device, dtype,
-                                         f"step {step + 1}, held out")
+            energies, auc, r2 = judged(step + 1)
             log.log(step + 1, val_r2_value=r2, **{f"val_auc_{k}": a for k, a in auc.items()})
             log.curves()
         if step + 1 == steps:
-            save(models / "cost_model_final.pth", {"cost": cost}, **state(step + 1), auc=auc,
-                 r2_value=r2)
+            write(auc, r2)
             draw_energies(energies, auc, args.root / "visuals" / "energy_histogram.png")
         late = time.time() - last_save > 60 * args.save_every
         if stop or late or (step + 1) % per_epoch == 0:

@@ -23,7 +23,7 @@ from car_env import ZOOM_STEPS
 from networks import (TinyDecoder, build, epoch_of, fingerprint, hold, latest, load_frozen,
                       optimise, read, refuse_nan, restore, rotate, save, save_run, set_aside,
                       so_far, stack)
-from runtime import (Refusal, RunLog, Stop, autocast, fail, parser, positive, pyplot, rate,
+from runtime import (Refusal, RunLog, Stop, autocast, command, fail, parser, positive, pyplot, rate,
                      run, save_figure, set_up, stopped)
 
 PICTURES = 4  # held-out frames of each source on the sheet
@@ -137,7 +137,8 @@ def main():
     resume = models / "decoder_resume.pth"
     sources = load_sources(args)
     if args.once and not list(models.glob("encoder_mixed_ep*.pth")):
-        fail(f"{models}/encoder_mixed_ep1.pth: not found; `python train_encoder.py` makes it")
+        fail(f"{models}/encoder_mixed_ep1.pth: not found; {command('train_encoder.py', args.root)} "
+             "makes it")
     if args.fresh:
         set_aside(models, MADE)
         set_aside(visuals, ("reconstruct_ep*.png",))
@@ -157,7 +158,7 @@ def main():
         (epoch, path), idle = todo[0], False
         found, bad = version(path), None
         try:
-            encoder, payload = load_frozen(path, "encoder", device, "python train_encoder.py")
+            encoder, payload = load_frozen(path, "encoder", device, "train_encoder.py")
         except Refusal as e:
             bad = e
         if version(path) != found:
@@ -194,7 +195,7 @@ def main():
             lr = args.lr * 0.1 ** (i / args.steps)
             optimise(loss, [decoder], optim, scaler, lr, f"step {i} on epoch {epoch}")
             if log.due():
-                log.log(epoch * args.steps + i, loss=loss, lr=lr, **logs)
+                log.log((epoch - 1) * args.steps + i, loss=loss, lr=lr, **logs)
             if stop or time.time() - last_save > 60 * args.save_every:
                 save_run(resume, nets, optim, scaler, **state(i + 1))
                 last_save = time.time()
@@ -214,7 +215,7 @@ def main():
         os.utime(sheet, ns=(found[0], found[0]))  # what came to the name meanwhile is drawn too
         resume.unlink(missing_ok=True)
         rotate(models, "decoder", {epoch_of(p) for p in models.glob("encoder_mixed_ep*.pth")})
-        log.log((epoch + 1) * args.steps, val_error=error)
+        log.log(epoch * args.steps, val_error=error)
         log.curves()
         print(f"{sheet}: mean error {error:.2f} of 255", flush=True)
         last = payload

@@ -91,6 +91,8 @@ def arguments(argv=None):
         p.error(f"--strides {args.strides}: expected four numbers with product 8, such as 2 2 2 1")
     if not 0 <= (args.mirror or 0) <= 1:
         p.error(f"--mirror {args.mirror}: expected a share, 0 to 1")
+    if args.width <= 0:
+        p.error(f"--width {args.width}: expected over 0; 8 channels are the least")
     if args.bend < 0:
         p.error(f"--bend {args.bend}: expected a weight, or 0 to leave the bent pictures out")
     own = {"joint": {"std": 16.0, "gauges": 8, "mirror": 0.5},
@@ -374,8 +376,18 @@ def main():
         1, RANKS * loader.windows // (args.batch_size * len(latents_of(args))))
     per_epoch = same_start(step, per_epoch)
     steps = args.epochs * per_epoch
+
+    frames = dict(zip(sources, RANKS * len(latents_of(args)) * shares_of(
+        sources, args.batch_size // RANKS, args.shares)))  # of a step
+    state = lambda: so_far(args, step, per_epoch, frames, **data)
+    keep = lambda: save_run(models / "encoder_resume.pth", nets, optim, scaler, **state())
+
+    def write():
+        save(models / f"encoder_mixed_ep{step // per_epoch}.pth", nets, **state(),
+             epochs=args.epochs, objective=args.objective, done=step == steps)
+
     if step >= steps:
-        return already_trained(models / f"encoder_mixed_ep{args.epochs}.pth")
+        return already_trained(models / f"encoder_mixed_ep{args.epochs}.pth", write)
     log = RunLog(args, "encoder", resumed=bool(saved))
     probe = Probe(sources, args) if RANK == 0 else None
     size = sum(p.numel() for p in nets["encoder"].parameters()) / 1e6
@@ -388,11 +400,6 @@ def main():
     loss_of = over_ranks(loss_fn, nets)
     if args.compile:
         nets["encoder"].body.compile()
-
-    frames = dict(zip(sources, RANKS * len(latents_of(args)) * shares_of(
-        sources, args.batch_size // RANKS, args.shares)))  # of a step
-    state = lambda: so_far(args, step, per_epoch, frames, **data)
-    keep = lambda: save_run(models / "encoder_resume.pth", nets, optim, scaler, **state())
     if not saved and RANK == 0:
         keep()  # no epoch's file is ever there without it
     stop = Stop()  # until here a signal ends it at once: there is nothing to save
@@ -428,8 +435,7 @@ def main():
             log.log(step, **values)
             log.curves()
             tqdm.write(f"epoch {epoch}, held out: " + table(values))
-            save(models / f"encoder_mixed_ep{epoch}.pth", nets, **state(), epochs=args.epochs,
-                 objective=args.objective, done=epoch == args.epochs)
+            write()
             rotate(models, "encoder_mixed")
         late = time.time() - last_save > 60 * args.save_every
         if RANK == 0 and (step % per_epoch == 0 or stopping or late):

@@ -14,7 +14,6 @@ after the laptop's 2 minutes on two CPU cores expect under 0.2 of copy-last's at
 """
 
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -24,10 +23,10 @@ from tqdm import tqdm
 from buffer import Latents, Loader, load_sources, provenance, shares_of
 from car_env import FPS
 from networks import (Predictor, already_trained, build, cosine, epoch_of, fingerprint, latest,
-                      load_frozen, optimise, over_ranks, read, refuse_nan, resume_run, rotate, save,
-                      save_run, so_far, stack)
-from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, name_of, optimisation,
-                     parser, positive, pyplot, run, same_start, save_figure, save_gif,
+                      load_frozen, of_these, optimise, over_ranks, read, refuse_nan, resume_run,
+                      rotate, save, save_run, so_far, stack)
+from runtime import (RANK, RANKS, RunLog, Stop, autocast, command, fail, in_turn, name_of,
+                     optimisation, parser, positive, pyplot, run, same_start, save_figure, save_gif,
                      set_up, stopped)
 
 SHOWN = (0, 1, 5, 10, 15)  # steps of a dream that the picture shows
@@ -48,11 +47,15 @@ def arguments():
     return p.parse_args()
 
 
-def load_latents(args, device, dtype, sources, stop):
-    """(latents of all chunks, frozen encoder, its key): encodes what the cache lacks."""
+def load_latents(args, device, dtype, sources, stop, resume):
+    """(latents of all chunks, frozen encoder, its key): encodes what the cache lacks, unless
+    ROOT/models/`resume`, the run that would go on, is of another encoder."""
     encoder, _ = load_frozen(latest(args.root / "models", "encoder_mixed"), "encoder", device,
-                             "python train_encoder.py")
+                             "train_encoder.py")
     key = fingerprint(encoder)
+    resume = args.root / "models" / resume
+    if resume.exists() and not args.fresh:
+        of_these(resume, read(resume), encoder_key=key)
 
     def encode(obs):
         with torch.no_grad(), autocast(device, dtype):
@@ -133,12 +136,12 @@ def table(rows):
 def load_decoder(models, key, device):
     """The newest decoder of a folder that was trained on this encoder, or None, and says so."""
     for path in sorted(models.glob("decoder_ep*.pth"), key=epoch_of, reverse=True):
-        payload = read(path, "python train_decoder.py")
+        payload = read(path, "train_decoder.py")
         if payload["encoder_key"] == key:
             return build(payload, "decoder", path).to(device).eval().requires_grad_(False)
-    where = "" if models.parent == Path(".") else f" --root {models.parent}"
-    print(f"no decoder of this encoder, so no picture of dreams; `python train_decoder.py --once"
-          f"{where}` makes it, this command again then draws them")
+    tqdm.write(f"no decoder of this encoder, so no picture of dreams; "
+               f"{command('train_decoder.py', models.parent, '--once')} makes it, this command "
+               "again then draws them")
     return None
 
 
@@ -208,7 +211,8 @@ def main():
     began, stop = time.time(), Stop()
     device, dtype = set_up(args, ranks=True)
     sources = load_sources(args)
-    latents, encoder, key = load_latents(args, device, dtype, sources, stop)
+    latents, encoder, key = load_latents(args, device, dtype, sources, stop,
+                                         "predictor_resume.pth")
     sampler = Sampler(latents, sources, 0, args.batch_size, args.horizon, args.shares, args.seed,
                       RANK, RANKS)
     held = Sampler(latents, sources, 1, 512, args.horizon, seed=args.seed)
@@ -239,10 +243,14 @@ def main():
                        encoder.repeat / FPS)  # one window of the two of each source
             animate_dream(real, dreamt, list(sources), visuals / "output_dream.gif")
 
+    def write():
+        save(models / f"predictor_ep{step // per_epoch}.pth", nets, **state(), epochs=args.epochs,
+             horizon=args.horizon, done=step == steps)
+
     if step >= steps:
         if RANK == 0 and not (visuals / f"dream_ep{args.epochs}.png").exists():
             paint(args.epochs)
-        return already_trained(models / f"predictor_ep{args.epochs}.pth")
+        return already_trained(models / f"predictor_ep{args.epochs}.pth", write)
     log = RunLog(args, "predictor", resumed=bool(saved))
     print(f"{sum(p.numel() for p in predictor.parameters()) / 1e6:.2f}M predictor on {device}, "
           f"{len(latents.z):,} latents, {steps} steps from {step}"
@@ -278,8 +286,7 @@ def main():
                     val_last_over_copy_last=own[-1] / rows["copy-last"][-1],
                     val_last_over_swapped=own[-1] / rows[SWAPPED][-1])
             log.curves()
-            save(models / f"predictor_ep{epoch}.pth", nets, **state(), epochs=args.epochs,
-                 horizon=args.horizon, done=epoch == args.epochs)
+            write()
             rotate(models, "predictor")
             paint(epoch)
         late = time.time() - last_save > 60 * args.save_every

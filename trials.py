@@ -295,8 +295,8 @@ PARTS = {"recovery": recovery, "behaviours": behaviours, "landscape": landscape}
 
 def main():
     args = arguments()
-    visuals = writable(args.root / "visuals")
     driver, _ = load_driver(args, args)
+    visuals = writable(args.root / "visuals")
     found = {name: PARTS[name](args, driver) for name in PARTS if name in args.parts}
     body = {"models": driver.models, "versions": versions(), "track_seed": args.track_seed,
             "tracks": args.tracks, **found}

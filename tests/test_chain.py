@@ -330,9 +330,47 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     refused(script("collect_data.py", "--frames", "300", root=tmp_path / "file"), "cannot write")
 
 
-def test_zero_frames(tmp_path):
-    done = script("collect_data.py", "--frames", "0", root=tmp_path)
-    assert done.returncode == 2 and "positive" in done.stderr
+@pytest.mark.parametrize("command,words", [
+    ("collect_data.py --frames 0", ["--frames", "positive"]),
+    ("train_encoder.py --mirror 2", ["--mirror", "0 to 1"]),
+    ("train_encoder.py --width 0", ["--width", "over 0"]),
+    ("train_predictor.py --shares 0.5 0.5", ["--shares 0.5 0.5", "3 numbers"]),
+    ("train_cost_model.py --epochs 2", ["--epochs 1", "repeat its arguments"]),
+    ("demo_energy.py --headless --steps 60", ["--steps 60", "at least 61"]),
+])
+def test_odd_arguments(chain, command, words):
+    name, *args = command.split()
+    if name == "demo_energy.py":
+        args += ["--ahead", "5"]
+    refused(script(name, *args, root=chain[0]), *words)
+
+
+def test_a_folder_that_is_not_there_does_not_drive_other_nets(tmp_path):
+    for name in ("drive_mpc.py", "demo_energy.py", "trials.py", "evaluate.py"):
+        refused(script(name, root=tmp_path / "typo"), "typo: no such folder")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_last_file_that_is_gone_or_damaged_is_written_anew(chain, tmp_path):
+    shutil.copytree(chain[0] / "models", tmp_path / "models")
+    for name in ("data", "data_race", "data_recovery"):
+        (tmp_path / name).symlink_to(chain[0] / name)
+    for name, last in (("train_encoder.py", "encoder_mixed_ep2.pth"),
+                       ("train_predictor.py", "predictor_ep2.pth"),
+                       ("train_cost_model.py", "cost_model_final.pth")):
+        path = tmp_path / "models" / last
+        if name == "train_predictor.py":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:5000])
+        done = script(name, *CHAIN[name], root=tmp_path)
+        assert done.returncode == 0 and "written anew" in done.stdout, done.stderr
+        ours, was = (torch.load(f / "models" / last, weights_only=True)
+                     for f in (tmp_path, chain[0]))
+        assert ours.keys() == was.keys() and ours.get("done") == was.get("done")
+        for net, entry in was["nets"].items():
+            assert all(torch.equal(ours["nets"][net]["weights"][k], v)
+                       for k, v in entry["weights"].items())
 
 
 SCRIPTS = sorted(p.name for p in REPO.glob("*.py")

@@ -361,7 +361,7 @@ def test_what_came_is_that_of_the_same_latent_real_or_imagined(tmp_path, encoder
 def test_minari_reads_the_export(data, tmp_path, monkeypatch):
     minari = pytest.importorskip("minari", minversion="0.5.4")
     pytest.importorskip("h5py")
-    folders = [data / "data_race", data / "data"]
+    folders = [data / "data_race", data / "data", data / "data"]  # an episode counts once
     monkeypatch.setenv("MINARI_DATASETS_PATH", "")  # the export sets it
     monkeypatch.chdir(tmp_path)
     export_minari(folders, Path("minari"), "carracing-v0")  # as the README has it
@@ -383,6 +383,8 @@ def test_minari_reads_the_export(data, tmp_path, monkeypatch):
     assert json.loads(about["options"]["meta"])["uid"] == chunks[0].meta["uid"]
     again = script("buffer.py", "export", data / "data", "--out", tmp_path / "minari")
     assert again.returncode == 2 and "exists already" in again.stderr
+    again = script("buffer.py", "export", data / "data", "--name", "rides", "--out", tmp_path / "m")
+    assert again.returncode == 2 and "ends in a version" in again.stderr
     assert [p.name for p in (tmp_path / "minari").iterdir()] == ["carracing-v0"]
 
 
@@ -391,7 +393,7 @@ def test_safetensors_hold_the_weights_and_what_rebuilds_the_nets(tmp_path):
     pytest.importorskip("safetensors.torch")
     nets = {"encoder": TinyEncoder(0.125, dim=16), "predictor": Predictor(16, 8)}
     save(tmp_path / "a.pth", nets)
-    out = tmp_path / "a.safetensors"
+    out = tmp_path / "new" / "a.safetensors"
     export_safetensors(tmp_path / "a.pth", out)
     with safetensors.safe_open(out, "pt") as f:
         about = {name: json.loads(text) for name, text in f.metadata().items()}
@@ -434,7 +436,7 @@ def test_compiled_nets_have_the_names_of_plain_ones(data, tmp_path):
     net = Predictor(16, 8)
     net.rollout = torch.compile(net.rollout, backend="eager")
     save(tmp_path / "a.pth", {"predictor": net})
-    loaded_net, _ = load_frozen(tmp_path / "a.pth", "predictor", torch.device("cpu"), "a test")
+    loaded_net, _ = load_frozen(tmp_path / "a.pth", "predictor", torch.device("cpu"))
     z, act = torch.randn(2, 16), torch.randn(2, 3, 3)
     assert torch.allclose(loaded_net.rollout(z, act), net.eval().rollout(z, act))
 
