@@ -698,8 +698,10 @@ def export_minari(folders, out, name):
     if not re.search(r"-v\d+$", name):
         fail(f"--name {name}: expected a name that ends in a version, such as carracing-v0")
     found = [index(folder) for folder in folders]
-    chunks = list({c.meta["uid"]: c for every, *_ in found for c in every}.values())
-    damaged = [line for _, bad, _ in found for line in bad]
+    ride = lambda c: (c.meta["track_seed"], c.meta["frames"], c.meta["return_"])
+    chunks = list({ride(c): c for every, *_ in reversed(found) for c in reversed(every)}.values())
+    chunks.reverse()  # of an episode that is there twice the first
+    damaged = list(dict.fromkeys(line for _, bad, _ in found for line in bad))
     if not chunks:
         fail(f"{', '.join(map(str, folders))}: no whole chunk there; `python collect_race_data.py` "
              "makes some")

@@ -625,7 +625,7 @@ BARS = (
     (10, (51, 0, 255), 26),
 )
 LEVEL_AT = (20, 30)  # places of the level bars: steering, green, and gyro, red
-LEVEL_CHANNELS, LEVEL_REACH = (1, 0), 14  # their colours; columns to either side at 10 rad/s
+LEVEL_CHANNELS, LEVEL_REACH = (1, 0), 16  # their colours; columns to either side at 12 rad/s
 # Columns of the 64 that the bars reach; a gyro bar would reach the wheels' at 24 rad/s.
 SPEED_COLS, WHEEL_COLS, LEVEL_COLS = slice(8, 10), slice(10, 18), slice(18, 64)
 
@@ -682,8 +682,8 @@ def vertical_end(value, height):
 
 
 def mirrored(frames):
-    """Frames (..., 64, 64, 3) uint8 -> how they look where left and right are exchanged: the scene,
-    the steering and the gyro bar; what is level with the car's axis stays."""
+    """Frames (..., 64, 64, 3) uint8 -> how they look where left and right are exchanged: scene,
+    steering and gyro bar. The spins of the wheels stay, as if left and right ones were the same."""
     out = cv2.flip(frames.reshape(-1, OBS_SIZE, 3), 1).reshape(frames.shape)
     hud = frames[..., SCENE_H:, :, :]
     out[..., SCENE_H:, :, :] = hud

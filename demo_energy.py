@@ -23,7 +23,7 @@ from car_env import (FPS, MAX_STEPS, TELEMETRY, ZOOM_STEPS, make_env, observe, p
                      telemetry)
 from drive_mpc import (DIM, INK, PAPER, SIDE, STRIP, VIDEO_FPS, VIEW, WARM, Window,
                        load_driver, planning, plot, write)
-from networks import stack
+from networks import some_root, stack
 from runtime import (Stop, autocast, fail, natural, parser, positive, pyplot, run, save_figure,
                      save_gif, save_mp4, writable)
 
@@ -148,7 +148,7 @@ def draw_summary(energy, seconds, path, seconds_ahead):
         left.semilogy(seconds, energy[:, i], color=color, lw=0.9, label=name)
         right.hist(energy[:, i], edges, color=color, alpha=0.6, label=name)
     right.set(xscale="log", xlabel="energy", ylabel="futures")
-    right.xaxis.set_minor_formatter("")
+    right.tick_params(axis="x", which="both", labelsize=7, rotation=45)
     right.yaxis.get_major_locator().set_params(integer=True)
     left.set(xlabel="time, s", ylabel="energy",
              title=f"distance of proposed futures from the dream {seconds_ahead:.2f} s ahead")
@@ -158,11 +158,13 @@ def draw_summary(energy, seconds, path, seconds_ahead):
 
 def main():
     args = arguments()
-    args.steps = min(args.steps, MAX_STEPS)
+    some_root(args.root)
     driver, _ = load_driver(args, args)
     least = ZOOM_STEPS + args.ahead * driver.encoder.repeat + 1
+    args.steps = min(args.steps, MAX_STEPS)
     if args.steps < least:
-        fail(f"--steps {args.steps}: expected at least {least}: then the first futures are judged")
+        fail(f"--steps {args.steps}, --ahead {args.ahead}: the first futures are judged in step "
+             f"{least}, of {MAX_STEPS} at most")
     visuals, stop = writable(args.root / "visuals"), Stop()
     env = make_env("official", render_mode="rgb_array")
     rng = np.random.default_rng(args.seed)

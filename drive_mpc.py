@@ -603,7 +603,9 @@ def compare(reports, env_name):
 
 def main():
     args = arguments()
-    visuals, stop = writable(some_root(args.root) / "visuals"), Stop()
+    if not args.save_data and {args.policy, *args.compare} - {"random", "expert"}:
+        some_root(args.root)
+    visuals, stop = writable(args.root / "visuals"), Stop()
     if args.json:
         writable(args.json.parent)
     film = None if args.no_video else Film(None, Window.open("TinyJEPA drives"))

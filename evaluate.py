@@ -62,7 +62,7 @@ from collect_recovery_data import PACES as RECOVERY_PACES, make_faulty
 from demo_energy import MIN_JUMP, Elsewhere
 from drive_mpc import Futures, colored_noise, limited, plan, planning, several, to_action
 from networks import (Predictor, cosine, fingerprint, latest, load_frozen, models_of,
-                      optimise, stack, unit_act)
+                      optimise, some_root, stack, unit_act)
 from runtime import (Refusal, autocast, command, fail, git_commit, natural, parser, positive,
                      pyplot, replace_atomically, run, save_figure, set_up, versions, writable)
 from train_encoder import features_of, jitter_
@@ -339,6 +339,7 @@ class Subject:
 
     def __init__(self, args):
         self.device, self.dtype = set_up(args)
+        some_root(args.root)
         self.models = args.root / "models" if args.checkpoint else models_of(args.root)
         self.path = args.checkpoint or latest(self.models, "encoder_mixed")
         self.encoder, _ = load_frozen(self.path, "encoder", self.device, "train_encoder.py")
@@ -434,11 +435,10 @@ def cells(statistic, tracks, arrays, args, n=None):
     rows = [np.flatnonzero(tracks == t) for t in np.unique(tracks)]
     rng, draws = np.random.default_rng([args.seed, 4]), []
     values = np.atleast_1d(statistic(*arrays))
-    for _ in range(args.bootstrap):
+    for _ in range(args.bootstrap if len(rows) > 1 else 0):  # one track says nothing of others
         pick = np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
         draws.append(np.atleast_1d(statistic(*(a[pick] for a in arrays))))
-    if len(rows) == 1:
-        draws = [np.full(len(values), np.nan)]  # one track says nothing of others
+    draws = draws or [np.full(len(values), np.nan)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # all draws may be nan: so is the interval
         low, high = np.nanpercentile(np.array(draws, float), [2.5, 97.5], axis=0)

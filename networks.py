@@ -1,5 +1,5 @@
-"""The nets (encoder and the heads it learns with, decoder, predictor, cost model), the one checkpoint
-format.
+"""The nets (encoder and the heads it learns with, decoder, predictor, cost model), the one format
+of checkpoints.
 
 `obs` (B, T, C, 64, 64) uint8, `act` (B, T, 3), `z` (B, T, D), `energy` (B,): the vocabulary of the
 README. `python networks.py FILE` prints what a checkpoint holds, `--safetensors OUT` writes its
@@ -25,7 +25,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from car_env import OBS_SIZE, SCENE_H
-from runtime import (RANKS, Parser, Refusal, command, fail, git_commit, optional,
+from runtime import (RANK, RANKS, Parser, Refusal, command, fail, git_commit, optional,
                      replace_atomically, run, versions, writable)
 from vicreg import gather
 
@@ -424,17 +424,26 @@ def not_finite(weights):
     return next((name for name, t in weights.items() if not torch.isfinite(t).all()), None)
 
 
+class Damaged(Refusal):
+    """A checkpoint that is not there, or not whole."""
+
+
 def mend(path, script, flags="", word="makes it"):
     """The end of a refusal of a checkpoint: what makes it, where its script is known."""
-    return f"; {command(script, path.parent.parent, flags)} {word}" if script else ""
+    if path.parent.resolve() == PRETRAINED.resolve():
+        return "; `git checkout models/pretrained` brings it back"
+    root = path.parent.parent if path.parent.name == "models" else Path(".")
+    return f"; {command(script, root, flags)} {word}" if script else ""
 
 
 def read(path, script=""):
     """The payload of a checkpoint, refused in one line, which names the script that makes it, if it
     is not one of ours."""
     path = Path(path)
-    if not path.is_file():
-        fail(f"{path}: {'not a file' if path.exists() else 'not found'}{mend(path, script)}")
+    if path.is_dir():
+        fail(f"{path}: expected a checkpoint, found a folder")
+    if not path.exists():
+        raise Damaged(f"{path}: not found{mend(path, script)}")
     try:
         with open(path, "rb") as f:
             torn = zipfile.ZipFile(f).testzip()  # torch does not look at the CRCs
@@ -447,8 +456,8 @@ def read(path, script=""):
                                         for net in payload["nets"].values()):
             raise KeyError("nets")
     except Exception as e:  # torch raises half a dozen types for damaged or hostile files
-        fail(f"{path}: expected a checkpoint of this project, found a damaged or foreign file "
-             f"({type(e).__name__}){mend(path, script, word='makes it anew')}")
+        raise Damaged(f"{path}: expected a checkpoint of this project, found a damaged or foreign "
+                      f"file ({type(e).__name__}){mend(path, script, word='makes it anew')}") from e
     if schema != SCHEMA:
         fail(f"{path}: expected checkpoint schema {SCHEMA}, found {schema}; update the code"
              f"{mend(path, script, word='makes it anew')}")
@@ -542,6 +551,14 @@ def set_aside(folder, patterns):
             p.rename(aside / p.name)
 
 
+def read_run(path):
+    """The payload of `save_run`'s file."""
+    try:
+        return read(path)
+    except Refusal as e:
+        fail(f"{e}; add --fresh to start again")
+
+
 def of_these(path, payload, **must):
     """Refuses a payload with other values of `must`: of the nets, as x_key, it was trained on."""
     for key, now in must.items():
@@ -566,10 +583,7 @@ def resume_run(path, nets, optim, scaler, args, made, data_key, **must):
         set_aside(path.parent, (path.name, *made))
     if not path.exists():
         return None
-    try:
-        payload = read(path)
-    except Refusal as e:
-        fail(f"{e}; add --fresh to start again")
+    payload = read_run(path)
     of_these(path, payload, **must)
     restore(path, payload, nets, optim, scaler, args)
     if payload["data_key"] != data_key:
@@ -608,9 +622,11 @@ def restore(path, payload, nets, optim, scaler, args):
 def already_trained(path, write):
     """Says so of a run that has ended; where its last file is gone or damaged, writes it anew: the
     nets were restored from the run's own file."""
+    if RANK:
+        return 0
     try:
         read(path)
-    except Refusal as e:
+    except Damaged as e:
         write()
         print(f"{e}; written anew")
     print(f"already trained: {path}; --fresh starts again")
@@ -668,14 +684,14 @@ def latest(folder, prefix):
 def some_root(root):
     """The Path of a ROOT; refuses one that is not there, where other nets would drive instead."""
     if not Path(root).is_dir():
-        fail(f"--root {root}: no such folder; without --root it is this one, or the weights that "
-             "come with the code")
+        fail(f"--root {root}: no such folder; leave --root out for the current one, or the weights "
+             "that come with the code")
     return Path(root)
 
 
 def models_of(root):
     """ROOT/models, or where nothing was trained, the weights that come with the code; says so."""
-    models = some_root(root) / "models"
+    models = Path(root) / "models"
     if (models / "encoder_resume.pth").exists() and not latest(models, "encoder_mixed").exists():
         fail(f"{models}: its encoder has not finished an epoch; "
              f"{command('train_encoder.py', root)} goes on")

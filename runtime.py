@@ -170,7 +170,7 @@ def writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
-        fail(f"{folder}: cannot write there ({e.strerror}); choose another --root or mend its "
+        fail(f"{folder}: cannot write there ({e.strerror}); choose another folder or mend its "
              "permissions")
     return folder
 

@@ -24,8 +24,8 @@ from buffer import load_sources, provenance
 from car_env import ZOOM_STEPS
 from networks import (FORESIGHT, CostModel, already_trained, cosine, fingerprint, latest,
                       load_frozen, optimise, refuse_nan, resume_run, save, save_run, so_far)
-from runtime import (RunLog, Stop, autocast, command, fail, optimisation, parser, positive, pyplot,
-                     run, save_figure, set_up, stopped)
+from runtime import (RunLog, Stop, autocast, fail, optimisation, parser, positive, pyplot, run,
+                     save_figure, set_up, stopped)
 from train_predictor import load_latents
 
 EXPERT, RANDOM = "data_race", "data"  # the classes; recovery is between and trains the value only
@@ -145,11 +145,7 @@ def main():
     predictor, payload = load_frozen(latest(models, "predictor"), "predictor", device,
                                      "train_predictor.py")
     latents, encoder, key = load_latents(args, device, dtype, sources, stop,
-                                         "cost_model_resume.pth")
-    if payload["encoder_key"] != key:
-        fail(f"{latest(models, 'predictor')}: was trained on another encoder than "
-             f"{latest(models, 'encoder_mixed')}; run "
-             f"{command('train_predictor.py', args.root, '--fresh')}")
+                                         "cost_model_resume.pth", payload)
     parts = [{name: Sampler(latents, split[part], predictor, payload["horizon"])
               for name, split in sources.items()} for part in (0, 1)]
     train, held = parts

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from buffer import Loader, load_sources, on_device, provenance, sample_frames
 from car_env import ZOOM_STEPS
 from networks import (TinyDecoder, build, epoch_of, fingerprint, hold, latest, load_frozen,
-                      optimise, read, refuse_nan, restore, rotate, save, save_run, set_aside,
-                      so_far, stack)
-from runtime import (Refusal, RunLog, Stop, autocast, command, fail, parser, positive, pyplot, rate,
-                     run, save_figure, set_up, stopped)
+                      optimise, read, read_run, refuse_nan, restore, rotate, save, save_run,
+                      set_aside, so_far, stack)
+from runtime import (Refusal, RunLog, Stop, autocast, command, fail, parser, positive, pyplot,
+                     rate, run, save_figure, set_up, stopped)
 
 PICTURES = 4  # held-out frames of each source on the sheet
 MADE = ("decoder_ep*.pth", "decoder_resume.pth", "decoder.jsonl")  # --fresh sets them aside
@@ -180,7 +180,7 @@ def main():
         data = provenance(sources) | {"encoder_key": fingerprint(encoder)}
         frames = dict(zip(sources, loader.counts))  # of a step
         state = lambda step: so_far(args, step, args.steps, frames, **data) | {"epoch": epoch}
-        half, i, last_save = read(resume) if resume.exists() else None, 0, time.time()
+        half, i, last_save = read_run(resume) if resume.exists() else None, 0, time.time()
         if half and half.get("encoder_key") == data["encoder_key"]:  # stopped in this one
             restore(resume, half, nets, optim, scaler, args)
             i = half["step"]

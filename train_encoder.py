@@ -27,8 +27,8 @@ from car_env import SCENE_H, TELEMETRY, ZOOM_STEPS, mirrored
 from networks import (PANEL, BendModel, InverseModel, Predictor, Projector, TinyEncoder,
                       already_trained, cosine, optimise, over_ranks, refuse_nan, resume_run, rotate,
                       save, save_run, so_far, stack, unit_act)
-from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, in_turn, name_of, natural,
-                     optimisation, parser, positive, run, same_start, set_up, stopped)
+from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, fraction, in_turn, name_of, natural,
+                     optimisation, parser, positive, rate, run, same_start, set_up, stopped)
 from vicreg import covariance, effective_rank, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
@@ -51,7 +51,7 @@ MADE = ("encoder_mixed_ep*.pth", "encoder.jsonl", "decoder_ep*.pth")  # a fresh 
 def arguments(argv=None):
     p = parser(__doc__, data=True)
     g = p.add_argument_group("model")
-    g.add_argument("--width", type=float, default=1.0,
+    g.add_argument("--width", type=rate, default=1.0,
                    help="channels over ResNet-18's; 0.25 learns ten times faster on a CPU")
     g.add_argument("--dim", type=positive, default=512,
                    help="size of a latent; 128 learns in fewer steps and plans faster")
@@ -79,9 +79,9 @@ def arguments(argv=None):
     g.add_argument("--bend", type=float, default=15.0,
                    help="joint: weight of telling how a picture was bent, which teaches where the "
                         "road lies and where it leads; 0 leaves the bent pictures out")
-    g.add_argument("--mirror", type=float,
-                   help="share of the windows with left and right exchanged, pictures and steering "
-                        "(joint 0.5, vicreg 0): a lap has few bends to the right")
+    g.add_argument("--mirror", type=fraction, default=0.0,
+                   help="share of the windows with left and right exchanged, in pictures and "
+                        "steering: a lap has few bends to the right, 0.5 knows more of them")
     g.add_argument("--sim", type=float, default=25.0, help="vicreg: weight of the invariance")
     optimisation(p, batch_size=256)
     args = p.parse_args(argv)
@@ -89,14 +89,9 @@ def arguments(argv=None):
         p.error(f"--targets {args.targets}: expected rising steps from 1 on, such as 1 3 8")
     if math.prod(args.strides) != 8:
         p.error(f"--strides {args.strides}: expected four numbers with product 8, such as 2 2 2 1")
-    if not 0 <= (args.mirror or 0) <= 1:
-        p.error(f"--mirror {args.mirror}: expected a share, 0 to 1")
-    if args.width <= 0:
-        p.error(f"--width {args.width}: expected over 0; 8 channels are the least")
     if args.bend < 0:
         p.error(f"--bend {args.bend}: expected a weight, or 0 to leave the bent pictures out")
-    own = {"joint": {"std": 16.0, "gauges": 8, "mirror": 0.5},
-           "vicreg": {"std": 25.0, "gauges": 0, "mirror": 0.0}}
+    own = {"joint": {"std": 16.0, "gauges": 8}, "vicreg": {"std": 25.0, "gauges": 0}}
     for name, value in own[args.objective].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -277,7 +272,7 @@ def make_loader(args, sources, part, batch_size, seed, rank=0, ranks=1):
 def some_mirrored(batches, share, seed, start):
     """The batches from step `start` on, in a share of their windows left and right exchanged."""
     for step, (obs, act) in enumerate(batches, start):
-        rows = np.random.default_rng([seed, step, RANK]).random(len(obs)) < share
+        rows = np.random.default_rng([seed, step, RANK, 1]).random(len(obs)) < share
         if rows.any():
             frames = obs.permute(0, 1, 3, 4, 2).numpy()  # as they lie in memory
             frames[rows] = mirrored(frames[rows])

@@ -23,11 +23,11 @@ from tqdm import tqdm
 from buffer import Latents, Loader, load_sources, provenance, shares_of
 from car_env import FPS
 from networks import (Predictor, already_trained, build, cosine, epoch_of, fingerprint, latest,
-                      load_frozen, of_these, optimise, over_ranks, read, refuse_nan, resume_run,
-                      rotate, save, save_run, so_far, stack)
+                      load_frozen, of_these, optimise, over_ranks, read, read_run, refuse_nan,
+                      resume_run, rotate, save, save_run, so_far, stack)
 from runtime import (RANK, RANKS, RunLog, Stop, autocast, command, fail, in_turn, name_of,
                      optimisation, parser, positive, pyplot, run, same_start, save_figure, save_gif,
-                     set_up, stopped)
+                     set_up, stopped, writable)
 
 SHOWN = (0, 1, 5, 10, 15)  # steps of a dream that the picture shows
 SWAPPED = "another episode's actions"
@@ -47,15 +47,19 @@ def arguments():
     return p.parse_args()
 
 
-def load_latents(args, device, dtype, sources, stop, resume):
-    """(latents of all chunks, frozen encoder, its key): encodes what the cache lacks, unless
-    ROOT/models/`resume`, the run that would go on, is of another encoder."""
+def load_latents(args, device, dtype, sources, stop, resume, predictor=None):
+    """(latents of all chunks, frozen encoder, its key): encodes what the cache lacks, unless the
+    `predictor`'s payload, or ROOT/models/`resume`, the run to go on, is of another encoder."""
     encoder, _ = load_frozen(latest(args.root / "models", "encoder_mixed"), "encoder", device,
                              "train_encoder.py")
     key = fingerprint(encoder)
-    resume = args.root / "models" / resume
-    if resume.exists() and not args.fresh:
-        of_these(resume, read(resume), encoder_key=key)
+    models = args.root / "models"
+    if predictor and predictor["encoder_key"] != key:
+        fail(f"{latest(models, 'predictor')}: was trained on another encoder than "
+             f"{latest(models, 'encoder_mixed')}; run "
+             f"{command('train_predictor.py', args.root, '--fresh')}")
+    if (models / resume).exists() and not args.fresh:
+        of_these(models / resume, read_run(models / resume), encoder_key=key)
 
     def encode(obs):
         with torch.no_grad(), autocast(device, dtype):
@@ -236,6 +240,7 @@ def main():
     keep = lambda: save_run(models / "predictor_resume.pth", nets, optim, scaler, **state())
 
     def paint(epoch):  # the decoder may come later than the first epochs
+        writable(visuals)
         decoder = load_decoder(models, key, device)
         if decoder is not None:
             real, dreamt = dream(encoder, predictor.eval(), decoder, *windows, device)
@@ -248,9 +253,10 @@ def main():
              horizon=args.horizon, done=step == steps)
 
     if step >= steps:
+        done = already_trained(models / f"predictor_ep{args.epochs}.pth", write)
         if RANK == 0 and not (visuals / f"dream_ep{args.epochs}.png").exists():
             paint(args.epochs)
-        return already_trained(models / f"predictor_ep{args.epochs}.pth", write)
+        return done
     log = RunLog(args, "predictor", resumed=bool(saved))
     print(f"{sum(p.numel() for p in predictor.parameters()) / 1e6:.2f}M predictor on {device}, "
           f"{len(latents.z):,} latents, {steps} steps from {step}"

@@ -29,7 +29,7 @@ from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, make_env, place_be
                      telemetry)
 from collect_race_data import PACES, WIDTH, Expert
 from drive_mpc import Blind, limited, load_driver, planning, to_action
-from networks import stack
+from networks import some_root, stack
 from runtime import (autocast, natural, parser, positive, pyplot, replace_atomically, run,
                      save_figure, versions, writable)
 
@@ -295,8 +295,8 @@ PARTS = {"recovery": recovery, "behaviours": behaviours, "landscape": landscape}
 
 def main():
     args = arguments()
+    visuals = writable(some_root(args.root) / "visuals")
     driver, _ = load_driver(args, args)
-    visuals = writable(args.root / "visuals")
     found = {name: PARTS[name](args, driver) for name in PARTS if name in args.parts}
     body = {"models": driver.models, "versions": versions(), "track_seed": args.track_seed,
             "tracks": args.tracks, **found}

@@ -117,7 +117,8 @@ def ruins(tmp_path):
     (folder / "text.npz").write_text("this is not a chunk")
     (folder / "empty.npz").touch()
     np.savez(folder / "objects.npz", obs=np.array([{}], dtype=object), meta=np.array("{}"))
-    rewritten(whole, "pickled.npz", act=npy(np.array([[{}] * 3] * 50, dtype=object)).ljust(728)[:728])
+    objects = npy(np.array([[{}] * 3] * 50, dtype=object))
+    rewritten(whole, "pickled.npz", act=objects.ljust(728)[:728])
     rewritten(whole, "nan.npz", act=npy(np.full((50, 3), np.nan, np.float32)))
     rewritten(whole, "schema.npz", meta=npy(np.array(json.dumps({**meta, "schema": 99}))))
     for name, change in (("list", {"uid": ["x"]}), ("seed", {"track_seed": "1"}),

@@ -332,11 +332,11 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize("command,words", [
     ("collect_data.py --frames 0", ["--frames", "positive"]),
-    ("train_encoder.py --mirror 2", ["--mirror", "0 to 1"]),
-    ("train_encoder.py --width 0", ["--width", "over 0"]),
+    ("train_encoder.py --mirror 2", ["--mirror"]),
+    ("train_encoder.py --width 0", ["--width"]),
     ("train_predictor.py --shares 0.5 0.5", ["--shares 0.5 0.5", "3 numbers"]),
     ("train_cost_model.py --epochs 2", ["--epochs 1", "repeat its arguments"]),
-    ("demo_energy.py --headless --steps 60", ["--steps 60", "at least 61"]),
+    ("demo_energy.py --headless --steps 60", ["--steps 60", "step 61"]),
 ])
 def test_odd_arguments(chain, command, words):
     name, *args = command.split()
@@ -367,7 +367,9 @@ def test_a_last_file_that_is_gone_or_damaged_is_written_anew(chain, tmp_path):
         assert done.returncode == 0 and "written anew" in done.stdout, done.stderr
         ours, was = (torch.load(f / "models" / last, weights_only=True)
                      for f in (tmp_path, chain[0]))
-        assert ours.keys() == was.keys() and ours.get("done") == was.get("done")
+        assert ours.keys() == was.keys()
+        for key in ("step", "epoch", "epochs", "done", "data_key", "frames_seen", "auc"):
+            assert ours.get(key) == was.get(key), key
         for net, entry in was["nets"].items():
             assert all(torch.equal(ours["nets"][net]["weights"][k], v)
                        for k, v in entry["weights"].items())

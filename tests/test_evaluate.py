@@ -19,7 +19,7 @@ from evaluate import (AHEAD, FAR, FIGURES, FILMS, JUDGES, OFF_ROAD, PARTS, PROBE
                       Episode, Labels, Recorder, Scale, Spots, Subject, auc, cells, choose_spots,
                       choosing, linear_dream, lived_frames, main, mark, numbered, on_grid, outcome,
                       partners, play, possible, probe, restore_state, save_state, separated,
-                      spearman)
+                      spearman, text)
 from runtime import Refusal
 
 TINY = ("--tracks 2 --train_frames 500 --frames 100 --windows 10 --states 1 --samples 16 --lived 4 "
@@ -39,7 +39,11 @@ def card(chain):
 def sound(cell, low=-math.inf, high=math.inf):
     """A figure that was measured, its interval around it or near."""
     assert cell["n"] > 0 and cell["tracks"] > 0
-    assert low <= cell["value"] <= high and cell["low"] <= cell["high"], cell
+    assert low <= cell["value"] <= high, cell
+    if cell["tracks"] == 1:  # says nothing of others
+        assert cell["low"] is None and cell["high"] is None, cell
+    else:
+        assert cell["low"] <= cell["high"], cell
     return cell["value"]
 
 
@@ -322,6 +326,9 @@ def test_rank_correlation_and_its_interval():
     one, again = (cells(np.mean, tracks, (made,), args)[0] for _ in range(2))
     assert one == again and one["low"] < one["value"] < one["high"]
     assert one["n"] == 64 and one["tracks"] == 8
+    alone = cells(np.mean, np.zeros(64), (made,), args)[0]
+    assert alone["value"] == one["value"] and alone["low"] is None and alone["tracks"] == 1
+    assert "?" in text(alone) and "?" not in text(one)
 
 
 def test_tracks_of_the_kinds_never_meet_and_stay_in_their_range():
