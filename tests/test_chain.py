@@ -346,7 +346,7 @@ def test_odd_arguments(chain, command, words):
 
 
 def test_a_folder_that_is_not_there_does_not_drive_other_nets(tmp_path):
-    for name in ("drive_mpc.py", "demo_energy.py", "trials.py", "evaluate.py"):
+    for name in ("drive_mpc.py", "evaluate.py"):
         refused(script(name, root=tmp_path / "typo"), "typo: no such folder")
     assert not (tmp_path / "typo").exists()
 
