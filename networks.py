@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from car_env import OBS_SIZE, SCENE_H
 from runtime import (RANK, RANKS, Parser, Refusal, command, fail, git_commit, optional,
@@ -64,6 +63,7 @@ class TinyEncoder(nn.Module):
                          strides=list(strides), gauges=gauges)
         self.history, self.repeat, self.dim, self.gauges = history, repeat, dim, gauges
         w = max(8, int(64 * width))
+        from torchvision.models.resnet import BasicBlock, ResNet  # 2 s: only who builds one waits
         net = ResNet(BasicBlock, [2, 2, 2, 2])
         net.inplanes = w
         self.body = nn.Sequential(

@@ -17,7 +17,6 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from buffer import load_sources, provenance
@@ -99,6 +98,7 @@ class Sampler:
 def evaluate(cost, held, ahead, device, dtype, when="held out"):
     """Held-out energies {(kind, source): (N,)}, AUC of random over expert {kind: float}, and R² of
     what is foretold of held-out recoveries."""
+    from sklearn.metrics import roc_auc_score  # 1 s, which a refusal need not take
     energies = {(kind, name): cost.energy(s.real(4000, 1).to(device), kind).cpu().numpy()
                 for name, s in held.items() for kind in ("classifier", "density")}
     refuse_nan(sum(e.sum() for e in energies.values()), when)

@@ -19,7 +19,6 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import Ridge
 from tqdm import tqdm
 
 from buffer import Loader, load_sources, on_device, provenance, sample_frames, shares_of
@@ -323,6 +322,7 @@ class Probe:
         learned = encoder.learned(zb)
         mean, std = ya[ma].mean(0), ya[ma].std(0) + 1e-6
         scale = za.std(0) + 1e-6
+        from sklearn.linear_model import Ridge  # 1 s, which a refusal need not take
         fit = Ridge(alpha=1.0).fit((za / scale)[ma], (ya[ma] - mean) / std)
         y = (yb[mb] - mean) / std
         error = ((fit.predict((zb / scale)[mb]) - y) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)
