@@ -45,8 +45,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_encoder
-from buffer import (AHEAD, Loader, index, load_sources, read_chunk, some_chunks,
-                    write_chunk)
+from buffer import AHEAD, Loader, index, load_sources, read_chunk, some_chunks, write_chunk
 from car_env import (FPS, PLAYFIELD, TELEMETRY, ZOOM_STEPS, make_env, observe, place_car,
                      telemetry)
 from drive_mpc import colored_noise, limited, load_driver, planning, to_action

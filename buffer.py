@@ -224,8 +224,7 @@ class Damage:
             tqdm.write(f"skipped {line}; damaged so far: {len(self.lines)} of {self.total}")
         if len(self.lines) > MAX_DAMAGED * self.total:
             fail(f"{len(self.lines)} of {self.total} chunks are unreadable, over "
-                 f"{MAX_DAMAGED:.0%}, "
-                 f"first {next(iter(self.lines))}; `python buffer.py` names each: delete them and "
+                 f"{MAX_DAMAGED:.0%}, first {next(iter(self.lines))}; `python buffer.py` names each: delete them and "
                  "collect more")
 
 
@@ -253,6 +252,11 @@ def held_out(track_seed):
     return track_seed % HELD_OUT_MOD == 0
 
 
+def ride(meta):
+    """What tells episodes apart, whatever they are called: track, length and return."""
+    return meta["track_seed"], meta["frames"], meta["return_"]
+
+
 def index(folder):
     """(chunks, damaged, duplicates) of a folder: lists of Chunk, str, str, in order of names.
 
@@ -266,7 +270,7 @@ def index(folder):
         except Refusal as e:
             damaged.append(str(e))
     for path, meta in sorted(found, key=lambda f: (f[0].stem != f[1]["uid"], f[0].name)):
-        keys = meta["uid"], (meta["track_seed"], meta["frames"], meta["return_"])
+        keys = meta["uid"], ride(meta)
         first = next((seen[k] for k in keys if k in seen), None)
         if first is not None:
             duplicates.append(f"{path}: the same episode as {first.name}")
@@ -698,9 +702,10 @@ def export_minari(folders, out, name):
     if not re.search(r"-v\d+$", name):
         fail(f"--name {name}: expected a name that ends in a version, such as carracing-v0")
     found = [index(folder) for folder in folders]
-    ride = lambda c: (c.meta["track_seed"], c.meta["frames"], c.meta["return_"])
-    chunks = list({ride(c): c for every, *_ in reversed(found) for c in reversed(every)}.values())
-    chunks.reverse()  # of an episode that is there twice the first
+    rides = {}  # of an episode that is in two folders the first
+    for chunk in (c for every, *_ in found for c in every):
+        rides.setdefault(ride(chunk.meta), chunk)
+    chunks = list(rides.values())
     damaged = list(dict.fromkeys(line for _, bad, _ in found for line in bad))
     if not chunks:
         fail(f"{', '.join(map(str, folders))}: no whole chunk there; `python collect_race_data.py` "
