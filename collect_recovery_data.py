@@ -1,9 +1,10 @@
 """The expert with injected mistakes: what leaving the line looks like, and the way back.
 
-At random times (Poisson) a named mistake of 0.1 to 1.2 s bends the expert's action, then the expert
-takes over and recovers; half of the episodes also start off the line, askew or on the grass. Every
-mistake is judged: recovered means that within 4 s of its end the car has for 0.2 s had three wheels
-on the road, a heading within 0.5 rad of the line's, and more than 15 units/s.
+At random times (Poisson) a named mistake of 0.1 to 1.2 s bends the expert's action, or random driving
+replaces it for 1 to 4 s; then the expert takes over and recovers. Half of the episodes also start off
+the line, askew or on the grass. Every mistake is judged: recovered means that within 4 s of its end
+the car has for 0.2 s had three wheels on the road, a heading within 0.5 rad of the line's, and more
+than 15 units/s.
 """
 
 import math
@@ -11,15 +12,17 @@ import math
 import numpy as np
 
 from car_env import place_beside
-from collect_data import collect
+from collect_data import RandomDriver, collect
 from collect_race_data import Expert, pace_of, pace_parser
 from runtime import run
 
-KINDS = ("understeer", "oversteer", "late_braking", "wrong_throttle", "swerve", "fumble")
+KINDS = ("understeer", "oversteer", "late_braking", "wrong_throttle", "swerve", "fumble",
+         "stray")
 PACES = [0.1, 0.3, 0.6, 1.0]  # of --pace, by default
 FPS = 50                   # steps a second
 GAP = (1.0, 4.0)           # s, mean pause before a mistake, drawn once per episode
 LENGTH = (0.1, 1.2)        # s, a mistake
+STRAY = (1.0, 4.0)         # s, one of random driving, which leads to where a lost car is
 PATIENCE = 4.0             # s after a mistake to recover in
 HELD = 0.2                 # s that recovery must last
 NOISE = 0.05               # standard deviation of steer and gas noise, always on
@@ -56,6 +59,7 @@ class FaultyExpert:
 
     def __init__(self, pace=1.0, **changes):
         self.expert = Expert(pace, **changes)
+        self.explorer = RandomDriver()
 
     def reset(self, env, rng):
         """Plans the line; draws this episode's rate of mistakes and the first pause."""
@@ -81,6 +85,8 @@ class FaultyExpert:
         """The action (3,) float32 for now, noise and mistakes included."""
         action = self.expert.controls(env)
         self._advance(env, action)
+        if self.state == "erring" and self.kind == "stray":
+            return self.explorer.act(env)
         if self.state == "erring":
             action = spoil(self.kind, self.strength, self.sign, action)
         fresh = self.rng.normal(0, NOISE * math.sqrt(1 - NOISE_MEMORY**2), 2).tolist()
@@ -103,7 +109,9 @@ class FaultyExpert:
             self.state, self.kind = "armed", KINDS[self.rng.integers(len(KINDS))]
             self.strength, self.sign = self.rng.random(), self.rng.choice((-1, 1))
         if self.state == "armed" and self._matters(action):
-            self.state, self.clock = "erring", self.rng.uniform(*LENGTH) * FPS
+            length = STRAY if self.kind == "stray" else LENGTH
+            self.state, self.clock = "erring", self.rng.uniform(*length) * FPS
+            self.explorer.reset(env, self.rng)
             self.mistakes[self.kind][0] += 1
             self.sign = math.copysign(1, action[0]) if self.kind == "oversteer" else self.sign
         elif self.state == "erring" and self.clock <= 0:
@@ -118,7 +126,7 @@ class FaultyExpert:
         """Whether the mistake would change anything now: most wait for a bend."""
         if self.kind == "late_braking":
             return action[2] > 0
-        return self.kind in ("swerve", "fumble") or abs(action[0]) > BEND
+        return self.kind in ("swerve", "fumble", "stray") or abs(action[0]) > BEND
 
     def _drive_on(self):
         self.state, self.clock = "driving", self.rng.exponential(self.mean_gap)
