@@ -75,6 +75,8 @@ def parse_args():
     p.add_argument("--chunks", type=int, default=10_000, help="loader: of the folder opened anew")
     p.add_argument("--steps", type=int, default=1000, help="env: steps of an episode")
     p.add_argument("--train_steps", type=int, default=20, help="train, scale: in each of --rounds")
+    p.add_argument("--laptop", action="store_true",
+                   help="train, scale: the laptop's nets on a GPU too")
     p.add_argument("--tracks", type=int, default=20, help="fidelity, paired: how many")
     p.add_argument("--gas", type=float, default=1.0, help="paired: as in drive_mpc.py")
     return p.parse_args()
@@ -476,33 +478,31 @@ def timed(work, device):
 
 
 def bench_train(args):
-    flags = [] if torch.cuda.is_available() else LAPTOP
+    flags = LAPTOP if args.laptop or not torch.cuda.is_available() else []
     cfg = train_encoder.arguments(["--root", str(args.root), *flags])
     device, dtype = set_up(cfg)
     sources = load_sources(cfg)
     nets, optim, scaler = train_encoder.make_nets(cfg, device, dtype)
-    loader = train_encoder.make_loader(cfg, sources, 0, cfg.batch_size, cfg.seed)
+    loader = train_encoder.make_loader(cfg, sources, 0, cfg.batch_size, cfg.seed,
+                                       pinned=device.type == "cuda")
     batches = train_encoder.training_batches(loader, cfg, device)
-    generator = torch.Generator(device).manual_seed(0)
 
-    def learn(views, act):
+    def learn(*batch):
         with autocast(device, dtype):
-            loss, *_ = train_encoder.loss_fn(nets, *views, act, cfg)
+            loss, *_ = train_encoder.loss_fn(nets, *batch, cfg)
         optimise(loss, nets.values(), optim, scaler, cfg.lr)
 
     def loop():
         for _ in range(args.train_steps):
-            obs, act = next(batches)
-            learn(train_encoder.views(obs, cfg, generator), act)
+            learn(*next(batches))
 
-    obs, act = next(batches)
-    fixed = train_encoder.views(obs, cfg, generator)
+    fixed = next(batches)
     with FlopCounterMode(display=False) as counter:
-        learn(fixed, act)
+        learn(*fixed)
     loop()  # everything is warm
     def bare():
         for _ in range(args.train_steps):
-            learn(fixed, act)
+            learn(*fixed)
 
     seconds = []
     for _ in range(args.rounds):
@@ -527,7 +527,7 @@ def bench_train(args):
 def bench_scale(args):
     some_chunks(args.root / "data_race")
     gpus = torch.cuda.device_count()
-    flags = [] if gpus else LAPTOP
+    flags = LAPTOP if args.laptop or not gpus else []
     cfg = train_encoder.arguments(flags)
     images = cfg.batch_size * (len(train_encoder.latents_of(cfg)) + bool(cfg.bend))
     print(f"{' '.join(flags) or 'full size'}; {gpus} GPUs, batches of {images} images, torch "

@@ -431,12 +431,13 @@ class Loader:
     steps apart, with the `history` frames that the first one needs. Each source is a Stream: every
     window is served once per pass, every file read and inflated once per pass, by `threads` ahead
     of time. `latents=2, history=1, repeat=1` serves triplets (state, action, next state). In place
-    of a chunk that turns out to be damaged the next one serves; `damage` counts them.
+    of a chunk that turns out to be damaged the next one serves; `damage` counts them. A GPU copies
+    faster from `pinned` memory.
     """
 
     def __init__(self, sources, batch_size, latents=2, history=1, repeat=1, shares=None, seed=0,
-                 threads=2):
-        self.sources, self.seed, self.threads = sources, seed, threads
+                 threads=2, pinned=False):
+        self.sources, self.seed, self.threads, self.pinned = sources, seed, threads, pinned
         self.latents, self.history, self.repeat = latents, history, repeat
         self.counts = shares_of(sources, batch_size, shares).tolist()
         self.damage = [Damage.of(chunks) for chunks in sources]
@@ -506,40 +507,41 @@ class Loader:
         pool = ThreadPoolExecutor(self.threads)
         try:
             for step, batch in self._planned(start, pool):
-                obs = np.empty((B, L, *FRAME), np.uint8)
-                act = np.empty((B, K - 1, 3), np.float32)
+                obs = torch.empty((B, L, *FRAME), dtype=torch.uint8, pin_memory=self.pinned)
+                act = torch.empty((B, K - 1, 3), pin_memory=self.pinned)
                 places = np.random.default_rng([self.seed, step]).permutation(B)
                 for data, windows in batch:
                     n = len(windows)
-                    self._fill(data.result(), windows, places[:n], obs, act)
+                    self._fill(data.result(), windows, places[:n], obs.numpy(), act.numpy())
                     places = places[n:]
-                yield torch.from_numpy(obs).permute(0, 1, 4, 2, 3), torch.from_numpy(act)
+                yield obs.permute(0, 1, 4, 2, 3), act
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def on_device(batches, device):
-    """The batches on `device`; on a GPU each is made and copied while the one before is in use."""
+def on_device(batches, device, work=lambda *batch: batch):
+    """`work` of each batch on `device`; a GPU copies and does it while the one before is in use."""
     if device.type != "cuda":
-        yield from ([x.to(device) for x in batch] for batch in batches)
+        yield from (work(*[x.to(device) for x in batch]) for batch in batches)
         return
     side = torch.cuda.Stream(device)
 
     def fetch():
         with torch.cuda.stream(side):
-            copies = [x.pin_memory().to(device, non_blocking=True) for x in next(batches)]
-            return copies, side.record_event()
+            done = work(*[x.to(device, non_blocking=True) for x in next(batches)])
+            return done, side.record_event()
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(fetch)
         while True:
-            copies, copied = ahead.result()
+            batch, finished = ahead.result()
             ahead = pool.submit(fetch)
             now = torch.cuda.current_stream(device)
-            now.wait_event(copied)
-            for x in copies:
-                x.record_stream(now)
-            yield copies
+            now.wait_event(finished)
+            for x in batch:
+                if x is not None:
+                    x.record_stream(now)
+            yield batch
 
 
 def triplets(batch):
@@ -577,6 +579,27 @@ def sample_frames(chunks, history, repeat, count, seed=0, fields=("telemetry",),
 
 # ------------------------------------------------------------------ latents
 
+def read_ahead(chunks, *names, threads=4):
+    """(chunk, its `read_chunk`, or None where it is damaged) of each, read by threads meanwhile."""
+    line = deque()
+
+    def first():
+        chunk, data = line.popleft()
+        try:
+            return chunk, data.result()
+        except Refusal as e:
+            Damage.of([chunk]).add(e)
+            return chunk, None
+
+    with ThreadPoolExecutor(threads) as pool:
+        for chunk in chunks:
+            line.append((chunk, pool.submit(read_chunk, chunk.path, *names)))
+            if len(line) > 2 * threads:
+                yield first()
+        while line:
+            yield first()
+
+
 class Latents:
     """Latents of every frame of every chunk, cached on disk in half precision and memory-mapped.
 
@@ -585,11 +608,12 @@ class Latents:
     each chunk: only what is new or has changed is encoded. Those of other encoders are deleted.
     2 * dim bytes a frame. A second process waits for the first and finds its work. When `stop`
     turns true it keeps what is done and raises KeyboardInterrupt.
-    `encode(obs (B, history, 3, 64, 64))` gives z (B, D).
+    `encode(obs (B, history, 3, 64, 64) on `device`)` gives z (B, D). Where a GPU has room for all
+    latents, windows are cut there.
     """
 
     def __init__(self, root, key, dim, history, repeat, encode, chunks, progress=iter,
-                 stop=False):
+                 stop=False, device=torch.device("cpu")):
         stem = writable(root / "models") / f"latents_{key}"
         self.path, self.index_path = stem.with_suffix(".f16"), stem.with_suffix(".json")
         self.dim, self.repeat = dim, repeat
@@ -601,18 +625,16 @@ class Latents:
             end = self._known(chunks)
             missing = [c for c in chunks if c.meta["uid"] not in self.rows]
             f.truncate(end * dim * 2)  # nothing that a reader may have mapped
-            for chunk in progress(missing) if missing else ():
+            for chunk, data in read_ahead(progress(missing) if missing else (), "obs", "act"):
                 if stop:
                     break  # what is encoded stays
-                try:
-                    obs = read_chunk(chunk.path, "obs", "act")["obs"]
-                except Refusal as e:
-                    Damage.of([chunk]).add(e)
+                if data is None:
                     continue
+                obs = torch.tensor(data["obs"], device=device)
                 z = self._encode(obs, history, repeat, encode)
                 f.write(z.tobytes())
                 self.rows[chunk.meta["uid"]] = end, chunk.frames, chunk.meta["crc"]
-                end += len(obs)
+                end += len(z)
             if missing:
                 f.flush()
                 os.fsync(f.fileno())  # before the index that promises the rows
@@ -620,19 +642,20 @@ class Latents:
                 replace_atomically(self.index_path, lambda f: f.write(body))
         if stop:
             raise KeyboardInterrupt
-        self.z = np.memmap(self.path, np.float16, "r", shape=(end, dim))
+        self.z = np.memmap(self.path, np.float16, "c", shape=(end, dim))
         self.act = np.zeros((end, 3), np.float32)  # mean action of the `repeat` steps from a row on
-        for chunk in self.cached(chunks):
-            try:
-                act = read_chunk(chunk.path, "act")["act"]
-            except Refusal as e:
-                Damage.of([chunk]).add(e)
+        for chunk, data in read_ahead(self.cached(chunks), "act"):
+            if data is None:
                 del self.rows[chunk.meta["uid"]]
                 continue
+            act = data["act"]
             a, T, _ = self.rows[chunk.meta["uid"]]
             if T >= repeat:
                 cum = np.cumsum(np.concatenate([np.zeros((1, 3)), act]), axis=0)
                 self.act[a:a + T + 1 - repeat] = (cum[repeat:] - cum[:-repeat]) / repeat
+        self.table = torch.from_numpy(self.z), torch.from_numpy(self.act)  # as windows are cut
+        if device.type == "cuda" and 2 * self.z.nbytes < torch.cuda.mem_get_info(device)[0]:
+            self.table = [x.to(device) for x in self.table]
 
     def _known(self, chunks):
         """Fills self.rows, uid: (first row, frames, CRC), from the index, without what the file has
@@ -649,12 +672,10 @@ class Latents:
 
     @staticmethod
     def _encode(obs, history, repeat, encode, batch=256):
-        out = []
-        for i in range(0, len(obs), batch):
-            t = np.arange(i, min(i + batch, len(obs)))
-            rows = np.maximum(t[:, None] + repeat * np.arange(1 - history, 1), 0)
-            out.append(encode(torch.from_numpy(obs[rows]).permute(0, 1, 4, 2, 3)))
-        return torch.cat(out).cpu().half().numpy()
+        back = repeat * torch.arange(1 - history, 1, device=obs.device)
+        rows = (torch.arange(len(obs), device=obs.device)[:, None] + back).clamp_min(0)
+        out = [encode(obs[some].permute(0, 1, 4, 2, 3)) for some in rows.split(batch)]
+        return torch.cat(out).half().cpu().numpy()
 
     def cached(self, chunks):
         """Those of the chunks that could be read."""
@@ -670,9 +691,10 @@ class Latents:
 
     def windows(self, starts, latents):
         """(z (B, latents, D) float32, act (B, latents - 1, 3)) of the windows at these rows."""
+        z, act = self.table
         rows = np.asarray(starts)[:, None] + self.repeat * np.arange(latents)
-        return (torch.from_numpy(self.z[rows].astype(np.float32)),
-                torch.from_numpy(self.act[rows[:, :-1]]))
+        rows = torch.from_numpy(rows).to(z.device)
+        return z[rows].float(), act[rows[:, :-1]]
 
 
 # ------------------------------------------------------------------ inspection

@@ -15,7 +15,7 @@ import re
 import time
 import zipfile
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -169,9 +169,16 @@ class Projector(nn.Module):
         return self.net(z)
 
 
+@lru_cache
+def act_scale(device):
+    """ACT_SCALE as a tensor there: made once, for a GPU waits for each copy."""
+    with torch.inference_mode(False):
+        return torch.tensor(ACT_SCALE, device=device)
+
+
 def unit_act(act):
     """Actions (..., 3) in units of their usual size."""
-    return act / torch.tensor(ACT_SCALE, device=act.device)
+    return act / act_scale(act.device)
 
 
 class InverseModel(nn.Module):
@@ -643,9 +650,8 @@ def cosine(step, steps, peak, warmup=0.05):
 
 def refuse_nan(loss, when):
     """Refuses a loss (or whatever number) that is not finite."""
-    loss = torch.as_tensor(loss)
-    if not torch.isfinite(loss):
-        fail(f"{when}: the loss is {loss.item()}; nothing was saved over the last good file; use "
+    if not math.isfinite(loss):
+        fail(f"{when}: the loss is {float(loss)}; nothing was saved over the last good file; use "
              "--precision fp32, or a lower --lr with --fresh")
 
 
@@ -653,20 +659,35 @@ def optimise(loss, nets, optim, scaler, lr, when="a step", clip=1.0):
     """One step of the optimiser, gradients clipped to norm `clip`.
 
     Refuses a loss, or gradients, that are not finite before they reach a weight (fp16's scaler
-    skips such gradients); `when` says where that was.
+    skips such gradients); `when` says where that was. A GPU is not waited for: it says so a step
+    later, and `save` refuses the weights until then.
     """
-    refuse_nan(loss, when)
     for group in optim.param_groups:
         group["lr"] = lr
     optim.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     scaler.unscale_(optim)
     norm = nn.utils.clip_grad_norm_([p for net in nets for p in net.parameters()], clip)
-    if not scaler.is_enabled() and not torch.isfinite(norm):
-        fail(f"{when}: the gradient's norm is {norm.item()}; nothing was saved over the last good "
-             "file; use --precision fp32, or a lower --lr with --fresh")
+    seen = torch.stack([loss.detach().double(), norm.double()])
+    now = seen.to("cpu", non_blocking=True), torch.cuda.Event() if seen.is_cuda else None, when
+    if seen.is_cuda:
+        now[1].record()
+        now, optim.unchecked = getattr(optim, "unchecked", None), now
+    if now:
+        _refuse_infinite(*now, scaler)
     scaler.step(optim)
     scaler.update()
+
+
+def _refuse_infinite(seen, arrived, when, scaler):
+    """Refuses a loss, or norm of gradients that no scaler looks at, that is not finite."""
+    if arrived:
+        arrived.synchronize()
+    loss, norm = seen.tolist()
+    refuse_nan(loss, when)
+    if not scaler.is_enabled() and not math.isfinite(norm):
+        fail(f"{when}: the gradient's norm is {norm}; nothing was saved over the last good file; "
+             "use --precision fp32, or a lower --lr with --fresh")
 
 
 def epoch_of(path):

@@ -251,7 +251,7 @@ def time_steps(device, dtype, steps=5):
     net = nn.Sequential(nn.Conv2d(9, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(),
                         nn.Conv2d(128, 128, 3, padding=1), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
                         nn.Linear(2048, 512)).to(device, memory_format=torch.channels_last)
-    x = torch.randn(64 if device.type == "cuda" else 8, 9, 32, 32, device=device).contiguous(
+    x = torch.randn(512 if device.type == "cuda" else 8, 9, 32, 32, device=device).contiguous(
         memory_format=torch.channels_last)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     best = float("inf")

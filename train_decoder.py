@@ -176,7 +176,8 @@ def main():
         if args.compile:
             decoder.compile()
         loader = Loader([s[0] for s in sources.values()], args.batch_size, 1, encoder.history,
-                        encoder.repeat, args.shares, args.seed + epoch)
+                        encoder.repeat, args.shares, args.seed + epoch,
+                        pinned=device.type == "cuda")
         data = provenance(sources) | {"encoder_key": fingerprint(encoder)}
         frames = dict(zip(sources, loader.counts))  # of a step
         state = lambda step: so_far(args, step, args.steps, frames, **data) | {"epoch": epoch}

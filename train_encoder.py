@@ -13,6 +13,7 @@ cores expect R² over 0.9 for speed and lateral offset.
         --steps_per_epoch 150 --batch_size 96 --lr 2e-3 --shares 0.35 0.45 0.2       a laptop
 """
 
+import itertools
 import math
 import time
 
@@ -244,6 +245,7 @@ def loss_fn(nets, x, how, act, args):
 
 def make_nets(args, device, dtype):
     """(the encoder and the heads that its objective needs, their optimiser, its scaler)."""
+    torch.backends.cudnn.benchmark = True  # steps are alike: it tries which convolution is fastest
     nets = {"encoder": TinyEncoder(args.width, args.history, args.repeat, args.dim, args.strides,
                                    args.gauges)}
     if args.objective == "joint":
@@ -258,14 +260,14 @@ def make_nets(args, device, dtype):
     return nets, optim, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
-def make_loader(args, sources, part, batch_size, seed, rank=0, ranks=1):
+def make_loader(args, sources, part, batch_size, seed, rank=0, ranks=1, pinned=False):
     """Windows of one part of the sources, 0 to train, 1 held out; of several ranks each has its own
     episodes, so that each file is read by one."""
     chunks = [s[part][rank::ranks] for s in sources.values()]
     if not all(chunks):
         fail(f"--data: a folder has fewer episodes than the {ranks} processes; collect more")
     return Loader(chunks, batch_size, seed=seed, latents=latents_of(args)[-1] + 1,
-                  history=args.history, repeat=args.repeat, shares=args.shares)
+                  history=args.history, repeat=args.repeat, shares=args.shares, pinned=pinned)
 
 
 def some_mirrored(batches, share, seed, start):
@@ -280,9 +282,16 @@ def some_mirrored(batches, share, seed, start):
 
 
 def training_batches(loader, args, device, start=0):
-    """Endless (obs, act) on the device, from step `start` on."""
+    """Endless (*views, act) on the device, from step `start` on."""
+    steps = itertools.count(start)
+
+    def seen(obs, act):
+        generator = torch.Generator(device).manual_seed(
+            args.seed * 1_000_003 + next(steps) + (RANK << 40))
+        return *views(obs, args, generator), act
+
     batches = some_mirrored(loader.batches(start), args.mirror, args.seed, start)
-    return on_device(batches, device)
+    return on_device(batches, device, seen)
 
 
 @torch.no_grad()
@@ -358,7 +367,8 @@ def main():
     began = time.time()
     device, dtype = set_up(args, ranks=True)
     sources = load_sources(args)
-    loader = make_loader(args, sources, 0, args.batch_size // RANKS, args.seed, RANK, RANKS)
+    loader = make_loader(args, sources, 0, args.batch_size // RANKS, args.seed, RANK, RANKS,
+                         device.type == "cuda")
     held = make_loader(args, sources, 1, min(args.batch_size, 96), 1)
 
     nets, optim, scaler = make_nets(args, device, dtype)
@@ -404,11 +414,9 @@ def main():
     while step < steps:
         for net in nets.values():
             net.train()
-        obs, act = next(batches)
-        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step + (RANK << 40))
-        seen = views(obs, args, generator)
+        seen = next(batches)
         with autocast(device, dtype):
-            loss, logs, z = loss_of(*seen, act, args)
+            loss, logs, z = loss_of(*seen, args)
         lr = cosine(step, steps, args.lr)
         optimise(loss, nets.values(), optim, scaler, lr, f"step {step}")
         if step % CHECK_EVERY == 0 and step > 0:

@@ -70,7 +70,7 @@ def load_latents(args, device, dtype, sources, stop, resume, predictor=None):
     version = chunks[0].meta["preprocess"]
     with in_turn():
         latents = Latents(args.root, f"{key}-p{version}-{name_of(dtype)}", encoder.dim,
-                          encoder.history, encoder.repeat, encode, chunks, bar, stop)
+                          encoder.history, encoder.repeat, encode, chunks, bar, stop, device)
     return latents, encoder, key
 
 
