@@ -50,7 +50,6 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Ridge
 from sklearn.neural_network import MLPRegressor
-from threadpoolctl import threadpool_limits
 from torch import nn
 from tqdm import tqdm
 
@@ -1213,8 +1212,7 @@ def main():
     train, test, spots = prepare(subject, args)
     if "dreams" in parts:
         subject.decoder = load_decoder(subject.models, subject.key, subject.device)
-    with threadpool_limits(args.threads or None, "blas"):  # --threads holds for scikit-learn too
-        found, pages = evaluate(subject, parts, train, test, spots, args)
+    found, pages = evaluate(subject, parts, train, test, spots, args)
     minutes = (time.time() - began) / 60
     report = {"command": " ".join(sys.argv), "commit": git_commit(), "versions": versions(),
               "args": {k: str(v) for k, v in vars(args).items()}, "checkpoint": str(subject.path),

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from threadpoolctl import threadpool_limits
 from torch import nn
 from tqdm import tqdm
 
@@ -187,6 +188,8 @@ def pick_device(args):
     """torch.device for --device, refused in one line when it is not there. Sets --threads."""
     if args.threads:
         torch.set_num_threads(args.threads)
+        threadpool_limits(args.threads)  # numpy's, and of what is loaded later:
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(args.threads))
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

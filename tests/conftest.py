@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process and all scripts: two run at a time
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, SMALL, script
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
 import runtime
@@ -243,6 +244,13 @@ def test_a_cpu_without_bf16_is_not_timed(monkeypatch, capsys, flags, has):
     assert pick_precision("auto", torch.device("cpu")) == torch.float32
     assert len(timed) == (2 if "bf16" in has else 0)
     assert "precision fp32: this CPU has" in capsys.readouterr().out
+
+
+def test_threads_hold_for_all_libraries():
+    with threadpool_limits(2):  # and puts back what it found
+        runtime.pick_device(argparse.Namespace(device="cpu", threads=1))
+        found = {pool["filepath"]: pool["num_threads"] for pool in threadpool_info()}
+    assert found and set(found.values()) == {1}
 
 
 def test_a_step_is_timed():
