@@ -19,8 +19,8 @@ report_only_<parts>.json and .png.
             on a moving car, swapped and mirrored on unlike actions. Two controls should not alarm:
             the light changes, or another light throughout.
 4. plans    candidates drawn as the planner draws them, dreamt and then driven in the simulator. The
-            outcome is the tiles made along the track less --off_road tiles a second of four wheels
-            off the road. A state is restored on a new car from position, angle and speeds of all
+            outcome is the tiles made along the track, shortcuts to another part of it not counted,
+            less --off_road tiles a second of four wheels off the road. A state is restored on a new car from position, angle and speeds of all
             five bodies, pedals, wheel spin and touched tiles: 30 steps later positions agree to
             about 1e-4 units (only the joints' warm start is lost).
 
@@ -80,6 +80,7 @@ MOVING = 5.0  # units/s, from which a film shows which way and how fast it runs
 UNLIKE = 0.5  # of two action sequences, mean distance in units of their usual size
 STEERED = 0.03  # mean |steer| from which a mirrored one is another
 FALSE_ALARMS = 0.01
+LEAP = 2  # tiles in a step that nobody drives: another part of the track is nearer now
 WARM_UP = 5  # plans made before the judged one, as the driver would have
 SEGMENT = 120  # latents of a training episode, at most: many tracks tell more than many frames
 BLOCK = 512  # stacks of frames that are in memory at a time
@@ -863,8 +864,12 @@ def outcome(env, saved, actions, off_road):
     """Tiles made by actions (T, 3) less `off_road` a second of all four wheels off the road."""
     restore_state(env, saved)
     before, n = along(env)
-    off = sum(sum(not w.tiles for w in car.wheels) for car in play(env, actions)) / 4 / FPS
-    made = (along(env)[0] - before + n / 2) % n - n / 2
+    made = off = 0
+    for car in play(env, actions):
+        off += sum(not w.tiles for w in car.wheels) / 4 / FPS
+        now, _ = along(env)
+        step = (now - before + n / 2) % n - n / 2
+        made, before = made + step * (abs(step) < LEAP), now
     return made - off_road * off
 
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from car_env import make_env, place_car
+from car_env import centre_line, make_env, place_car
 from collect_data import run_episode
 from collect_recovery_data import FaultyExpert
 from conftest import script
 from evaluate import (AHEAD, FAR, FIGURES, FILMS, JUDGES, OFF_ROAD, PARTS, PROBED, VIOLATIONS,
-                      Episode, Labels, Recorder, Scale, Spots, Subject, auc, cells, choose_spots,
-                      choosing, linear_dream, lived_frames, main, mark, numbered, on_grid, outcome,
-                      partners, play, possible, probe, restore_state, save_state, separated,
-                      spearman, text)
+                      Episode, Labels, Recorder, Scale, Spots, Subject, along, auc, cells,
+                      choose_spots, choosing, linear_dream, lived_frames, main, mark, numbered,
+                      on_grid, outcome, partners, play, possible, probe, restore_state, save_state,
+                      separated, spearman, text)
 from runtime import Refusal
 
 TINY = ("--tracks 2 --train_frames 500 --frames 100 --windows 10 --states 1 --samples 16 --lived 4 "
@@ -316,6 +316,26 @@ def test_outcomes_tell_driving_from_standing_and_from_the_grass():
     grass = save_state(env)
     act = np.tile(np.float32((0, 0.3, 0)), (30, 1))
     assert abs(outcome(env, grass, act, 0) - outcome(env, grass, act, 17) - 17 * 0.6) < 0.5
+
+
+def test_a_shortcut_over_the_grass_makes_no_tiles():
+    """From one part of the track over to another, dozens of tiles further along or back."""
+    env = make_env("physics")
+    env.reset(seed=200_000)
+    track, line = env.unwrapped.track, centre_line(env.unwrapped)
+    for i, (_, beta, x, y) in enumerate(track):
+        at = lambda s: (x - s * np.cos(beta), y - s * np.sin(beta))  # s units to the left
+        tile = lambda s: line.place(*at(s))[0]
+        apart = lambda s: abs((tile(s) - tile(s - 1) + len(track) / 2) % len(track)
+                              - len(track) / 2)
+        border = next((s for s in range(15, 60) if apart(s) > 20), None)
+        if border:
+            break
+    place_car(env, *at(border - 8), beta + np.pi / 2, speed=40)
+    before, _ = along(env)
+    saved = save_state(env)
+    made = outcome(env, saved, np.zeros((30, 3), np.float32), 0)
+    assert abs(along(env)[0] - before) > 20 and abs(made) < 10
 
 
 def test_rank_correlation_and_its_interval():
