@@ -1,10 +1,10 @@
 """The expert with injected mistakes: what leaving the line looks like, and the way back.
 
-At random times (Poisson) a named mistake of 0.1 to 1.2 s bends the expert's action, or random driving
-replaces it for 1 to 4 s; then the expert takes over and recovers. Half of the episodes also start off
-the line, askew or on the grass. Every mistake is judged: recovered means that within 4 s of its end
-the car has for 0.2 s had three wheels on the road, a heading within 0.5 rad of the line's, and more
-than 15 units/s.
+At random times (Poisson) a named mistake of 0.1 to 1.2 s bends the expert's action, or random
+driving replaces it for 1 to 4 s; then the expert takes over and recovers. Half of the episodes also
+start off the line, askew or on the grass. Every mistake is judged: recovered means that within 4 s
+of its end the car has for 0.2 s had three wheels on the road, a heading within 0.5 rad of the
+line's, and more than 15 units/s.
 """
 
 import math

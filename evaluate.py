@@ -20,9 +20,10 @@ report_only_<parts>.json and .png.
             the light changes, or another light throughout.
 4. plans    candidates drawn as the planner draws them, dreamt and then driven in the simulator. The
             outcome is the tiles made along the track, shortcuts to another part of it not counted,
-            less --off_road tiles a second of four wheels off the road. A state is restored on a new car from position, angle and speeds of all
-            five bodies, pedals, wheel spin and touched tiles: 30 steps later positions agree to
-            about 1e-4 units (only the joints' warm start is lost).
+            less --off_road tiles a second of four wheels off the road. A state is restored on a new
+            car from position, angle and speeds of all five bodies, pedals, wheel spin and touched
+            tiles: 30 steps later positions agree to about 1e-4 units (only the joints' warm start
+            is lost).
 
 About 5 minutes for the model of `make demo` on one thread of a busy two-core machine, in fp32.
 Same seed, same machine: same report.

@@ -82,8 +82,9 @@ class TinyEncoder(nn.Module):
             self.register_buffer("panel_parts", torch.zeros(PANEL, gauges))
 
     def features(self, x, depth=False):
-        """(N, 3 * history, 64, 64) uint8 or float in 0..255 -> raw latents (N, D); with `depth` also
-        the last map but one, a 4x4 of it, (N, M), which knows more of the road than they do."""
+        """(N, 3 * history, 64, 64) uint8 or float in 0..255 -> raw latents (N, D); with `depth`
+        also the last map but one, a 4x4 of it, (N, M), which knows more of the road than they do.
+        """
         assert x.shape[1:] == (3 * self.history, 64, 64), tuple(x.shape)
         x = torch.rsub(x.float(), -1.0, alpha=-1 / 127.5)  # to -1..1
         x = x.contiguous(memory_format=torch.channels_last)
@@ -421,7 +422,8 @@ def norm_over_ranks(norm, x):
 # ------------------------------------------------------------------ checkpoints
 
 NETS = {"encoder": TinyEncoder, "projector": Projector, "inverse": InverseModel,
-        "bend": BendModel, "recall": RecallModel, "decoder": TinyDecoder, "predictor": Predictor, "cost": CostModel}
+        "bend": BendModel, "recall": RecallModel, "decoder": TinyDecoder,
+        "predictor": Predictor, "cost": CostModel}
 
 
 def save(path, nets, **state):
@@ -676,7 +678,7 @@ def optimise(loss, nets, optim, scaler, lr, when="a step", clip=1.0):
 
     Refuses a loss, or gradients, that are not finite before they reach a weight (fp16's scaler
     skips such gradients); `when` says where that was. A GPU is not waited for: it says so a step
-    later, and `save` refuses the weights until then.
+    later, and until then, or at the end, `save` refuses the weights.
     """
     for group in optim.param_groups:
         group["lr"] = lr

@@ -214,8 +214,8 @@ def views(obs, args, generator):
 
 
 def untold(told, seen):
-    """Share of the variance of maps (N, M) that is not told (N, M in units of each number's spread).
-    The maps are what they are: no gradient goes into them."""
+    """Share of the variance of maps `seen` (N, M) that `told` (N, M), in units of each number's
+    spread, does not tell. The maps are what they are: no gradient goes into them."""
     seen = seen.detach().float()
     var, mean = torch.var_mean(gather(seen), dim=0)
     return F.mse_loss(told.float(), (seen - mean) * (var + DULL * var.mean()).rsqrt())

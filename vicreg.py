@@ -6,6 +6,8 @@ rounds. Under torchrun variance and covariance are those of the batches of all r
 
 from functools import wraps
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -89,8 +91,10 @@ def vicreg_loss(za, zb, sim=25.0, std=25.0, cov=1.0):
 def effective_rank(z):
     """exp(entropy of the normalised singular values) of centred z, (N, D) -> float in [1, D].
 
-    Roy and Vetterli 2007; the usual measure of dimensional collapse.
+    Roy and Vetterli 2007; the usual measure of dimensional collapse. Of what is not finite, NaN.
     """
+    if not torch.isfinite(z).all():
+        return math.nan
     s = torch.linalg.svdvals(z.float() - z.float().mean(dim=0))
     p = s / s.sum().clamp_min(1e-12)
     return float(torch.exp(-(p * (p + 1e-12).log()).sum()))
