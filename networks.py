@@ -83,8 +83,7 @@ class TinyEncoder(nn.Module):
 
     def features(self, x, depth=False):
         """(N, 3 * history, 64, 64) uint8 or float in 0..255 -> raw latents (N, D); with `depth`
-        also the last map but one, a 4x4 of it, (N, M), which knows more of the road than they do.
-        """
+        also the last map but one, (N, C, H, W), which knows more of the road than they do."""
         assert x.shape[1:] == (3 * self.history, 64, 64), tuple(x.shape)
         x = torch.rsub(x.float(), -1.0, alpha=-1 / 127.5)  # to -1..1
         x = x.contiguous(memory_format=torch.channels_last)
@@ -94,7 +93,7 @@ class TinyEncoder(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 gauges = (self.panel(x) - self.panel_mean) @ self.panel_parts
             z = torch.cat([z, gauges], dim=1)
-        return (z, F.adaptive_avg_pool2d(seen, 4).flatten(1)) if depth else z
+        return (z, seen) if depth else z
 
     @staticmethod
     def panel(x):

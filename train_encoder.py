@@ -214,9 +214,9 @@ def views(obs, args, generator):
 
 
 def untold(told, seen):
-    """Share of the variance of maps `seen` (N, M) that `told` (N, M), in units of each number's
-    spread, does not tell. The maps are what they are: no gradient goes into them."""
-    seen = seen.detach().float()
+    """Share of the variance of maps `seen` (N, C, H, W), a 4x4 of each, that `told` (N, 16 * C), in
+    units of each number's spread, does not tell. No gradient goes into the maps."""
+    seen = F.adaptive_avg_pool2d(seen.detach().float(), 4).flatten(1)
     var, mean = torch.var_mean(gather(seen), dim=0)
     return F.mse_loss(told.float(), (seen - mean) * (var + DULL * var.mean()).rsqrt())
 

@@ -4,9 +4,8 @@ Statistics are float32 whatever autocast says: in half precision the covariance 
 rounds. Under torchrun variance and covariance are those of the batches of all ranks together.
 """
 
-from functools import wraps
-
 import math
+from functools import wraps
 
 import torch
 import torch.distributed as dist
