@@ -14,16 +14,20 @@ report_only_<parts>.json and .png.
             of a few frames, as its interval shows.
 2. dreams   squared error of each imagined step over that of copy-last.
 3. futures  surprise, the distance between imagined and actual latents in units of the dream's usual
-            errors, of true and violated futures, films of 1, 5 and 15 latents. One counts where
-            its violation shows: teleports with the road in view, frozen, reversed and double speed
-            on a moving car, swapped and mirrored on unlike actions. Two controls should not alarm:
-            the light changes, or another light throughout.
+            errors at such a moment, of true and violated futures, films of 1, 5 and 15 latents. One
+            counts where its violation shows: teleports with the road in view, frozen, reversed and
+            double speed on a moving car, swapped and mirrored on unlike actions. Two controls
+            should not alarm: the light changes, or another light throughout.
 4. plans    candidates drawn as the planner draws them, dreamt and then driven in the simulator. The
             outcome is the tiles made along the track, shortcuts to another part of it not counted,
             less --off_road tiles a second of four wheels off the road. A state is restored on a new
             car from position, angle and speeds of all five bodies, pedals, wheel spin and touched
             tiles: 30 steps later positions agree to about 1e-4 units (only the joints' warm start
-            is lost).
+            is lost). Beside the energy a judge that saw the labels: what these latents could tell.
+            A plan is worth more, or less, than its 0.6 s: from where --lived of them end an expert
+            drives on for a second, and that counts too. Rank correlations are means of those within
+            a state, but for the last two rows: there the plans of all states stand in one order,
+            and a judge of states alone does well.
 
 About 5 minutes for the model of `make demo` on one thread of a busy two-core machine, in fp32.
 Same seed, same machine: same report.
@@ -39,12 +43,14 @@ import time
 import warnings
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gymnasium.envs.box2d.car_racing import TRACK_DETAIL_STEP
 from scipy.stats import rankdata
 from sklearn.covariance import ledoit_wolf
 from sklearn.decomposition import PCA
@@ -57,7 +63,7 @@ from tqdm import tqdm
 from buffer import Damage, load_sources, read_chunk
 from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, is_tile, make_env, place_car)
 from collect_data import FIRST_SEED, make_random, run_episode
-from collect_race_data import PACES as RACE_PACES, make_expert
+from collect_race_data import PACES as RACE_PACES, Expert, make_expert
 from collect_recovery_data import PACES as RECOVERY_PACES, make_faulty
 from demo_energy import MIN_JUMP, Elsewhere
 from drive_mpc import Futures, colored_noise, limited, plan, planning, several, to_action
@@ -82,6 +88,7 @@ UNLIKE = 0.5  # of two action sequences, mean distance in units of their usual s
 STEERED = 0.03  # mean |steer| from which a mirrored one is another
 FALSE_ALARMS = 0.01
 LEAP = 2  # tiles in a step that nobody drives: another part of the track is nearer now
+AFTER = 1  # seconds that an expert goes on from where a plan ended
 WARM_UP = 5  # plans made before the judged one, as the driver would have
 SEGMENT = 120  # latents of a training episode, at most: many tracks tell more than many frames
 BLOCK = 512  # stacks of frames that are in memory at a time
@@ -465,11 +472,11 @@ def labels_of(spots, ahead=0):
                   spots.track)
 
 
-def regressor(kind, seed):
-    """A fresh probe: linear, or with one hidden layer."""
+def regressor(kind, seed, hidden=(64,)):
+    """A fresh probe: linear, or with hidden layers."""
     if kind == "ridge":
         return Ridge(alpha=1.0)
-    return MLPRegressor(hidden_layer_sizes=(64,), batch_size=128, alpha=1e-3, max_iter=40,
+    return MLPRegressor(hidden_layer_sizes=hidden, batch_size=128, alpha=1e-3, max_iter=40,
                         learning_rate_init=2e-3, early_stopping=True, n_iter_no_change=5,
                         random_state=seed)
 
@@ -724,21 +731,43 @@ class Scale:
     """The unit of a judge's surprise: its usual errors at the steps AHEAD, on training episodes.
 
     A dream knows some directions of the latent better than others, and all of them less the
-    further ahead it looks. An error is measured in standard deviations, in every direction
-    (Mahalanobis, covariance shrunk after Ledoit and Wolf 2004).
+    further ahead it looks: an error is measured in standard deviations, in every direction
+    (Mahalanobis, covariance shrunk after Ledoit and Wolf 2004). It also knows less of a slide than
+    of a straight: a small MLP tells from present and dream what such a square usually is, by which
+    it is divided (a variance that depends on the input, after Nix and Weigend 1994).
     """
 
-    def __init__(self, errors):
-        """errors (n, len(AHEAD), D) of true futures."""
-        self.whiten = []
-        for h in range(errors.shape[1]):
-            cov = torch.from_numpy(ledoit_wolf(errors[:, h].double().numpy(),
-                                               assume_centered=True)[0])
+    def __init__(self, now, z_hat, came, seed):
+        """now (n, D), z_hat, came (n, len(AHEAD), D) of true futures."""
+        self.whiten, self.usual = [], []
+        for a in range(came.shape[1]):
+            error = (came - z_hat)[:, a]
+            cov = torch.from_numpy(ledoit_wolf(error.double().numpy(), assume_centered=True)[0])
             self.whiten.append(torch.linalg.cholesky(torch.linalg.inv(cov)).float())
+            self.usual.append(self._usual(self.moment(now, z_hat[:, a]),
+                                          np.log(self.squares(error, a) + 1e-12), seed))
 
-    def __call__(self, z, z_hat, a):
-        """(n,): about 1 where latents (n, D) are as far from z_hat as is usual, AHEAD[a] ahead."""
-        return ((z - z_hat) @ self.whiten[a]).pow(2).mean(dim=1).numpy()
+    @staticmethod
+    def moment(now, z_hat):
+        return torch.cat([now, z_hat], dim=1).numpy()
+
+    @staticmethod
+    def _usual(moment, logs, seed):
+        """x (n, 2 D) -> (n,): what surprises of such moments usually are, within those seen."""
+        mean, scale = moment.mean(axis=0), moment.std(axis=0) + 1e-6
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            net = regressor("mlp", seed).fit((moment - mean) / scale, logs)
+        return lambda x: np.exp(net.predict((x - mean) / scale).clip(logs.min(), logs.max()))
+
+    def squares(self, error, a):
+        """(n,): squared errors (n, D) in units of the usual, without regard to the moment."""
+        return (error @ self.whiten[a]).pow(2).mean(dim=1).numpy()
+
+    def __call__(self, z, now, z_hat, a):
+        """(n,): about 1 where latents z (n, D) are as far from z_hat, dreamt of `now`, as is usual
+        for such a moment, AHEAD[a] ahead."""
+        return self.squares(z - z_hat, a) / self.usual[a](self.moment(now, z_hat))
 
 
 def scales(subject, train, args):
@@ -747,10 +776,10 @@ def scales(subject, train, args):
     act, steps, out = spots.act(max(AHEAD)), [h - 1 for h in AHEAD], {}
     for judge, (encoder, predictor) in subject.pairs().items():
         now, *came = (subject.encode_now(encoder, spots.later(h)) for h in (0, *AHEAD))
-        came = torch.stack(came, dim=1)
-        out[judge] = Scale(came - subject.imagine(predictor, now, act)[:, steps])
+        came, z_hat = torch.stack(came, dim=1), subject.imagine(predictor, now, act)[:, steps]
+        out[judge] = Scale(now, z_hat, came, args.seed)
         if judge == "this model":
-            out["copy-last"] = Scale(came - now[:, None])
+            out["copy-last"] = Scale(now, now[:, None].expand_as(came), came, args.seed)
     return out
 
 
@@ -769,20 +798,20 @@ def surprises(subject, spots, other, scale, args):
         for rows in blocks(len(spots)):
             film = FILMS.get(v, FILMS["true"])(h + subject.newest())
             obs = planes(elsewhere[v][rows, a]) if v in TELEPORTS else spots[rows].frames(film)
-            now = spots[rows].frames(subject.newest())
+            was = spots[rows].frames(subject.newest())
             obs = relit(obs, light) if v in COLOURS else obs
-            now = relit(now, same) if v == THROUGHOUT else now
-            change = obs[:, -1].float() - now[:, -1].float()
+            was = relit(was, same) if v == THROUGHOUT else was
+            change = obs[:, -1].float() - was[:, -1].float()
             out["pixel error"][v][rows, a] = change.abs().mean(dim=(1, 2, 3))
             premises = ("true", *TOLD) if v == "true" else (v if v == THROUGHOUT else "true",)
             for judge, (encoder, _) in subject.pairs().items():
                 z = subject.encode(encoder, obs)
                 for premise in premises:
-                    z_now, z_hat = expected[judge][premise]
+                    now, z_hat = (x[rows] for x in expected[judge][premise])
                     row = premise if premise in TOLD else v
-                    out[judge][row][rows, a] = scale[judge](z, z_hat[rows, a], a)
+                    out[judge][row][rows, a] = scale[judge](z, now, z_hat[:, a], a)
                     if judge == "this model":  # its copy-last, which knows no actions
-                        out["copy-last"][row][rows, a] = scale["copy-last"](z, z_now[rows], a)
+                        out["copy-last"][row][rows, a] = scale["copy-last"](z, now, now, a)
     out["pixel error"] |= {lie: out["pixel error"]["true"] for lie in TOLD}
     return {judge: {v: np.maximum.accumulate(s, axis=1) for v, s in rows.items()}
             for judge, rows in out.items()}
@@ -861,8 +890,11 @@ def along(env):
     return i + t, len(line.x)
 
 
-def outcome(env, saved, actions, off_road):
-    """Tiles made by actions (T, 3) less `off_road` a second of all four wheels off the road."""
+def outcome(env, saved, actions, off_road, expert=None):
+    """Tiles made by actions (T, 3) less `off_road` a second of all four wheels off the road; with
+    an `expert` also what it makes of it in AFTER seconds more."""
+    if expert:
+        actions = chain(actions, (expert.act(env) for _ in range(AFTER * FPS)))
     restore_state(env, saved)
     before, n = along(env)
     made = off = 0
@@ -887,16 +919,37 @@ def lived_frames(env, episode, k, act, repeat):
     return frames.reshape(len(act), -1, *frames.shape[1:])[:, repeat::repeat]
 
 
-def lived_energies(subject, env, episode, k, act, cfg):
-    """The energies (n,) that plans act (n, H, 3) have where they really lead."""
+def lived_latents(subject, env, episode, k, act):
+    """The latents (n, H, D) to which plans act (n, H, 3) really lead."""
     h, (n, H, _) = subject.encoder.history, act.shape
     came = lived_frames(env, episode, k, act, subject.encoder.repeat)
     past = np.broadcast_to(episode.obs[k + 2 - h:k + 1], (n, h - 1, *came.shape[2:]))
     film = np.concatenate([past, came], axis=1)  # (n, h - 1 + H, 64, 64, 3)
     obs = np.stack([film[:, t:t + h] for t in range(H)], axis=1).reshape(n * H, h, 64, 64, 3)
-    z = subject.encode(subject.encoder, planes(obs)).view(n, H, -1).to(subject.device)
-    now = episode.z[k:k + 1].to(subject.device)
-    return subject.cost.judge(now, z, cfg.energy).cpu().numpy()
+    return subject.encode(subject.encoder, planes(obs)).view(n, H, -1)
+
+
+def taught_outcome(subject, train, args):
+    """A judge that saw the labels, the ceiling of an energy of these latents: told(z (n, H, D)) ->
+    outcomes (n,) of plans, by an MLP's word on each latent's speed along the track and wheels off
+    the road. Where --ceiling_steps is 0: nans.
+    """
+    if not args.ceiling_steps:
+        return lambda z: np.full(len(z), np.nan)
+    spots = choose_spots(train, args.train_frames, args.seed)
+    z = spots.z(0, 0)[:, 0].numpy()
+    along = spots.state("speed") * np.cos(spots.state("heading_error")) / TRACK_DETAIL_STEP
+    y = np.stack([along, spots.state("wheels_off_road") / 4], axis=1)
+    mean, scale, size = z.mean(axis=0), z.std(axis=0) + 1e-6, y.std(axis=0) + 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        net = regressor("mlp", args.seed, (256, 128)).fit((z - mean) / scale, y / size)
+
+    def told(z):
+        said = net.predict((z.flatten(0, 1).cpu().numpy() - mean) / scale) * size
+        seconds = subject.encoder.repeat / FPS
+        return (said @ (1, -args.off_road) * seconds).reshape(z.shape[:2]).sum(axis=1)
+    return told
 
 
 def candidates(previous, cfg, generator, device):
@@ -939,31 +992,45 @@ def states_of(spots, args):
     return spots[np.array(sorted(rows))]
 
 
-FIGURES = ("spearman", "spearman, untrained predictor", "spearman, energy of what came",
+FIGURES = ("spearman", "spearman, untrained predictor", "spearman, saw the labels",
+           "of what came: spearman", "of what came: saw the labels",
+           f"then {AFTER} s of an expert: spearman",
+           f"then {AFTER} s of an expert: of what came",
+           f"then {AFTER} s: of what came, saw the labels",
            "regret of the lowest energy", "regret of the planner's plan",
            "regret, untrained predictor", "regret of a random plan",
            "regret of the simulator's best", "spread of the outcomes")
+POOLED = ("plans of all states: spearman", "the same, untrained predictor")
 
 
-def drive_plans(subject, envs, episode, k, args):
-    """(a figure each of FIGURES, energies (N,), true outcomes (N,)) of the plans at latent k."""
+def drive_plans(subject, told, envs, expert, episode, k, args):
+    """(a figure each of FIGURES, energies (N,), those of an untrained predictor, true outcomes
+    (N,)) of the plans at latent k; `told` of taught_outcome."""
     physics, fast = envs
     act, energies, own = judge_plans(subject, episode, k, args.seed + 1000 * episode.track, args)
-    value = lambda a: outcome(physics, episode.saved[k], a.repeat(subject.encoder.repeat, axis=0),
-                              args.off_road)
+    value = lambda a, expert=None: outcome(physics, episode.saved[k], a.repeat(
+        subject.encoder.repeat, axis=0), args.off_road, expert)
     made = np.array([value(a) for a in act])
-    some = act[:args.lived]
-    came = lived_energies(subject, fast, episode, k, some, args)
+    some, n = act[:args.lived], args.lived
+    later = np.array([value(a, expert) for a in some])
+    dreamt = subject.imagine(subject.predictor, episode.z[k:k + 1].expand(len(act), -1),
+                             torch.from_numpy(act))
+    came = lived_latents(subject, fast, episode, k, some)
+    now = episode.z[k:k + 1].to(subject.device)
+    lived = subject.cost.judge(now, came.to(subject.device), args.energy).cpu().numpy()
     e, blank = energies["this model"], energies["untrained"]
     driven = (made[e.argmin()], value(own), made[blank.argmin()], made.mean(), made.max())
-    figures = [spearman(-e, made), spearman(-blank, made), spearman(-came, made[:len(some)]),
+    figures = [spearman(-e, made), spearman(-blank, made), spearman(told(dreamt), made),
+               spearman(-lived, made[:n]), spearman(told(came), made[:n]),
+               spearman(-e[:n], later), spearman(-lived, later), spearman(told(came), later),
                *(made.max() - x for x in driven), made.std()]
-    return figures, e, made
+    return figures, e, blank, made
 
 
-def plans(subject, spots, args):
+def plans(subject, train, spots, args):
     """Part 4: ({"all" or source: {figure: cell}}, energies (n, N), outcomes (n, N), states)."""
     spots, envs = states_of(spots, args), (make_env("physics"), make_env("fast"))
+    told, expert = taught_outcome(subject, train, args), Expert(pace=0.5)
     track, rows = None, []
     for e, k in tqdm(list(zip(spots.e.tolist(), spots.k.tolist())), desc="plans", unit="state",
                      leave=False):
@@ -972,20 +1039,24 @@ def plans(subject, spots, args):
             track = episode.track
             for env in envs:
                 env.reset(seed=track)
-        rows.append(drive_plans(subject, envs, episode, k, args))
+            expert.reset(envs[0])
+        rows.append(drive_plans(subject, told, envs, expert, episode, k, args))
     for env in envs:
         env.close()
-    figures, energy, true = (np.array(x) for x in zip(*rows))
-    return summarise(figures, spots, args), energy, true, spots
+    figures, energy, blank, true = (np.array(x) for x in zip(*rows))
+    return summarise(figures, energy, blank, true, spots, args), energy, true, spots
 
 
-def summarise(rows, spots, args):
-    """{"all" or source: {figure: cell}} of a row of figures for each state."""
+def summarise(figures, energy, blank, true, spots, args):
+    """{"all" or source: {figure: cell}} of a row of figures for each state, and of the energies and
+    outcomes (n, N) of all states together."""
     out = {}
     for source in ("all", *dict.fromkeys(spots.source)):
         own = np.flatnonzero((spots.source == source) | (source == "all"))
-        found = cells(lambda r: r.mean(axis=0), spots.track[own], (rows[own],), args)
-        out[source] = dict(zip(FIGURES, found))
+        found = cells(lambda r, e, b, t: [*r.mean(axis=0), spearman(-e.ravel(), t.ravel()),
+                                          spearman(-b.ravel(), t.ravel())],
+                      spots.track[own], [x[own] for x in (figures, energy, blank, true)], args)
+        out[source] = dict(zip((*FIGURES, *POOLED), found))
     return out
 
 
@@ -1039,8 +1110,8 @@ def show_futures(found):
 def show_plans(found):
     table("4. Does its judgement match the world: rank correlation of low energy and true outcome "
           "within a state, regrets in tiles", list(found),
-          {figure: [found[source][figure] for source in found] for figure in FIGURES}
-          | {"states": [str(found[source]["spearman"]["n"]) for source in found]}, 34)
+          {figure: [found[source][figure] for source in found] for figure in (*FIGURES, *POOLED)}
+          | {"states": [str(found[source]["spearman"]["n"]) for source in found]}, 38)
 
 
 # ------------------------------------------------------------------ the page
@@ -1203,7 +1274,7 @@ def evaluate(subject, parts, train, test, spots, args):
         show_futures(violations)
         pages["futures"] = lambda ax: page_futures(ax, violations)
     if "plans" in parts:
-        figures, energy, true, states = plans(subject, spots, args)
+        figures, energy, true, states = plans(subject, train, spots, args)
         found["plans"] = figures
         show_plans(figures)
         pages["plans"] = lambda ax: page_plans(ax, figures, energy, true, states)

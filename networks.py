@@ -211,8 +211,8 @@ class BendModel(nn.Module):
 
 
 class RecallModel(nn.Module):
-    """What the encoder's last map but one saw, told from the latent. Linear: a latent that has to
-    be foreseen keeps the road ahead, be it at a low volume."""
+    """What the encoder's last map but one sees, told from a latent, real or dreamt. Linear: a latent
+    that has to be foreseen keeps the road ahead, be it at a low volume."""
 
     def __init__(self, dim=512, size=4096):
         super().__init__()

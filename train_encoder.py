@@ -81,8 +81,9 @@ def arguments(argv=None):
                    help="joint: weight of telling how a picture was bent, which teaches where the "
                         "road lies and where it leads; 0 leaves the bent pictures out")
     g.add_argument("--recall", type=float, default=0.0,
-                   help="joint: weight of telling linearly what the last map but one saw, which "
-                        "knows more of bends than the latents that are made of it; 0 leaves it out")
+                   help="joint: weight of telling linearly, from latents and dreamt ones, what the "
+                        "last map but one sees there, which knows more of bends than the latents "
+                        "that are made of it; 20 does, 0 leaves it out")
     g.add_argument("--mirror", type=fraction, default=0.0,
                    help="share of the windows with left and right exchanged, in pictures and "
                         "steering: a lap has few bends to the right, 0.5 knows more of them")
@@ -239,7 +240,8 @@ def joint_loss(nets, x, how, act, args):
     if how is not None:
         logs["bend"] = F.mse_loss(nets["bend"](z[:, 0], seen[:, 0]).float(), how)
     if args.recall:
-        logs["recall"] = untold(nets["recall"](z[:, 0]), maps[:, first])
+        known = torch.cat([z[:, :1], z_hat], dim=1).flatten(0, 1)  # now, and dreamt
+        logs["recall"] = untold(nets["recall"](known), maps[:, first:].flatten(0, 1))
     loss = sum(getattr(args, name) * term for name, term in logs.items())
     learned = nets["encoder"].learned(flat)
     return loss, {k: v.detach() for k, v in logs.items()}, learned.detach()

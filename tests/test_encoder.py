@@ -182,10 +182,11 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     assert torch.allclose(logs["inverse"], told, rtol=1e-3)
     maps = nets["encoder"].body[:-1]((x / 127.5 - 1).contiguous(memory_format=torch.channels_last))
     assert maps.shape[1:] == (32, 8, 8)
-    maps = maps.view(6, 5, 32, 4, 2, 4, 2)[:, 1].mean(dim=(3, 5)).flatten(1).detach()
+    maps = maps.view(6, 5, 32, 4, 2, 4, 2)[:, 1:].mean(dim=(4, 6)).view(24, 512).detach()
     centred = maps - maps.mean(dim=0)
     scale = (maps.var(dim=0) + DULL * maps.var(dim=0).mean()).sqrt()
-    told = nets["recall"].net(z[:, 0])
+    dreamt = torch.stack([z[:, 0], *(z_hat[:, t - 1] for t in at[1:])], dim=1)
+    told = nets["recall"].net(dreamt.view(24, 16))
     assert torch.allclose(logs["recall"], (told - centred / scale).pow(2).mean(), rtol=1e-3)
     assert list(logs) == ["pred", "inverse", "std", "cov", "bend", "recall"]
     total = sum(getattr(args, k) * term for k, term in logs.items())

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -11,15 +12,16 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from car_env import centre_line, make_env, place_car
-from collect_data import run_episode
+from car_env import FPS, TELEMETRY, centre_line, make_env, place_car
+from collect_data import FIRST_SEED, run_episode
+from collect_race_data import Expert
 from collect_recovery_data import FaultyExpert
 from conftest import script
-from evaluate import (AHEAD, FAR, FIGURES, FILMS, JUDGES, OFF_ROAD, PARTS, PROBED, VIOLATIONS,
-                      Episode, Labels, Recorder, Scale, Spots, Subject, along, auc, cells,
-                      choose_spots, choosing, linear_dream, lived_frames, main, mark, numbered,
-                      on_grid, outcome, partners, play, possible, probe, restore_state, save_state,
-                      separated, spearman, text)
+from evaluate import (AFTER, AHEAD, FAR, FIGURES, FILMS, JUDGES, OFF_ROAD, PARTS, POOLED, PROBED,
+                      VIOLATIONS, Episode, Labels, Recorder, Scale, Spots, Subject, along, auc,
+                      cells, choose_spots, choosing, linear_dream, lived_frames, main, mark,
+                      numbered, on_grid, outcome, partners, play, possible, probe, restore_state,
+                      save_state, separated, spearman, taught_outcome, text)
 from runtime import Refusal
 
 TINY = ("--tracks 2 --train_frames 500 --frames 100 --windows 10 --states 1 --samples 16 --lived 4 "
@@ -122,7 +124,7 @@ def test_plans_are_driven_and_compared_with_the_best(card):
     found = card[0]["parts"]["plans"]
     assert "all" in found and len(found) >= 2
     for figures in found.values():
-        assert set(figures) == set(FIGURES)
+        assert set(figures) == {*FIGURES, *POOLED}
         assert -1 <= sound(figures["spearman"]) <= 1
         assert sound(figures["regret of the simulator's best"]) == 0
         assert sound(figures["regret of the lowest energy"]) >= 0
@@ -318,6 +320,41 @@ def test_outcomes_tell_driving_from_standing_and_from_the_grass():
     assert abs(outcome(env, grass, act, 0) - outcome(env, grass, act, 17) - 17 * 0.6) < 0.5
 
 
+def test_an_expert_goes_on_from_where_a_plan_ended():
+    env, expert, given = make_env("physics"), Expert(0.5), []
+    env.reset(seed=200_000)
+    expert.reset(env)
+    _, beta, x, y = env.unwrapped.track[10]
+    place_car(env, x, y, beta, speed=40)
+    start, plan = save_state(env), np.tile(np.float32((0, 0.3, 0)), (10, 1))
+    scribe = SimpleNamespace(act=lambda env: given.append(expert.act(env)) or given[-1])
+    made = outcome(env, start, plan, 17, scribe)
+    assert len(given) == AFTER * FPS
+    assert made == pytest.approx(outcome(env, start, np.concatenate([plan, given]), 17), abs=1e-3)
+    assert made > outcome(env, start, plan, 17) + 5 * AFTER
+
+
+def test_a_judge_that_saw_the_labels_tells_the_outcome():
+    """From latents that are telemetry, of a track it was not fitted to."""
+    env, parts = make_env("fast"), []
+    columns = [list(TELEMETRY).index(name) for name in ("speed", "heading_error",
+                                                        "wheels_off_road")]
+    for track in range(FIRST_SEED, FIRST_SEED + 6):
+        arrays, _ = run_episode(env, FaultyExpert(1.0), track, np.random.default_rng(track))
+        parts.append(on_grid("data_recovery", track, arrays, 2))
+        parts[-1].z = torch.from_numpy(parts[-1].state[:, columns]).float()
+    told = taught_outcome(SimpleNamespace(encoder=SimpleNamespace(repeat=2)), parts[:5],
+                          SimpleNamespace(ceiling_steps=1, train_frames=2000, seed=0, off_road=17))
+    last = parts[5]
+    speed, heading, off = last.state[:, columns].T
+    worth = (speed * np.cos(heading) / 3.5 - 17 * off / 4) / 25
+    windows = np.lib.stride_tricks.sliding_window_view(worth, 15).sum(axis=1)
+    z = last.z.unfold(0, 15, 1).transpose(1, 2)
+    assert spearman(told(z), windows) > 0.9
+    assert np.abs(told(z) - windows).mean() < 0.5  # tiles
+    assert np.isnan(taught_outcome(None, parts, SimpleNamespace(ceiling_steps=0))(z)).all()
+
+
 def test_a_shortcut_over_the_grass_makes_no_tiles():
     """From one part of the track over to another, dozens of tiles further along or back."""
     env = make_env("physics")
@@ -360,11 +397,17 @@ def test_tracks_of_the_kinds_never_meet_and_stay_in_their_range():
 
 
 def test_surprise_is_in_units_of_the_usual_error():
-    """About 1 for errors like those it was fitted to; a rare direction counts more than a usual."""
+    """About 1 for errors like those it was fitted to; a rare direction counts more than a usual,
+    and the same error more where errors are usually small."""
     rng = torch.Generator().manual_seed(0)
     size = torch.tensor([3.0, 1.0, 0.5, 0.5])
-    errors = size * torch.randn(4000, len(AHEAD), 4, generator=rng)
-    scale = Scale(errors)
-    assert scale(errors[:, 1], torch.zeros(4000, 4), 1).mean() == pytest.approx(1, abs=0.1)
-    usual, rare = torch.eye(4)[:1], torch.eye(4)[3:]
-    assert scale(rare, 0 * rare, 0) > 25 * scale(usual, 0 * usual, 0)
+    now = torch.randn(4000, 4, generator=rng)
+    size = size * (1 + 4 * (now[:, :1, None] > 0))  # five times as large in such moments
+    came = size * torch.randn(4000, len(AHEAD), 4, generator=rng)
+    scale = Scale(now, torch.zeros_like(came), came, 0)
+    of = lambda z, now: scale(z, now, torch.zeros_like(z), 1)
+    for half in (now[:, 0] > 0.3, now[:, 0] < -0.3):
+        assert 0.8 < np.median(of(came[half, 1], now[half])) < 1.25
+    usual, rare, hard = torch.eye(4)[:1], torch.eye(4)[3:], torch.eye(4)[:1]
+    assert of(rare, -hard) > 25 * of(usual, -hard)
+    assert of(rare, -hard) > 12 * of(rare, hard)
