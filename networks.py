@@ -81,19 +81,17 @@ class TinyEncoder(nn.Module):
             self.register_buffer("panel_mean", torch.zeros(PANEL))
             self.register_buffer("panel_parts", torch.zeros(PANEL, gauges))
 
-    def features(self, x, depth=False):
-        """(N, 3 * history, 64, 64) uint8 or float in 0..255 -> raw latents (N, D); with `depth`
-        also the last map but one, (N, C, H, W), which knows more of the road than they do."""
+    def features(self, x):
+        """(N, 3 * history, 64, 64) uint8 or float in 0..255 -> raw latents (N, D)."""
         assert x.shape[1:] == (3 * self.history, 64, 64), tuple(x.shape)
         x = torch.rsub(x.float(), -1.0, alpha=-1 / 127.5)  # to -1..1
         x = x.contiguous(memory_format=torch.channels_last)
-        seen = self.body[:-1](x)
-        z = self.head(self.body[-1](seen).flatten(1)).float()
-        if self.gauges:
-            with torch.autocast(x.device.type, enabled=False):
-                gauges = (self.panel(x) - self.panel_mean) @ self.panel_parts
-            z = torch.cat([z, gauges], dim=1)
-        return (z, seen) if depth else z
+        z = self.head(self.body(x).flatten(1)).float()
+        if not self.gauges:
+            return z
+        with torch.autocast(x.device.type, enabled=False):
+            gauges = (self.panel(x) - self.panel_mean) @ self.panel_parts
+        return torch.cat([z, gauges], dim=1)
 
     @staticmethod
     def panel(x):
@@ -208,20 +206,6 @@ class BendModel(nn.Module):
     def forward(self, z, z_bent):
         """(N, D), (N, D) -> (N, bends)"""
         return self.net(z_bent - z)
-
-
-class RecallModel(nn.Module):
-    """What the encoder's last map but one sees, told from a latent, real or dreamt. Linear: a latent
-    that has to be foreseen keeps the road ahead, be it at a low volume."""
-
-    def __init__(self, dim=512, size=4096):
-        super().__init__()
-        self.args = dict(dim=dim, size=size)
-        self.net = nn.Linear(dim, size)
-
-    def forward(self, z):
-        """(N, D) -> (N, M), each number in units of its spread"""
-        return self.net(z)
 
 
 class TinyDecoder(nn.Module):
@@ -421,8 +405,7 @@ def norm_over_ranks(norm, x):
 # ------------------------------------------------------------------ checkpoints
 
 NETS = {"encoder": TinyEncoder, "projector": Projector, "inverse": InverseModel,
-        "bend": BendModel, "recall": RecallModel, "decoder": TinyDecoder,
-        "predictor": Predictor, "cost": CostModel}
+        "bend": BendModel, "decoder": TinyDecoder, "predictor": Predictor, "cost": CostModel}
 
 
 def save(path, nets, **state):

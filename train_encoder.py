@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from buffer import Loader, load_sources, on_device, provenance, sample_frames, shares_of
 from car_env import SCENE_H, TELEMETRY, ZOOM_STEPS, mirrored
-from networks import (PANEL, BendModel, InverseModel, Predictor, Projector, RecallModel,
-                      TinyEncoder, already_trained, cosine, optimise, over_ranks, refuse_nan,
-                      resume_run, rotate, save, save_run, so_far, stack, unit_act)
+from networks import (PANEL, BendModel, InverseModel, Predictor, Projector, TinyEncoder,
+                      already_trained, cosine, optimise, over_ranks, refuse_nan, resume_run, rotate,
+                      save, save_run, so_far, stack, unit_act)
 from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, fraction, in_turn, name_of, natural,
                      optimisation, parser, positive, rate, run, same_start, set_up, stopped)
-from vicreg import covariance, effective_rank, gather, variance, vicreg_loss
+from vicreg import covariance, effective_rank, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
 JITTER, TINT = 0.3, 0.1  # brightness and contrast, and each channel, are scaled by 1 ± this
@@ -42,7 +42,6 @@ AT_ONCE = 32  # pictures that a CPU changes in one go
 UNIT_BITS = 6  # pictures are changed in int16, much faster than in float, in steps of 1 / UNIT
 UNIT = 2**UNIT_BITS
 MEAN_OF = 8  # the mean that contrast keeps is of every eighth row of pixels
-DULL = 1e-3  # of the mean variance of a map's numbers: those that vary less need not be told
 COLLAPSED = 0.02  # mean standard deviation of a latent's dimensions; a healthy one has about 1
 COLLAPSED_RANK = 2  # effective rank of a batch of latents; a healthy one has dozens
 CHECK_EVERY = 50  # steps between two looks for collapse
@@ -80,10 +79,6 @@ def arguments(argv=None):
     g.add_argument("--bend", type=float, default=15.0,
                    help="joint: weight of telling how a picture was bent, which teaches where the "
                         "road lies and where it leads; 0 leaves the bent pictures out")
-    g.add_argument("--recall", type=float, default=0.0,
-                   help="joint: weight of telling linearly, from latents and dreamt ones, what the "
-                        "last map but one sees there, which knows more of bends than the latents "
-                        "that are made of it; 20 does, 0 leaves it out")
     g.add_argument("--mirror", type=fraction, default=0.0,
                    help="share of the windows with left and right exchanged, in pictures and "
                         "steering: a lap has few bends to the right, 0.5 knows more of them")
@@ -214,23 +209,14 @@ def views(obs, args, generator):
     return x, how
 
 
-def untold(told, seen):
-    """Share of the variance of maps `seen` (N, C, H, W), a 4x4 of each, that `told` (N, 16 * C), in
-    units of each number's spread, does not tell. No gradient goes into the maps."""
-    seen = F.adaptive_avg_pool2d(seen.detach().float(), 4).flatten(1)
-    var, mean = torch.var_mean(gather(seen), dim=0)
-    return F.mse_loss(told.float(), (seen - mean) * (var + DULL * var.mean()).rsqrt())
-
-
 def joint_loss(nets, x, how, act, args):
-    """Prediction, inverse dynamics, bends, recall, variance and covariance of `views`.
+    """Prediction, inverse dynamics, bends, variance and covariance of `views`.
 
     x, how of `views`, act (B, H, 3), H the last of --targets -> (loss, logs, raw latents (N, D)),
     bent ones and gauges not among them.
     """
-    seen, maps = (v.unflatten(0, (len(act), -1)) for v in nets["encoder"].features(x, depth=True))
-    first = int(how is not None)
-    z = seen[:, first:]  # (B, 1 + len(targets), D)
+    seen = nets["encoder"].features(x).unflatten(0, (len(act), -1))
+    z = seen[:, how is not None:]  # (B, 1 + len(targets), D)
     flat = z.flatten(0, 1)
     z_hat = nets["predictor"].rollout(z[:, 0], act)[:, [t - 1 for t in args.targets]]
     told = nets["inverse"](z[:, 0], z[:, 1])  # the first target is the next latent
@@ -239,9 +225,6 @@ def joint_loss(nets, x, how, act, args):
             "std": variance(flat), "cov": covariance(flat)}
     if how is not None:
         logs["bend"] = F.mse_loss(nets["bend"](z[:, 0], seen[:, 0]).float(), how)
-    if args.recall:
-        known = torch.cat([z[:, :1], z_hat], dim=1).flatten(0, 1)  # now, and dreamt
-        logs["recall"] = untold(nets["recall"](known), maps[:, first:].flatten(0, 1))
     loss = sum(getattr(args, name) * term for name, term in logs.items())
     learned = nets["encoder"].learned(flat)
     return loss, {k: v.detach() for k, v in logs.items()}, learned.detach()
@@ -269,8 +252,6 @@ def make_nets(args, device, dtype):
         nets |= {"predictor": Predictor(args.dim), "inverse": InverseModel(args.dim)}
         if args.bend:
             nets["bend"] = BendModel(args.dim, 2 + STRETCHES)
-        if args.recall:
-            nets["recall"] = RecallModel(args.dim, nets["encoder"].head.in_features // 2)
     else:
         nets["projector"] = Projector(args.dim, args.embedding)
     nets = {k: n.to(device, memory_format=torch.channels_last) for k, n in nets.items()}
@@ -423,8 +404,7 @@ def main():
         print("untrained:", table(probe(nets["encoder"], device, dtype)))
     loss_of = over_ranks(loss_fn, nets)
     if args.compile:
-        for part in nets["encoder"].body:
-            part.compile()
+        nets["encoder"].body.compile()
     if not saved and RANK == 0:
         keep()  # no epoch's file is ever there without it
     stop = Stop()  # until here a signal ends it at once: there is nothing to save

@@ -27,8 +27,8 @@ import runtime
 from buffer import Latents, export_minari, index, read_chunk, write_chunk
 from car_env import TELEMETRY
 from networks import (FORESIGHT, BendModel, CostModel, InverseModel, Predictor, Projector,
-                      RecallModel, TinyEncoder, export_safetensors, fingerprint, load_frozen,
-                      over_ranks, save, stack)
+                      TinyEncoder, export_safetensors, fingerprint, load_frozen, over_ranks, save,
+                      stack)
 from runtime import RANK, RANKS, Refusal, hardware_precisions, pick_precision, run, set_up
 from train_cost_model import Sampler
 from train_encoder import loss_fn
@@ -54,10 +54,9 @@ def gradients(objective):
     """
     torch.manual_seed(0)
     args = argparse.Namespace(objective=objective, targets=[1, 3], history=1, sim=25.0, pred=10.0,
-                              std=16.0, cov=1.0, inverse=2.0, bend=5.0, recall=3.0)
+                              std=16.0, cov=1.0, inverse=2.0, bend=5.0)
     nets = {"encoder": TinyEncoder(0.125, history=1, dim=16)}
-    nets |= {"predictor": Predictor(16, 8), "inverse": InverseModel(16, 8),
-             "bend": BendModel(16, 5), "recall": RecallModel(16, 512)
+    nets |= {"predictor": Predictor(16, 8), "inverse": InverseModel(16, 8), "bend": BendModel(16, 5)
              } if objective == "joint" else {"projector": Projector(16, 32)}
     nets = {name: net.double() for name, net in nets.items()}
     x = torch.randint(0, 256, (WINDOWS, len(AT), 3, 64, 64))
