@@ -38,6 +38,8 @@ pretrained: .venv/installed  ## an hour on two cores: the weights in models/pret
 	$(PY) collect_data.py $(LAPTOP) --frames 100000
 	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --strides 1 2 2 2 --mirror 0.5 --epochs 6 --steps_per_epoch 500
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 400
+	$(PY) collect_recovery_data.py $(LAPTOP) --frames 680000
+	$(PY) collect_data.py $(LAPTOP) --frames 300000
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --hidden 384 --state 192 --epochs 6 --steps_per_epoch 1500
 	$(PY) train_cost_model.py $(LAPTOP)
 	mkdir -p models/pretrained && rm -f models/pretrained/*.pth

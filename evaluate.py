@@ -481,24 +481,25 @@ def regressor(kind, seed, hidden=(64,)):
                         random_state=seed)
 
 
+def fitted(net, x, y):
+    """A regressor fitted to standardised x (n, D) and y -> told(x)."""
+    mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # its passes are what it gets
+        net.fit((x - mean) / scale, y)
+    return lambda x: net.predict((x - mean) / scale)
+
+
 def probe(kind, train, labels, seed):
     """Fits to latents (n, D) and their labels -> told(z) = (quantities (m, 6), off road (m,))."""
-    mean, scale = train.mean(axis=0), train.std(axis=0) + 1e-6
     y, seen = labels.y, labels.seen
     if seen.sum() < 30:
         fail(f"only {seen.sum()} training frames have the road in view, too few for a probe; "
              "raise --train_frames, or collect more")
     center, size = y[seen].mean(axis=0), y[seen].std(axis=0) + 1e-6
-    x = (train - mean) / scale
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # 40 passes are what it gets
-        state = regressor(kind, seed).fit(x[seen], (y[seen] - center) / size)
-        off = regressor(kind, seed).fit(x, labels.off.astype(np.float32))
-
-    def told(z):
-        x = (z - mean) / scale
-        return state.predict(x) * size + center, off.predict(x)
-    return told
+    state = fitted(regressor(kind, seed), train[seen], (y[seen] - center) / size)
+    off = fitted(regressor(kind, seed), train, labels.off.astype(np.float32))
+    return lambda z: (state(z) * size + center, off(z))
 
 
 def mark(told, z, labels, args):
@@ -744,21 +745,14 @@ class Scale:
             error = (came - z_hat)[:, a]
             cov = torch.from_numpy(ledoit_wolf(error.double().numpy(), assume_centered=True)[0])
             self.whiten.append(torch.linalg.cholesky(torch.linalg.inv(cov)).float())
-            self.usual.append(self._usual(self.moment(now, z_hat[:, a]),
-                                          np.log(self.squares(error, a) + 1e-12), seed))
+            logs = np.log(self.squares(error, a) + 1e-12)
+            told = fitted(regressor("mlp", seed), self.moment(now, z_hat[:, a]), logs)
+            self.usual.append((told, logs.min(), logs.max()))
 
     @staticmethod
     def moment(now, z_hat):
+        """What is known of a moment before it comes, (n, 2 D)."""
         return torch.cat([now, z_hat], dim=1).numpy()
-
-    @staticmethod
-    def _usual(moment, logs, seed):
-        """x (n, 2 D) -> (n,): what surprises of such moments usually are, within those seen."""
-        mean, scale = moment.mean(axis=0), moment.std(axis=0) + 1e-6
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            net = regressor("mlp", seed).fit((moment - mean) / scale, logs)
-        return lambda x: np.exp(net.predict((x - mean) / scale).clip(logs.min(), logs.max()))
 
     def squares(self, error, a):
         """(n,): squared errors (n, D) in units of the usual, without regard to the moment."""
@@ -767,7 +761,9 @@ class Scale:
     def __call__(self, z, now, z_hat, a):
         """(n,): about 1 where latents z (n, D) are as far from z_hat, dreamt of `now`, as is usual
         for such a moment, AHEAD[a] ahead."""
-        return self.squares(z - z_hat, a) / self.usual[a](self.moment(now, z_hat))
+        told, least, most = self.usual[a]
+        usual = told(self.moment(now, z_hat)).clip(least, most)  # within what was seen
+        return self.squares(z - z_hat, a) / np.exp(usual)
 
 
 def scales(subject, train, args):
@@ -940,16 +936,10 @@ def taught_outcome(subject, train, args):
     z = spots.z(0, 0)[:, 0].numpy()
     along = spots.state("speed") * np.cos(spots.state("heading_error")) / TRACK_DETAIL_STEP
     y = np.stack([along, spots.state("wheels_off_road") / 4], axis=1)
-    mean, scale, size = z.mean(axis=0), z.std(axis=0) + 1e-6, y.std(axis=0) + 1e-6
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        net = regressor("mlp", args.seed, (256, 128)).fit((z - mean) / scale, y / size)
-
-    def told(z):
-        said = net.predict((z.flatten(0, 1).cpu().numpy() - mean) / scale) * size
-        seconds = subject.encoder.repeat / FPS
-        return (said @ (1, -args.off_road) * seconds).reshape(z.shape[:2]).sum(axis=1)
-    return told
+    size, seconds = y.std(axis=0) + 1e-6, subject.encoder.repeat / FPS
+    net = fitted(regressor("mlp", args.seed, (256, 128)), z, y / size)
+    worth = lambda z: net(z.flatten(0, 1).cpu().numpy()) * size @ (1, -args.off_road) * seconds
+    return lambda z: worth(z).reshape(z.shape[:2]).sum(axis=1)
 
 
 def candidates(previous, cfg, generator, device):
