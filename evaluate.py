@@ -50,7 +50,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gymnasium.envs.box2d.car_racing import TRACK_DETAIL_STEP
 from scipy.stats import rankdata
 from sklearn.covariance import ledoit_wolf
 from sklearn.decomposition import PCA
@@ -88,7 +87,8 @@ UNLIKE = 0.5  # of two action sequences, mean distance in units of their usual s
 STEERED = 0.03  # mean |steer| from which a mirrored one is another
 FALSE_ALARMS = 0.01
 LEAP = 2  # tiles in a step that nobody drives: another part of the track is nearer now
-AFTER = 1  # seconds that an expert goes on from where a plan ended
+AFTER, PACE = 1, 0.5  # seconds that an expert goes on from where a plan ended, and its pace
+STILL = 0.01  # of the squares of errors: smaller ones count as large as that quantile
 WARM_UP = 5  # plans made before the judged one, as the driver would have
 SEGMENT = 120  # latents of a training episode, at most: many tracks tell more than many frames
 BLOCK = 512  # stacks of frames that are in memory at a time
@@ -117,10 +117,12 @@ def arguments():
     g.add_argument("--states", type=positive, default=12,
                    help="states of each kind of driving from which plans are driven, a second each")
     g.add_argument("--lived", type=several, default=24,
-                   help="of a state's plans, how many are also filmed as they are driven: the "
-                        "energy of what came tells a bad energy from a bad dream")
+                   help="of a state's plans, how many are also filmed as they are driven (the "
+                        "energy of what came tells a bad energy from a bad dream), and from how "
+                        "many an expert drives on")
     g.add_argument("--ceiling_steps", type=natural, default=600,
-                   help="training steps of the row that sees the labels; 0 leaves the row out")
+                   help="training steps of the row that sees the labels; 0 leaves it out, and the "
+                        "judge of plans that saw them")
     g.add_argument("--ceiling_batch", type=positive, default=96, help="frames in such a step")
     g.add_argument("--bootstrap", type=positive, default=200,
                    help="resamples of the tracks behind each interval")
@@ -430,6 +432,8 @@ def r2(truth, told, seen):
 
 def spearman(a, b):
     """Rank correlation; 0 where either is constant: a judge that says nothing is not right."""
+    if np.isnan(a).any() or np.isnan(b).any():
+        return np.nan
     a, b = rankdata(a), rankdata(b)
     return 0.0 if a.std() == 0 or b.std() == 0 else float(np.corrcoef(a, b)[0, 1])
 
@@ -481,7 +485,7 @@ def regressor(kind, seed, hidden=(64,)):
                         random_state=seed)
 
 
-def fitted(net, x, y):
+def fit_standardised(net, x, y):
     """A regressor fitted to standardised x (n, D) and y -> told(x)."""
     mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-6
     with warnings.catch_warnings():
@@ -497,8 +501,8 @@ def probe(kind, train, labels, seed):
         fail(f"only {seen.sum()} training frames have the road in view, too few for a probe; "
              "raise --train_frames, or collect more")
     center, size = y[seen].mean(axis=0), y[seen].std(axis=0) + 1e-6
-    state = fitted(regressor(kind, seed), train[seen], (y[seen] - center) / size)
-    off = fitted(regressor(kind, seed), train, labels.off.astype(np.float32))
+    state = fit_standardised(regressor(kind, seed), train[seen], (y[seen] - center) / size)
+    off = fit_standardised(regressor(kind, seed), train, labels.off.astype(np.float32))
     return lambda z: (state(z) * size + center, off(z))
 
 
@@ -745,8 +749,9 @@ class Scale:
             error = (came - z_hat)[:, a]
             cov = torch.from_numpy(ledoit_wolf(error.double().numpy(), assume_centered=True)[0])
             self.whiten.append(torch.linalg.cholesky(torch.linalg.inv(cov)).float())
-            logs = np.log(self.squares(error, a) + 1e-12)
-            told = fitted(regressor("mlp", seed), self.moment(now, z_hat[:, a]), logs)
+            squares = self.squares(error, a)
+            logs = np.log(squares.clip(np.quantile(squares, STILL)))
+            told = fit_standardised(regressor("mlp", seed), self.moment(now, z_hat[:, a]), logs)
             self.usual.append((told, logs.min(), logs.max()))
 
     @staticmethod
@@ -886,10 +891,17 @@ def along(env):
     return i + t, len(line.x)
 
 
+def way(before, now, n):
+    """Tiles from one place along a track of n tiles to another, where that is no leap."""
+    step = (now - before + n / 2) % n - n / 2
+    return step * (abs(step) < LEAP)
+
+
 def outcome(env, saved, actions, off_road, expert=None):
     """Tiles made by actions (T, 3) less `off_road` a second of all four wheels off the road; with
     an `expert` also what it makes of it in AFTER seconds more."""
     if expert:
+        expert.nearest.last = None  # it comes from where another plan ended
         actions = chain(actions, (expert.act(env) for _ in range(AFTER * FPS)))
     restore_state(env, saved)
     before, n = along(env)
@@ -897,8 +909,7 @@ def outcome(env, saved, actions, off_road, expert=None):
     for car in play(env, actions):
         off += sum(not w.tiles for w in car.wheels) / 4 / FPS
         now, _ = along(env)
-        step = (now - before + n / 2) % n - n / 2
-        made, before = made + step * (abs(step) < LEAP), now
+        made, before = made + way(before, now, n), now
     return made - off_road * off
 
 
@@ -925,20 +936,34 @@ def lived_latents(subject, env, episode, k, act):
     return subject.encode(subject.encoder, planes(obs)).view(n, H, -1)
 
 
+def tiles_made(spots, env):
+    """(n,): how far along its track the car came in the latent before each spot."""
+    out = np.zeros(len(spots))
+    x, y = (list(TELEMETRY).index(name) for name in "xy")
+    for e in np.unique(spots.e):
+        env.reset(seed=spots.episodes[e].track)
+        line = centre_line(env.unwrapped)
+        for row in np.flatnonzero(spots.e == e):
+            state = spots.episodes[e].state[spots.k[row] - 1:spots.k[row] + 1]
+            out[row] = way(*(sum(line.place(s[x], s[y])[:2]) for s in state), len(line.x))
+    return out
+
+
 def taught_outcome(subject, train, args):
-    """A judge that saw the labels, the ceiling of an energy of these latents: told(z (n, H, D)) ->
-    outcomes (n,) of plans, by an MLP's word on each latent's speed along the track and wheels off
-    the road. Where --ceiling_steps is 0: nans.
+    """A judge that saw the labels: told(z (n, H, D)) -> outcomes (n,) of plans, by the word of an
+    MLP on the tiles just made and the wheels off the road that each latent tells. Where
+    --ceiling_steps is 0: nans.
     """
     if not args.ceiling_steps:
         return lambda z: np.full(len(z), np.nan)
-    spots = choose_spots(train, args.train_frames, args.seed)
+    spots, env = choose_spots(train, args.train_frames, args.seed, behind=1), make_env("physics")
     z = spots.z(0, 0)[:, 0].numpy()
-    along = spots.state("speed") * np.cos(spots.state("heading_error")) / TRACK_DETAIL_STEP
-    y = np.stack([along, spots.state("wheels_off_road") / 4], axis=1)
-    size, seconds = y.std(axis=0) + 1e-6, subject.encoder.repeat / FPS
-    net = fitted(regressor("mlp", args.seed, (256, 128)), z, y / size)
-    worth = lambda z: net(z.flatten(0, 1).cpu().numpy()) * size @ (1, -args.off_road) * seconds
+    off = args.off_road * subject.encoder.repeat / FPS * spots.state("wheels_off_road") / 4
+    y = np.stack([tiles_made(spots, env), -off], axis=1)
+    env.close()
+    size = y.std(axis=0) + 1e-6
+    net = fit_standardised(regressor("mlp", args.seed, (256, 128)), z, y / size)
+    worth = lambda z: net(z.flatten(0, 1).cpu().numpy()) @ size
     return lambda z: worth(z).reshape(z.shape[:2]).sum(axis=1)
 
 
@@ -1020,7 +1045,7 @@ def drive_plans(subject, told, envs, expert, episode, k, args):
 def plans(subject, train, spots, args):
     """Part 4: ({"all" or source: {figure: cell}}, energies (n, N), outcomes (n, N), states)."""
     spots, envs = states_of(spots, args), (make_env("physics"), make_env("fast"))
-    told, expert = taught_outcome(subject, train, args), Expert(pace=0.5)
+    told, expert = taught_outcome(subject, train, args), Expert(PACE)
     track, rows = None, []
     for e, k in tqdm(list(zip(spots.e.tolist(), spots.k.tolist())), desc="plans", unit="state",
                      leave=False):
