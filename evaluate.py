@@ -949,18 +949,17 @@ def tiles_made(spots, env):
     return out
 
 
-def taught_outcome(subject, train, args):
+def taught_outcome(subject, train, env, args):
     """A judge that saw the labels: told(z (n, H, D)) -> outcomes (n,) of plans, by the word of an
-    MLP on the tiles just made and the wheels off the road that each latent tells. Where
-    --ceiling_steps is 0: nans.
+    MLP on the tiles just made and the wheels off the road that each latent tells. env lends its
+    tracks. Where --ceiling_steps is 0: nans.
     """
     if not args.ceiling_steps:
         return lambda z: np.full(len(z), np.nan)
-    spots, env = choose_spots(train, args.train_frames, args.seed, behind=1), make_env("physics")
+    spots = choose_spots(train, args.train_frames, args.seed, behind=1)
     z = spots.z(0, 0)[:, 0].numpy()
     off = args.off_road * subject.encoder.repeat / FPS * spots.state("wheels_off_road") / 4
     y = np.stack([tiles_made(spots, env), -off], axis=1)
-    env.close()
     size = y.std(axis=0) + 1e-6
     net = fit_standardised(regressor("mlp", args.seed, (256, 128)), z, y / size)
     worth = lambda z: net(z.flatten(0, 1).cpu().numpy()) @ size
@@ -1033,11 +1032,12 @@ def drive_plans(subject, told, envs, expert, episode, k, args):
     came = lived_latents(subject, fast, episode, k, some)
     now = episode.z[k:k + 1].to(subject.device)
     lived = subject.cost.judge(now, came.to(subject.device), args.energy).cpu().numpy()
+    taught = told(came)
     e, blank = energies["this model"], energies["untrained"]
     driven = (made[e.argmin()], value(own), made[blank.argmin()], made.mean(), made.max())
     figures = [spearman(-e, made), spearman(-blank, made), spearman(told(dreamt), made),
-               spearman(-lived, made[:n]), spearman(told(came), made[:n]),
-               spearman(-e[:n], later), spearman(-lived, later), spearman(told(came), later),
+               spearman(-lived, made[:n]), spearman(taught, made[:n]),
+               spearman(-e[:n], later), spearman(-lived, later), spearman(taught, later),
                *(made.max() - x for x in driven), made.std()]
     return figures, e, blank, made
 
@@ -1045,7 +1045,7 @@ def drive_plans(subject, told, envs, expert, episode, k, args):
 def plans(subject, train, spots, args):
     """Part 4: ({"all" or source: {figure: cell}}, energies (n, N), outcomes (n, N), states)."""
     spots, envs = states_of(spots, args), (make_env("physics"), make_env("fast"))
-    told, expert = taught_outcome(subject, train, args), Expert(PACE)
+    told, expert = taught_outcome(subject, train, envs[0], args), Expert(PACE)
     track, rows = None, []
     for e, k in tqdm(list(zip(spots.e.tolist(), spots.k.tolist())), desc="plans", unit="state",
                      leave=False):

@@ -349,13 +349,13 @@ def test_a_judge_that_saw_the_labels_tells_the_outcome():
         at = [sum(line.place(*xy)[:2]) for xy in state[:, [column("x"), column("y")]].tolist()]
         made = [0] + [way(*step, len(env.unwrapped.track)) for step in zip(at, at[1:])]
         parts[-1].z = torch.tensor(np.c_[made, state[:, column("wheels_off_road")]]).float()
-    told = taught_outcome(SimpleNamespace(encoder=SimpleNamespace(repeat=2)), parts[:5],
+    told = taught_outcome(SimpleNamespace(encoder=SimpleNamespace(repeat=2)), parts[:5], env,
                           SimpleNamespace(ceiling_steps=1, train_frames=2000, seed=0, off_road=17))
     z = parts[5].z[1:].unfold(0, 15, 1).transpose(1, 2)
     truth = (z[..., 0] - 17 * z[..., 1] / 4 / 25).sum(dim=1).numpy()
     assert truth.std() > 2 and spearman(told(z), truth) > 0.98
     assert np.abs(told(z) - truth).mean() < 0.5  # tiles
-    assert np.isnan(taught_outcome(None, parts, SimpleNamespace(ceiling_steps=0))(z)).all()
+    assert np.isnan(taught_outcome(None, parts, env, SimpleNamespace(ceiling_steps=0))(z)).all()
 
 
 def test_a_shortcut_over_the_grass_makes_no_tiles():
