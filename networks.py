@@ -195,17 +195,21 @@ class InverseModel(nn.Module):
 
 
 class BendModel(nn.Module):
-    """How a picture was bent, from what that did to its latent. Linear: so the latent has straight
-    directions for where the road lies and leads."""
+    """How a picture was bent, from what that did to its latent, and how its road lies, as if a
+    straight one had been bent. Linear: so the latent has straight directions for it."""
 
     def __init__(self, dim=512, bends=5):
         super().__init__()
         self.args = dict(dim=dim, bends=bends)
-        self.net = nn.Linear(dim, bends, bias=False)
+        self.net = nn.Linear(dim, bends)
+
+    def lie(self, z):
+        """(N, D) -> the bends (N, bends) that undone make the road straight ahead of the car."""
+        return self.net(z)
 
     def forward(self, z, z_bent):
         """(N, D), (N, D) -> (N, bends)"""
-        return self.net(z_bent - z)
+        return self.lie(z_bent) - self.lie(z)
 
 
 class TinyDecoder(nn.Module):

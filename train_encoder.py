@@ -2,10 +2,11 @@
 
 Reads ROOT/data_race, data_recovery, data; writes ROOT/models/encoder_mixed_ep{N}.pth each epoch,
 models/encoder.jsonl and visuals/encoder_curves.png. `--objective joint` (default) asks that latents
-be predictable from actions, tell the action, tell linearly how a picture was bent, and, as in
-VICReg, vary and be uncorrelated; `--objective vicreg` is plain VICReg on two photometric views.
-Each epoch prints a linear probe of what the latents know: after the laptop's 3 minutes on two CPU
-cores expect R² over 0.9 for speed and lateral offset.
+be predictable from actions, tell the action, tell linearly how a picture was bent and how to bend
+it straight, so that all look alike, and, as in VICReg, vary and be uncorrelated; `--objective
+vicreg` is plain VICReg on two photometric views. Each epoch prints a linear probe of what the
+latents know: after the laptop's 3 minutes on two CPU cores expect R² over 0.9 for speed and lateral
+offset.
 
     python train_encoder.py --epochs 50 --batch_size 256
     torchrun --nproc_per_node=2 train_encoder.py --epochs 50 --batch_size 256            two GPUs
@@ -29,12 +30,13 @@ from networks import (PANEL, BendModel, InverseModel, Predictor, Projector, Tiny
                       save, save_run, so_far, stack, unit_act)
 from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, fraction, in_turn, name_of, natural,
                      optimisation, parser, positive, rate, run, same_start, set_up, stopped)
-from vicreg import covariance, effective_rank, variance, vicreg_loss
+from vicreg import covariance, effective_rank, gather, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
 JITTER, TINT = 0.3, 0.1  # brightness and contrast, and each channel, are scaled by 1 ± this
 CAR = slice(43, 53), slice(29, 35)  # rows and columns of the car, which a bend does not move
 CAR_ROW, AHEAD_ROWS = 47.5, 48  # its middle, and how many rows of the world are ahead of it
+AHEAD = CAR[0].start  # rows of the scene in which the car is not
 SHIFT, SLOPE, CURVE = 3, 7, 24  # columns that bends of 1 move the scene, or its far end
 STRETCHES = 3  # of the way ahead, each with a curvature of its own
 MOST = 38  # columns that bends together can move a row, rounded up
@@ -79,6 +81,10 @@ def arguments(argv=None):
     g.add_argument("--bend", type=float, default=15.0,
                    help="joint: weight of telling how a picture was bent, which teaches where the "
                         "road lies and where it leads; 0 leaves the bent pictures out")
+    g.add_argument("--align", type=float, default=40.0,
+                   help="joint: weight of telling which bends straighten a picture so that all "
+                        "become alike: where the road lies, not only how far it was moved; needs "
+                        "--bend")
     g.add_argument("--mirror", type=fraction, default=0.0,
                    help="share of the windows with left and right exchanged, in pictures and "
                         "steering: a lap has few bends to the right, 0.5 knows more of them")
@@ -91,6 +97,9 @@ def arguments(argv=None):
         p.error(f"--strides {args.strides}: expected four numbers with product 8, such as 2 2 2 1")
     if args.bend < 0:
         p.error(f"--bend {args.bend}: expected a weight, or 0 to leave the bent pictures out")
+    if args.align and not args.bend:
+        p.error(f"--align {args.align:g} --bend 0: what straightens a picture is told by the head "
+                "that tells how it was bent; add --align 0")
     own = {"joint": {"std": 16.0, "gauges": 8}, "vicreg": {"std": 25.0, "gauges": 0}}
     for name, value in own[args.objective].items():
         if getattr(args, name) is None:
@@ -138,6 +147,12 @@ def bend_rows(device=None):
     return torch.stack(rows)
 
 
+def moved(how):
+    """Columns (N, SCENE_H) by which bends `how` (N, 2 + STRETCHES) move each row to the right."""
+    rows = bend_rows(how.device)
+    return (how[:, :, None] * rows).sum(dim=1)  # not a product of matrices, which autocast rounds
+
+
 def bend_(x, generator):
     """Moves the rows of the scene sideways, in place, as if road and car lay otherwise; car and
     instruments stay. x (N, C, 64, 64) uint8, channels_last -> how, (N, 2 + STRETCHES), variance 1.
@@ -146,10 +161,9 @@ def bend_(x, generator):
     """
     N, C, _, W = x.shape
     x = x.permute(0, 2, 3, 1)  # as it lies in memory
-    rows = bend_rows(x.device)
-    how = math.sqrt(3) * (2 * torch.rand(N, len(rows), generator=generator, device=x.device) - 1)
-    moved = (how[:, :, None] * rows).sum(dim=1)  # not a product of matrices, which autocast rounds
-    source = MOST - moved  # (N, SCENE_H): which column of `wider` comes to column 0
+    how = torch.rand(N, 2 + STRETCHES, generator=generator, device=x.device)
+    how = math.sqrt(3) * (2 * how - 1)
+    source = MOST - moved(how)  # (N, SCENE_H): which column of `wider` comes to column 0
     left = source.floor()
     right = ((source - left) * UNIT).round().short()[..., None]  # its neighbour's share
     tall, wide = CAR
@@ -173,6 +187,37 @@ def bend_(x, generator):
     return how
 
 
+def straightened(scenes, how):
+    """Scenes as if bends `how` (N, 2 + STRETCHES) had been undone: (N, 3, AHEAD, 64) -> the same,
+    0 beyond the frame, and the share of each pixel that was in it, (N, 1, AHEAD, 64). Bilinear,
+    differentiable in `how`.
+    """
+    H, W = scenes.shape[2:]
+    column = torch.arange(W, device=how.device) + moved(how)[:, :H, None]
+    row = torch.arange(H, device=how.device)[:, None].expand_as(column)
+    at = (torch.stack([column, row], dim=-1) + 0.5) / (column.new_tensor([W, H]) / 2) - 1
+    seen = scenes.float()
+    seen = F.grid_sample(torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1), at,
+                         align_corners=False)
+    return seen[:, :3], seen[:, 3:]
+
+
+def unlikeness(scenes, how):
+    """Share of the scenes' variance over the batch that is left when each is straightened by its
+    own `how`: it falls as their roads come to lie on one another. A pixel from beyond the frame
+    counts as unlike as those of its row were. scenes (N, 3, AHEAD, 64) uint8 -> scalar.
+
+    Congealing: Learned-Miller 2006, Data Driven Image Models through Continuous Joint Alignment.
+    """
+    scenes, how = gather(scenes), gather(how)  # those of all ranks
+    straight, inside = straightened(scenes, how)
+    usual = scenes.float().var(dim=0, unbiased=False).mean(dim=0)  # (AHEAD, 64)
+    mean = straight.sum(dim=0) / inside.sum(dim=0).clamp_min(1)
+    apart = (straight - inside * mean).pow(2).mean(dim=1, keepdim=True) / inside.clamp_min(1e-3)
+    beyond = usual.mean(dim=1, keepdim=True).maximum(usual)
+    return (apart + (1 - inside) * beyond).mean() / usual.mean().clamp_min(1e-3)
+
+
 def spread(z):
     """Mean standard deviation of the dimensions of latents (N, D): near 0 they have collapsed."""
     return z.std(dim=0).mean()
@@ -193,27 +238,30 @@ def latents_of(args):
 
 def views(obs, args, generator):
     """Windows (B, L, 3, 64, 64) uint8 -> (what the encoder is shown of them, (B * K, 3 * history,
-    64, 64) uint8, how the first of K was bent, (B, 2 + STRETCHES), or None).
+    64, 64) uint8, how the first of K was bent, (B, 2 + STRETCHES), or None, the newest scene ahead
+    of the car of each of the others as it was, (B * (K - 1), 3, AHEAD, 64) uint8, or None).
 
     Joint the first latent again, bent, where --bend is not 0, and then those of `latents_of`;
     vicreg the same latent twice. Each is seen in a light of its own, which is noise to whoever
     foresees it.
     """
-    at, how = latents_of(args), None
+    at, how, scenes = latents_of(args), None, None
     bent = args.objective == "joint" and args.bend
     again = [0] if bent or args.objective == "vicreg" else []
     x = stack(obs, args.history, again + at)
     if bent:
         how = bend_(x[::1 + len(at)], generator)
+        if args.align:
+            scenes = x.unflatten(0, (-1, 1 + len(at)))[:, 1:, -3:, :AHEAD].flatten(0, 1).clone()
     jitter_(x, generator)
-    return x, how
+    return x, how, scenes
 
 
-def joint_loss(nets, x, how, act, args):
+def joint_loss(nets, x, how, scenes, act, args):
     """Prediction, inverse dynamics, bends, variance and covariance of `views`.
 
-    x, how of `views`, act (B, H, 3), H the last of --targets -> (loss, logs, raw latents (N, D)),
-    bent ones and gauges not among them.
+    x, how, scenes of `views`, act (B, H, 3), H the last of --targets -> (loss, logs, raw latents
+    (N, D)), bent ones and gauges not among them.
     """
     seen = nets["encoder"].features(x).unflatten(0, (len(act), -1))
     z = seen[:, how is not None:]  # (B, 1 + len(targets), D)
@@ -225,12 +273,15 @@ def joint_loss(nets, x, how, act, args):
             "std": variance(flat), "cov": covariance(flat)}
     if how is not None:
         logs["bend"] = F.mse_loss(nets["bend"](z[:, 0], seen[:, 0]).float(), how)
+    if scenes is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            logs["align"] = unlikeness(scenes, nets["bend"].lie(flat))
     loss = sum(getattr(args, name) * term for name, term in logs.items())
     learned = nets["encoder"].learned(flat)
     return loss, {k: v.detach() for k, v in logs.items()}, learned.detach()
 
 
-def plain_loss(nets, x, how, act, args):
+def plain_loss(nets, x, how, scenes, act, args):
     """VICReg on two views of the same frames: the objective of the seeds, to the letter."""
     embed = lambda x: nets["projector"](nets["encoder"].features(x)).float()
     za, zb = embed(x[::2]), embed(x[1::2])
@@ -238,9 +289,9 @@ def plain_loss(nets, x, how, act, args):
     return loss, logs, za.detach()
 
 
-def loss_fn(nets, x, how, act, args):
+def loss_fn(nets, x, how, scenes, act, args):
     """(loss, logs of detached tensors, what must not collapse (N, D)) of `views` and actions."""
-    return (joint_loss if args.objective == "joint" else plain_loss)(nets, x, how, act, args)
+    return (joint_loss if args.objective == "joint" else plain_loss)(nets, x, how, scenes, act, args)
 
 
 def make_nets(args, device, dtype):

@@ -10,8 +10,8 @@ from conftest import script
 from car_env import SCENE_H, mirrored
 from networks import BendModel, InverseModel, Predictor, TinyEncoder, stack, unit_act
 from runtime import Refusal
-from train_encoder import (CAR, JITTER, MEAN_OF, MOST, TINT, bend_, bend_rows, jitter_,
-                           loss_fn, refuse_collapse, some_mirrored, views)
+from train_encoder import (AHEAD, CAR, JITTER, MEAN_OF, MOST, TINT, bend_, bend_rows, jitter_,
+                           loss_fn, refuse_collapse, some_mirrored, straightened, unlikeness, views)
 
 
 @pytest.fixture
@@ -63,8 +63,8 @@ def test_a_view_changes_brightness_contrast_and_tint_of_the_scene_only(obs):
 
 def test_vicreg_sees_each_frame_twice_and_in_unlike_light(obs):
     args = argparse.Namespace(objective="vicreg", history=2, bend=5.0)
-    x, how = views(obs, args, torch.Generator().manual_seed(1))
-    assert how is None and x.shape == (6, 6, 64, 64)
+    x, how, scenes = views(obs, args, torch.Generator().manual_seed(1))
+    assert how is None and scenes is None and x.shape == (6, 6, 64, 64)
     frame = stack(obs, 2, [0])[..., SCENE_H:, :]
     assert torch.equal(x[::2, :, SCENE_H:], frame) and torch.equal(x[1::2, :, SCENE_H:], frame)
     assert (x[::2] != x[1::2])[:, :, :SCENE_H].float().mean() > 0.5
@@ -118,11 +118,43 @@ def test_curvature_of_a_stretch_bends_that_stretch_and_leaves_what_is_before_it(
         assert 15 <= inside.sum() <= 18 and abs(where.mean() - (14.5 + 16 * k)) < 2  # of 16 rows
 
 
+def roads(n):
+    """Scenes (n, 3, AHEAD, 64) uint8 of a road with soft edges that was bent, the bends, and the
+    scene of the straight one."""
+    edge = (torch.arange(64) - 31.5).abs()
+    road = (60 + 20 * (edge - 4).clamp(0, 6)).byte().expand(n, 9, 64, 64)
+    x = road.clone(memory_format=torch.channels_last)
+    how = bend_(x, torch.Generator().manual_seed(2))
+    return x[:, -3:, :AHEAD], how, road[:, -3:, :AHEAD].float()
+
+
+def test_straightened_undoes_bends_where_the_frame_shows_it():
+    scenes, how, road = roads(50)
+    straight, inside = straightened(scenes, how)
+    whole = (inside == 1).expand_as(straight)
+    assert 0.6 < whole.float().mean() < 1
+    assert (straight - road)[whole].abs().mean() < 3  # of 120 between road and lawn
+    assert (straight[(inside == 0).expand_as(straight)] == 0).all()
+
+
+def test_unlikeness_is_least_for_the_true_bends_and_not_for_leaving_the_frame():
+    scenes, how, _ = roads(200)
+    true = float(unlikeness(scenes, how))
+    assert true < 0.2 and abs(float(unlikeness(scenes, 0 * how)) - 1) < 0.05
+    assert true < float(unlikeness(scenes, 0.5 * how)) < 1 < float(unlikeness(scenes, -how))
+    aside = how.clone()
+    aside[:, 0] += 40
+    assert float(unlikeness(scenes, aside)) > 0.95
+    near = (how + 0.1 * torch.randn(how.shape)).requires_grad_()
+    unlikeness(scenes, near).backward()  # its gradient leads back
+    assert torch.cosine_similarity(near.grad.flatten(), (near - how).flatten(), dim=0) > 0.1
+
+
 def test_each_latent_of_a_window_is_seen_in_a_light_of_its_own():
     obs = torch.randint(80, 120, (1, 1, 3, 64, 64), dtype=torch.uint8).expand(2, 6, 3, 64, 64)
     args = argparse.Namespace(objective="joint", targets=[1, 3], history=3, bend=0)
-    x, how = views(obs, args, torch.Generator().manual_seed(1))
-    assert how is None
+    x, how, scenes = views(obs, args, torch.Generator().manual_seed(1))
+    assert how is None and scenes is None
     frames = x.float().view(2, 3, 3, 3, 64, 64)[..., :SCENE_H, :]  # (B, T, history, 3, 56, 64)
     assert torch.equal(frames[:, :, 0], frames[:, :, 2])  # its frames in the same
     means = frames.mean(dim=(2, 3, 4, 5)).flatten()
@@ -152,9 +184,9 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     """Terms of the joint objective with gaps between targets, against plain loops."""
     torch.manual_seed(0)
     args = argparse.Namespace(objective="joint", targets=[1, 3, 4], history=2, pred=10.0, std=16.0,
-                              cov=1.0, inverse=2.0, bend=5.0)
+                              cov=1.0, inverse=2.0, bend=5.0, align=3.0)
     nets = {"encoder": TinyEncoder(0.125, history=2, dim=16), "predictor": Predictor(16, 8),
-            "inverse": InverseModel(16, 8), "bend": BendModel(16, 5)}
+            "inverse": InverseModel(16, 8), "bend": BendModel(16, len(bend_rows()))}
     obs = obs.repeat(2, 2, 1, 1, 1)[:, :6]  # 4 steps and a frame of history
     act = torch.randn(6, 4, 3)
     seen = views(obs, args, torch.Generator().manual_seed(1))
@@ -164,12 +196,15 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     x = x.flatten(1, 2).unflatten(0, (6, 4))
     x = torch.cat([x[:, :1], x], dim=1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     how = bend_(x[::5], g)
+    scenes = x.view(6, 5, 6, 64, 64)[:, 1:, -3:, :AHEAD].flatten(0, 1).clone()
     jitter_(x, g)
-    assert torch.equal(x, seen[0]) and torch.equal(how, seen[1])
+    assert all(map(torch.equal, (x, how, scenes), seen))
     z = nets["encoder"].features(x).view(6, 5, 16)  # one batch norm sees all
     bent, z = z[:, 0], z[:, 1:]
     told = (bent - z[:, 0]) @ nets["bend"].net.weight.T
     assert torch.allclose(logs["bend"], (told - how).pow(2).mean(), rtol=1e-3)
+    lie = z.flatten(0, 1) @ nets["bend"].net.weight.T + nets["bend"].net.bias
+    assert torch.allclose(logs["align"], unlikeness(scenes, lie), rtol=1e-3)
     assert torch.allclose(flat, z.flatten(0, 1), atol=1e-5)
     z_hat, pred = nets["predictor"].rollout(z[:, 0], act), 0.0
     for t in range(4):
@@ -178,7 +213,8 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     assert torch.allclose(logs["pred"], pred, rtol=1e-3)
     told = (nets["inverse"](z[:, 0], z[:, 1]) - unit_act(act[:, 0])).pow(2).mean()
     assert torch.allclose(logs["inverse"], told, rtol=1e-3)
-    total = sum(getattr(args, k) * logs[k] for k in ("pred", "std", "cov", "inverse", "bend"))
+    total = sum(getattr(args, k) * logs[k] 
+                for k in ("pred", "std", "cov", "inverse", "bend", "align"))
     assert torch.allclose(loss, total, rtol=1e-4)
 
 

@@ -31,10 +31,11 @@ from networks import (FORESIGHT, BendModel, CostModel, InverseModel, Predictor, 
                       stack)
 from runtime import RANK, RANKS, Refusal, hardware_precisions, pick_precision, run, set_up
 from train_cost_model import Sampler
-from train_encoder import loss_fn
+from train_encoder import AHEAD, STRETCHES, loss_fn
 from vicreg import covariance, variance
 
 WINDOWS, AT = 8, (0, 1, 3)  # of the batch; the latents of each
+BENDS = 2 + STRETCHES
 
 
 def gradient_of_terms():
@@ -54,21 +55,22 @@ def gradients(objective):
     """
     torch.manual_seed(0)
     args = argparse.Namespace(objective=objective, targets=[1, 3], history=1, sim=25.0, pred=10.0,
-                              std=16.0, cov=1.0, inverse=2.0, bend=5.0)
+                              std=16.0, cov=1.0, inverse=2.0, bend=5.0, align=3.0)
     nets = {"encoder": TinyEncoder(0.125, history=1, dim=16)}
-    nets |= {"predictor": Predictor(16, 8), "inverse": InverseModel(16, 8), "bend": BendModel(16, 5)
+    nets |= {"predictor": Predictor(16, 8), "inverse": InverseModel(16, 8), "bend": BendModel(16, BENDS)
              } if objective == "joint" else {"projector": Projector(16, 32)}
     nets = {name: net.double() for name, net in nets.items()}
     x = torch.randint(0, 256, (WINDOWS, len(AT), 3, 64, 64))
     act, mine = torch.randn(WINDOWS, 3, 3).double(), slice(RANK, None, RANKS)
-    how, bent = torch.randn(WINDOWS, 5).double(), torch.randint(0, 256, (WINDOWS, 3, 64, 64))
+    how, bent = torch.randn(WINDOWS, BENDS).double(), torch.randint(0, 256, (WINDOWS, 3, 64, 64))
     if objective == "joint":
+        scenes = x[mine, :, :, :AHEAD].flatten(0, 1)
         x, how = torch.cat([bent[mine, None], x[mine]], dim=1).flatten(0, 1), how[mine]
     else:
-        x, how = x[mine, :2].flatten(0, 1), None
+        x, how, scenes = x[mine, :2].flatten(0, 1), None, None
     loss_of = over_ranks(loss_fn, nets)
     with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-        loss, *_ = loss_of(x, how, act[mine], args)
+        loss, *_ = loss_of(x, how, scenes, act[mine], args)
     loss.backward()
     return {f"{objective}.{name}.{k}": v for name, net in nets.items()
             for k, v in [*((k, p.grad) for k, p in net.named_parameters()), *net.named_buffers()]}
