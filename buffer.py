@@ -224,8 +224,8 @@ class Damage:
             tqdm.write(f"skipped {line}; damaged so far: {len(self.lines)} of {self.total}")
         if len(self.lines) > MAX_DAMAGED * self.total:
             fail(f"{len(self.lines)} of {self.total} chunks are unreadable, over "
-                 f"{MAX_DAMAGED:.0%}, first {next(iter(self.lines))}; `python buffer.py` names each: delete them and "
-                 "collect more")
+                 f"{MAX_DAMAGED:.0%}, first {next(iter(self.lines))}; `python buffer.py` names "
+                 "each: delete them and collect more")
 
 
 # ------------------------------------------------------------------ folders

@@ -32,7 +32,8 @@ def futures(z, act):
 
 def config(planner, rounds=1, **kw):
     return argparse.Namespace(**{**dict(planner=planner, rounds=rounds, samples=512, elites=32,
-                                        rho=0.8, noise=[0.4, 0.5], gas=1.0, energy="density"), **kw})
+                                        rho=0.8, noise=[0.4, 0.5], gas=1.0,
+                                        energy="density"), **kw})
 
 
 @pytest.mark.parametrize("planner,rounds", [("shooting", 1), ("icem", 3), ("mppi", 1), ("mppi", 2)])
