@@ -34,10 +34,12 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 pretrained: ROOT = pretrained
 pretrained: .venv/installed  ## over an hour on two cores: the weights in models/pretrained/, anew
 	$(PY) collect_race_data.py $(LAPTOP) --frames 260000
-	$(PY) collect_recovery_data.py $(LAPTOP) --frames 680000
-	$(PY) collect_data.py $(LAPTOP) --frames 600000
-	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --strides 1 2 2 2 --mirror 0.5 --align 40 --pred 75 --epochs 6 --steps_per_epoch 500
+	$(PY) collect_recovery_data.py $(LAPTOP) --frames 340000
+	$(PY) collect_data.py $(LAPTOP) --frames 100000
+	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --strides 1 2 2 2 --mirror 0.5 --epochs 6 --steps_per_epoch 500
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 400
+	$(PY) collect_recovery_data.py $(LAPTOP) --frames 680000
+	$(PY) collect_data.py $(LAPTOP) --frames 300000
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --hidden 384 --state 192 --epochs 6 --steps_per_epoch 1500
 	$(PY) train_cost_model.py $(LAPTOP)
 	mkdir -p models/pretrained && rm -f models/pretrained/*.pth

@@ -195,13 +195,14 @@ class InverseModel(nn.Module):
 
 
 class BendModel(nn.Module):
-    """How a picture was bent, from what that did to its latent, and how its road lies, as if a
-    straight one had been bent. Linear: so the latent has straight directions for it."""
+    """How a picture was bent, from what that did to its latent. Linear: so the latent has straight
+    directions for where the road lies and leads. With `aligned` it also tells how a picture lies,
+    as if a straight road had been bent."""
 
-    def __init__(self, dim=512, bends=5):
+    def __init__(self, dim=512, bends=5, aligned=False):
         super().__init__()
-        self.args = dict(dim=dim, bends=bends)
-        self.net = nn.Linear(dim, bends)
+        self.args = dict(dim=dim, bends=bends, aligned=aligned)
+        self.net = nn.Linear(dim, bends, bias=aligned)
 
     def lie(self, z):
         """(N, D) -> the bends (N, bends) that undone make the road straight ahead of the car."""
@@ -209,7 +210,7 @@ class BendModel(nn.Module):
 
     def forward(self, z, z_bent):
         """(N, D), (N, D) -> (N, bends)"""
-        return self.lie(z_bent) - self.lie(z)
+        return F.linear(z_bent - z, self.net.weight)
 
 
 class TinyDecoder(nn.Module):

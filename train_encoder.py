@@ -2,11 +2,10 @@
 
 Reads ROOT/data_race, data_recovery, data; writes ROOT/models/encoder_mixed_ep{N}.pth each epoch,
 models/encoder.jsonl and visuals/encoder_curves.png. `--objective joint` (default) asks that latents
-be predictable from actions, tell the action, tell linearly how a picture was bent and how to bend
-it straight, so that all look alike, and, as in VICReg, vary and be uncorrelated; `--objective
-vicreg` is plain VICReg on two photometric views. Each epoch prints a linear probe of what the
-latents know: after the laptop's 3 minutes on two CPU cores expect R² over 0.9 for speed and lateral
-offset.
+be predictable from actions, tell the action, tell linearly how a picture was bent, with --align
+also how to bend it straight, and, as in VICReg, vary and be uncorrelated; `--objective vicreg` is
+plain VICReg on two photometric views. Each epoch prints a linear probe of what the latents know:
+after the laptop's 3 minutes on two CPU cores expect R² over 0.9 for speed and lateral offset.
 
     python train_encoder.py --epochs 50 --batch_size 256
     torchrun --nproc_per_node=2 train_encoder.py --epochs 50 --batch_size 256            two GPUs
@@ -81,10 +80,10 @@ def arguments(argv=None):
     g.add_argument("--bend", type=float, default=15.0,
                    help="joint: weight of telling how a picture was bent, which teaches where the "
                         "road lies and where it leads; 0 leaves the bent pictures out")
-    g.add_argument("--align", type=float, default=40.0,
-                   help="joint: weight of telling which bends straighten a picture so that all "
-                        "become alike: where the road lies, not only how far it was moved; needs "
-                        "--bend")
+    g.add_argument("--align", type=float, default=0.0,
+                   help="joint: weight of telling how to bend a picture straight, so that all look "
+                        "alike: where the road lies, not only how far it was moved. 40 with --pred "
+                        "75 knows more of the road and drives a little worse; needs --bend")
     g.add_argument("--mirror", type=fraction, default=0.0,
                    help="share of the windows with left and right exchanged, in pictures and "
                         "steering: a lap has few bends to the right, 0.5 knows more of them")
@@ -97,6 +96,8 @@ def arguments(argv=None):
         p.error(f"--strides {args.strides}: expected four numbers with product 8, such as 2 2 2 1")
     if args.bend < 0:
         p.error(f"--bend {args.bend}: expected a weight, or 0 to leave the bent pictures out")
+    if args.align < 0:
+        p.error(f"--align {args.align}: expected a weight, or 0 to straighten nothing")
     if args.align and not args.bend:
         p.error(f"--align {args.align:g} --bend 0: what straightens a picture is told by the head "
                 "that tells how it was bent; add --align 0")
@@ -291,7 +292,8 @@ def plain_loss(nets, x, how, scenes, act, args):
 
 def loss_fn(nets, x, how, scenes, act, args):
     """(loss, logs of detached tensors, what must not collapse (N, D)) of `views` and actions."""
-    return (joint_loss if args.objective == "joint" else plain_loss)(nets, x, how, scenes, act, args)
+    objective = joint_loss if args.objective == "joint" else plain_loss
+    return objective(nets, x, how, scenes, act, args)
 
 
 def make_nets(args, device, dtype):
@@ -302,7 +304,7 @@ def make_nets(args, device, dtype):
     if args.objective == "joint":
         nets |= {"predictor": Predictor(args.dim), "inverse": InverseModel(args.dim)}
         if args.bend:
-            nets["bend"] = BendModel(args.dim, 2 + STRETCHES)
+            nets["bend"] = BendModel(args.dim, 2 + STRETCHES, bool(args.align))
     else:
         nets["projector"] = Projector(args.dim, args.embedding)
     nets = {k: n.to(device, memory_format=torch.channels_last) for k, n in nets.items()}

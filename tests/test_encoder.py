@@ -186,7 +186,7 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     args = argparse.Namespace(objective="joint", targets=[1, 3, 4], history=2, pred=10.0, std=16.0,
                               cov=1.0, inverse=2.0, bend=5.0, align=3.0)
     nets = {"encoder": TinyEncoder(0.125, history=2, dim=16), "predictor": Predictor(16, 8),
-            "inverse": InverseModel(16, 8), "bend": BendModel(16, len(bend_rows()))}
+            "inverse": InverseModel(16, 8), "bend": BendModel(16, len(bend_rows()), True)}
     obs = obs.repeat(2, 2, 1, 1, 1)[:, :6]  # 4 steps and a frame of history
     act = torch.randn(6, 4, 3)
     seen = views(obs, args, torch.Generator().manual_seed(1))

@@ -58,7 +58,7 @@ def gradients(objective):
                               std=16.0, cov=1.0, inverse=2.0, bend=5.0, align=3.0)
     nets = {"encoder": TinyEncoder(0.125, history=1, dim=16)}
     nets |= {"predictor": Predictor(16, 8), "inverse": InverseModel(16, 8),
-             "bend": BendModel(16, BENDS)} if objective == "joint" else {
+             "bend": BendModel(16, BENDS, True)} if objective == "joint" else {
                  "projector": Projector(16, 32)}
     nets = {name: net.double() for name, net in nets.items()}
     x = torch.randint(0, 256, (WINDOWS, len(AT), 3, 64, 64))
