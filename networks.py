@@ -197,7 +197,7 @@ class InverseModel(nn.Module):
 class BendModel(nn.Module):
     """How a picture was bent, from what that did to its latent. Linear: so the latent has straight
     directions for where the road lies and leads. With `aligned` it also tells how a picture lies,
-    as if a straight road had been bent."""
+    as if one that all have in common had been bent."""
 
     def __init__(self, dim=512, bends=5, aligned=False):
         super().__init__()
@@ -205,7 +205,8 @@ class BendModel(nn.Module):
         self.net = nn.Linear(dim, bends, bias=aligned)
 
     def lie(self, z):
-        """(N, D) -> the bends (N, bends) that undone make the road straight ahead of the car."""
+        """(N, D) -> the bends (N, bends) that undone make pictures alike, but for what bends all
+        of them."""
         return self.net(z)
 
     def forward(self, z, z_bent):
@@ -609,7 +610,7 @@ def restore(path, payload, nets, optim, scaler, args):
     the arguments are others."""
     if "per_epoch" not in payload:
         fail(f"{path}: was written by an older version of this code; add --fresh to start again")
-    then = {"gauges": "0", "mirror": "0.0", **payload["args"]}  # encoders had none once
+    then = {"gauges": "0", "mirror": "0.0", "align": "0.0", **payload["args"]}  # once had none
     others = [f"--{key} {then.get(key)}, this command has {now}" for key, now in vars(args).items()
               if key not in RUNTIME_ARGS and then.get(key) != str(now)]
     if others:

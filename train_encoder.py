@@ -82,8 +82,8 @@ def arguments(argv=None):
                         "road lies and where it leads; 0 leaves the bent pictures out")
     g.add_argument("--align", type=float, default=0.0,
                    help="joint: weight of telling how to bend a picture straight, so that all look "
-                        "alike: where the road lies, not only how far it was moved. 40 with --pred "
-                        "75 knows more of the road and drives a little worse; needs --bend")
+                        "alike: where the road lies, not only how far it was moved. 40 knows more "
+                        "of the road and, so far, drives a little worse; needs --bend")
     g.add_argument("--mirror", type=fraction, default=0.0,
                    help="share of the windows with left and right exchanged, in pictures and "
                         "steering: a lap has few bends to the right, 0.5 knows more of them")
@@ -206,14 +206,15 @@ def straightened(scenes, how):
 def unlikeness(scenes, how):
     """Share of the scenes' variance over the batch that is left when each is straightened by its
     own `how`: it falls as their roads come to lie on one another. A pixel from beyond the frame
-    counts as unlike as those of its row were. scenes (N, 3, AHEAD, 64) uint8 -> scalar.
+    counts as its own usual variance or its row's, whichever is more, so that leaving the frame does
+    not pay. scenes (N, 3, AHEAD, 64) uint8 -> scalar.
 
     Congealing: Learned-Miller 2006, Data Driven Image Models through Continuous Joint Alignment.
     """
     scenes, how = gather(scenes), gather(how)  # those of all ranks
     straight, inside = straightened(scenes, how)
     usual = scenes.float().var(dim=0, unbiased=False).mean(dim=0)  # (AHEAD, 64)
-    mean = straight.sum(dim=0) / inside.sum(dim=0).clamp_min(1)
+    mean = straight.sum(dim=0) / inside.sum(dim=0).clamp_min(1e-3)
     apart = (straight - inside * mean).pow(2).mean(dim=1, keepdim=True) / inside.clamp_min(1e-3)
     beyond = usual.mean(dim=1, keepdim=True).maximum(usual)
     return (apart + (1 - inside) * beyond).mean() / usual.mean().clamp_min(1e-3)
@@ -259,7 +260,7 @@ def views(obs, args, generator):
 
 
 def joint_loss(nets, x, how, scenes, act, args):
-    """Prediction, inverse dynamics, bends, variance and covariance of `views`.
+    """Prediction, inverse dynamics, bends, alignment, variance and covariance of `views`.
 
     x, how, scenes of `views`, act (B, H, 3), H the last of --targets -> (loss, logs, raw latents
     (N, D)), bent ones and gauges not among them.

@@ -225,6 +225,28 @@ def test_more_data_does_not_renumber_what_is_trained(chain, tmp_path):
     assert "already trained" in done.stdout
 
 
+def test_an_aligned_encoder_trains_and_a_run_of_before_goes_on(chain, tmp_path):
+    for name in ("data", "data_race", "data_recovery"):
+        (tmp_path / name).symlink_to(chain[0] / name)
+    args = [*SMALL, "--epochs", "1", "--steps_per_epoch", "6"]
+    done = script("train_encoder.py", *args, "--align", "5", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "models" / "encoder.jsonl").read_text().splitlines()
+    assert 0 < json.loads(log[-1])["val_align"] < 2
+    bend = weights(tmp_path / "models" / "encoder_mixed_ep1.pth")["bend"]
+    assert bend["args"]["aligned"] and bend["weights"]["net.bias"].abs().max() > 0
+    other = script("train_encoder.py", *args, root=tmp_path)
+    refused(other, "--align 5.0", "0.0")
+    saved = tmp_path / "models" / "encoder_resume.pth"
+    shutil.copy(chain[0] / "models" / saved.name, saved)
+    run = torch.load(saved, weights_only=True)
+    del run["args"]["align"]  # as it was before there was such a thing
+    torch.save(run, saved)
+    shutil.copy(chain[0] / "models" / "encoder_mixed_ep2.pth", saved.parent)
+    done = script("train_encoder.py", *CHAIN["train_encoder.py"], root=tmp_path)
+    assert done.returncode == 0 and "already trained" in done.stdout, done.stderr
+
+
 @pytest.mark.slow
 def test_plain_vicreg_trains_too(chain, tmp_path):
     for name in ("data", "data_race", "data_recovery"):
@@ -334,6 +356,8 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     ("collect_data.py --frames 0", ["--frames", "positive"]),
     ("train_encoder.py --mirror 2", ["--mirror"]),
     ("train_encoder.py --width 0", ["--width"]),
+    ("train_encoder.py --align -1", ["--align -1"]),
+    ("train_encoder.py --align 40 --bend 0", ["--align 40 --bend 0"]),
     ("train_predictor.py --shares 0.5 0.5", ["--shares 0.5 0.5", "3 numbers"]),
     ("train_cost_model.py --epochs 2", ["--epochs 1", "repeat its arguments"]),
     ("demo_energy.py --headless --steps 60", ["--steps 60", "step 61"]),

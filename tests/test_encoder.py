@@ -133,7 +133,7 @@ def test_straightened_undoes_bends_where_the_frame_shows_it():
     straight, inside = straightened(scenes, how)
     whole = (inside == 1).expand_as(straight)
     assert 0.6 < whole.float().mean() < 1
-    assert (straight - road)[whole].abs().mean() < 3  # of 120 between road and lawn
+    assert (straight - road)[whole].abs().mean() < 0.4  # of 120 between road and lawn
     assert (straight[(inside == 0).expand_as(straight)] == 0).all()
 
 
@@ -144,10 +144,11 @@ def test_unlikeness_is_least_for_the_true_bends_and_not_for_leaving_the_frame():
     assert true < float(unlikeness(scenes, 0.5 * how)) < 1 < float(unlikeness(scenes, -how))
     aside = how.clone()
     aside[:, 0] += 40
-    assert float(unlikeness(scenes, aside)) > 0.95
-    near = (how + 0.1 * torch.randn(how.shape)).requires_grad_()
+    assert float(unlikeness(scenes, aside)) > 1.2
+    noise = torch.randn(how.shape, generator=torch.Generator().manual_seed(3))
+    near = (how + 0.1 * noise).requires_grad_()
     unlikeness(scenes, near).backward()  # its gradient leads back
-    assert torch.cosine_similarity(near.grad.flatten(), (near - how).flatten(), dim=0) > 0.1
+    assert torch.cosine_similarity(near.grad.flatten(), (near - how).flatten(), dim=0) > 0.3
 
 
 def test_each_latent_of_a_window_is_seen_in_a_light_of_its_own():
@@ -213,7 +214,7 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     assert torch.allclose(logs["pred"], pred, rtol=1e-3)
     told = (nets["inverse"](z[:, 0], z[:, 1]) - unit_act(act[:, 0])).pow(2).mean()
     assert torch.allclose(logs["inverse"], told, rtol=1e-3)
-    total = sum(getattr(args, k) * logs[k] 
+    total = sum(getattr(args, k) * logs[k]
                 for k in ("pred", "std", "cov", "inverse", "bend", "align"))
     assert torch.allclose(loss, total, rtol=1e-4)
 

@@ -65,7 +65,7 @@ def gradients(objective):
     act, mine = torch.randn(WINDOWS, 3, 3).double(), slice(RANK, None, RANKS)
     how, bent = torch.randn(WINDOWS, BENDS).double(), torch.randint(0, 256, (WINDOWS, 3, 64, 64))
     if objective == "joint":
-        scenes = x[mine, :, :, :AHEAD].flatten(0, 1)
+        scenes = x[mine, :, :, :AHEAD].flatten(0, 1).byte()
         x, how = torch.cat([bent[mine, None], x[mine]], dim=1).flatten(0, 1), how[mine]
     else:
         x, how, scenes = x[mine, :2].flatten(0, 1), None, None
