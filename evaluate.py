@@ -431,7 +431,8 @@ def r2(truth, told, seen):
 
 
 def spearman(a, b):
-    """Rank correlation; 0 where either is constant: a judge that says nothing is not right."""
+    """Rank correlation; 0 where either is constant: a judge that says nothing is not right. nan
+    where either has one: a judge that was left out."""
     if np.isnan(a).any() or np.isnan(b).any():
         return np.nan
     a, b = rankdata(a), rankdata(b)

@@ -214,8 +214,8 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     assert torch.allclose(logs["pred"], pred, rtol=1e-3)
     told = (nets["inverse"](z[:, 0], z[:, 1]) - unit_act(act[:, 0])).pow(2).mean()
     assert torch.allclose(logs["inverse"], told, rtol=1e-3)
-    total = sum(getattr(args, k) * logs[k]
-                for k in ("pred", "std", "cov", "inverse", "bend", "align"))
+    assert list(logs) == ["pred", "inverse", "std", "cov", "bend", "align"]
+    total = sum(getattr(args, k) * term for k, term in logs.items())
     assert torch.allclose(loss, total, rtol=1e-4)
 
 
