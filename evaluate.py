@@ -89,6 +89,7 @@ FALSE_ALARMS = 0.01
 LEAP = 2  # tiles in a step that nobody drives: another part of the track is nearer now
 AFTER, PACE = 1, 0.5  # seconds that an expert goes on from where a plan ended, and its pace
 STILL = 0.01  # of the squares of errors: smaller ones count as large as that quantile
+TELLERS = 4  # MLPs that tell the usual error of a moment, of which the mean counts
 WARM_UP = 5  # plans made before the judged one, as the driver would have
 SEGMENT = 120  # latents of a training episode, at most: many tracks tell more than many frames
 BLOCK = 512  # stacks of frames that are in memory at a time
@@ -739,8 +740,9 @@ class Scale:
     A dream knows some directions of the latent better than others, and all of them less the
     further ahead it looks: an error is measured in standard deviations, in every direction
     (Mahalanobis, covariance shrunk after Ledoit and Wolf 2004). It also knows less of a slide than
-    of a straight: a small MLP tells from present and dream what such a square usually is, by which
-    it is divided (a variance that depends on the input, after Nix and Weigend 1994).
+    of a straight: small MLPs tell from present and dream what such a square usually is, by which
+    it is divided (a variance that depends on the input, after Nix and Weigend 1994; the mean of
+    some, for one fit alone is noisy).
     """
 
     def __init__(self, now, z_hat, came, seed):
@@ -752,7 +754,8 @@ class Scale:
             self.whiten.append(torch.linalg.cholesky(torch.linalg.inv(cov)).float())
             squares = self.squares(error, a)
             logs = np.log(squares.clip(np.quantile(squares, STILL)))
-            told = fit_standardised(regressor("mlp", seed), self.moment(now, z_hat[:, a]), logs)
+            told = [fit_standardised(regressor("mlp", seed + i), self.moment(now, z_hat[:, a]),
+                                     logs) for i in range(TELLERS)]
             self.usual.append((told, logs.min(), logs.max()))
 
     @staticmethod
@@ -768,7 +771,8 @@ class Scale:
         """(n,): about 1 where latents z (n, D) are as far from z_hat, dreamt of `now`, as is usual
         for such a moment, AHEAD[a] ahead."""
         told, least, most = self.usual[a]
-        usual = told(self.moment(now, z_hat)).clip(least, most)  # within what was seen
+        moment = self.moment(now, z_hat)
+        usual = np.mean([t(moment) for t in told], axis=0).clip(least, most)  # as far as seen
         return self.squares(z - z_hat, a) / np.exp(usual)
 
 
@@ -888,8 +892,7 @@ def play(env, actions):
 def along(env):
     """How far along the track the car is, in tiles, and the track's number of tiles."""
     line, at = centre_line(env.unwrapped), env.unwrapped.car.hull.position
-    i, t, *_ = line.place(at.x, at.y)
-    return i + t, len(line.x)
+    return line.along(at.x, at.y), len(line.x)
 
 
 def way(before, now, n):
@@ -946,7 +949,7 @@ def tiles_made(spots, env):
         line = centre_line(env.unwrapped)
         for row in np.flatnonzero(spots.e == e):
             state = spots.episodes[e].state[spots.k[row] - 1:spots.k[row] + 1]
-            out[row] = way(*(sum(line.place(s[x], s[y])[:2]) for s in state), len(line.x))
+            out[row] = way(*(line.along(s[x], s[y]) for s in state), len(line.x))
     return out
 
 

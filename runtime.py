@@ -312,6 +312,12 @@ def autocast(device, dtype):
 
 # ------------------------------------------------------------------ several processes (torchrun)
 
+def at_once(device):
+    """How many pictures a frozen encoder is shown in one go: on a CPU few, whose maps stay in its
+    caches, a seventh faster than 256 on two threads and a third on one."""
+    return 64 if device.type == "cpu" else 256
+
+
 def everywhere(*numbers):
     """The numbers of all ranks, a list each, in order of rank; all wait for the last one."""
     mine = torch.tensor(numbers, dtype=torch.float64)

@@ -27,8 +27,8 @@ from car_env import SCENE_H, TELEMETRY, ZOOM_STEPS, mirrored
 from networks import (PANEL, BendModel, InverseModel, Predictor, Projector, TinyEncoder,
                       already_trained, cosine, optimise, over_ranks, refuse_nan, resume_run, rotate,
                       save, save_run, so_far, stack, unit_act)
-from runtime import (RANK, RANKS, RunLog, Stop, autocast, fail, fraction, in_turn, name_of, natural,
-                     optimisation, parser, positive, rate, run, same_start, set_up, stopped)
+from runtime import (RANK, RANKS, RunLog, Stop, at_once, autocast, fail, fraction, in_turn, name_of,
+                     natural, optimisation, parser, positive, rate, run, same_start, set_up, stopped)
 from vicreg import covariance, effective_rank, gather, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
@@ -349,10 +349,10 @@ def training_batches(loader, args, device, start=0):
 
 
 @torch.no_grad()
-def features_of(encoder, obs, device, dtype, batch=256):
+def features_of(encoder, obs, device, dtype):
     """Raw latents of stacked frames: obs (N, history, 3, 64, 64) -> (N, D) on the CPU."""
     out = []
-    for part in obs.split(batch):
+    for part in obs.split(at_once(device)):
         with autocast(device, dtype):
             out.append(encoder.features(stack(part.to(device), encoder.history)).float().cpu())
     return torch.cat(out)

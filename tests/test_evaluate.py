@@ -346,7 +346,7 @@ def test_a_judge_that_saw_the_labels_tells_the_outcome():
         arrays, _ = run_episode(env, FaultyExpert(1.0), track, np.random.default_rng(track))
         parts.append(on_grid("data_recovery", track, arrays, 2))
         state, line = parts[-1].state, centre_line(env.unwrapped)
-        at = [sum(line.place(*xy)[:2]) for xy in state[:, [column("x"), column("y")]].tolist()]
+        at = [line.along(*xy) for xy in state[:, [column("x"), column("y")]].tolist()]
         made = [0] + [way(*step, len(env.unwrapped.track)) for step in zip(at, at[1:])]
         parts[-1].z = torch.tensor(np.c_[made, state[:, column("wheels_off_road")]]).float()
     told = taught_outcome(SimpleNamespace(encoder=SimpleNamespace(repeat=2)), parts[:5], env,
