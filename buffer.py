@@ -37,8 +37,8 @@ import torch
 from isal import isal_zlib
 from tqdm import tqdm
 
-from runtime import (Help, Parser, Refusal, at_once, command, fail, optional, replace_atomically,
-                     run, versions, writable)
+from runtime import (Help, Parser, Refusal, command, encoded_at_once, fail, optional,
+                     replace_atomically, run, versions, writable)
 
 SCHEMA = 1  # of chunks; a newer one is skipped and named
 DEFLATE_LEVEL = 1  # of isal: a fifth of the time of zlib's level 2, and a little smaller
@@ -675,7 +675,7 @@ class Latents:
         back = repeat * torch.arange(1 - history, 1, device=obs.device)
         rows = (torch.arange(len(obs), device=obs.device)[:, None] + back).clamp_min(0)
         out = [encode(obs[some].permute(0, 1, 4, 2, 3))
-               for some in rows.split(at_once(obs.device))]
+               for some in rows.split(encoded_at_once(obs.device))]
         return torch.cat(out).half().cpu().numpy()
 
     def cached(self, chunks):

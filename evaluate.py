@@ -89,7 +89,7 @@ FALSE_ALARMS = 0.01
 LEAP = 2  # tiles in a step that nobody drives: another part of the track is nearer now
 AFTER, PACE = 1, 0.5  # seconds that an expert goes on from where a plan ended, and its pace
 STILL = 0.01  # of the squares of errors: smaller ones count as large as that quantile
-TELLERS = 4  # MLPs that tell the usual error of a moment, of which the mean counts
+TELLERS = 4  # MLPs whose mean tells the usual error of a moment
 WARM_UP = 5  # plans made before the judged one, as the driver would have
 SEGMENT = 120  # latents of a training episode, at most: many tracks tell more than many frames
 BLOCK = 512  # stacks of frames that are in memory at a time
@@ -742,7 +742,7 @@ class Scale:
     (Mahalanobis, covariance shrunk after Ledoit and Wolf 2004). It also knows less of a slide than
     of a straight: small MLPs tell from present and dream what such a square usually is, by which
     it is divided (a variance that depends on the input, after Nix and Weigend 1994; the mean of
-    some, for one fit alone is noisy).
+    TELLERS of them, in logarithms, as one fit is noisy).
     """
 
     def __init__(self, now, z_hat, came, seed):
@@ -754,8 +754,9 @@ class Scale:
             self.whiten.append(torch.linalg.cholesky(torch.linalg.inv(cov)).float())
             squares = self.squares(error, a)
             logs = np.log(squares.clip(np.quantile(squares, STILL)))
-            told = [fit_standardised(regressor("mlp", seed + i), self.moment(now, z_hat[:, a]),
-                                     logs) for i in range(TELLERS)]
+            moment = self.moment(now, z_hat[:, a])
+            told = [fit_standardised(regressor("mlp", TELLERS * seed + i), moment, logs)
+                    for i in range(TELLERS)]
             self.usual.append((told, logs.min(), logs.max()))
 
     @staticmethod
@@ -772,7 +773,7 @@ class Scale:
         for such a moment, AHEAD[a] ahead."""
         told, least, most = self.usual[a]
         moment = self.moment(now, z_hat)
-        usual = np.mean([t(moment) for t in told], axis=0).clip(least, most)  # as far as seen
+        usual = np.mean([t(moment) for t in told], axis=0).clip(least, most)  # of those seen
         return self.squares(z - z_hat, a) / np.exp(usual)
 
 

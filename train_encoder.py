@@ -27,8 +27,9 @@ from car_env import SCENE_H, TELEMETRY, ZOOM_STEPS, mirrored
 from networks import (PANEL, BendModel, InverseModel, Predictor, Projector, TinyEncoder,
                       already_trained, cosine, optimise, over_ranks, refuse_nan, resume_run, rotate,
                       save, save_run, so_far, stack, unit_act)
-from runtime import (RANK, RANKS, RunLog, Stop, at_once, autocast, fail, fraction, in_turn, name_of,
-                     natural, optimisation, parser, positive, rate, run, same_start, set_up, stopped)
+from runtime import (RANK, RANKS, RunLog, Stop, autocast, encoded_at_once, fail, fraction, in_turn,
+                     name_of, natural, optimisation, parser, positive, rate, run, same_start,
+                     set_up, stopped)
 from vicreg import covariance, effective_rank, gather, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
@@ -82,8 +83,8 @@ def arguments(argv=None):
                         "road lies and where it leads; 0 leaves the bent pictures out")
     g.add_argument("--align", type=float, default=0.0,
                    help="joint: weight of telling how to bend a picture straight, so that all look "
-                        "alike: where the road lies, not only how far it was moved. 40 knows more "
-                        "of the road and, so far, drives a little worse; needs --bend")
+                        "alike: where the road lies, not only how far it was moved; needs --bend. "
+                        "The weights that come with the code have 25, with --pred 30 --cov 2")
     g.add_argument("--mirror", type=fraction, default=0.0,
                    help="share of the windows with left and right exchanged, in pictures and "
                         "steering: a lap has few bends to the right, 0.5 knows more of them")
@@ -352,7 +353,7 @@ def training_batches(loader, args, device, start=0):
 def features_of(encoder, obs, device, dtype):
     """Raw latents of stacked frames: obs (N, history, 3, 64, 64) -> (N, D) on the CPU."""
     out = []
-    for part in obs.split(at_once(device)):
+    for part in obs.split(encoded_at_once(device)):
         with autocast(device, dtype):
             out.append(encoder.features(stack(part.to(device), encoder.history)).float().cpu())
     return torch.cat(out)
