@@ -6,9 +6,9 @@ LAPTOP = --root $(ROOT)
 # shares of a batch: expert, recovery, random
 SHARES = --shares 0.35 0.45 0.2
 # the small encoder of a laptop
-EYE = --width 0.25 --dim 128 --strides 2 2 2 1 --batch_size 96 --lr 2e-3
+EYE = --width 0.25 --batch_size 96 --lr 2e-3
 # and its predictor
-BRAIN = --hidden 256 --state 128 --batch_size 512 --lr 2e-3
+BRAIN = --batch_size 512 --lr 2e-3
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -24,9 +24,9 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) collect_race_data.py $(LAPTOP) --frames 60000 --pace 0.35 --width 2
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 80000
 	$(PY) collect_data.py $(LAPTOP) --frames 30000
-	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --epochs 4 --steps_per_epoch 150
+	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --dim 128 --strides 2 2 2 1 --epochs 4 --steps_per_epoch 150
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 320
-	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --epochs 3 --steps_per_epoch 700
+	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --hidden 256 --state 128 --epochs 3 --steps_per_epoch 700
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 3
 	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400 --gas 0.5
 	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --gas 0.5 --compare random no_model expert --json $(ROOT)/visuals/drive_mpc.json
