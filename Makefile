@@ -32,13 +32,13 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --gas 0.5 --compare random no_model expert --json $(ROOT)/visuals/drive_mpc.json
 
 pretrained: ROOT = pretrained
-pretrained: .venv/installed  ## an hour and a half on two cores: the weights in models/pretrained/, anew
+pretrained: .venv/installed  ## two hours and a quarter on two cores: the weights in models/pretrained/, anew
 	$(PY) collect_race_data.py $(LAPTOP) --frames 260000
-	$(PY) collect_recovery_data.py $(LAPTOP) --frames 1000000
-	$(PY) collect_data.py $(LAPTOP) --frames 1000000
-	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --dim 256 --strides 1 2 2 2 --mirror 0.5 --align 25 --pred 30 --cov 2 --epochs 8 --steps_per_epoch 500
+	$(PY) collect_recovery_data.py $(LAPTOP) --frames 1500000
+	$(PY) collect_data.py $(LAPTOP) --frames 1500000
+	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --dim 384 --strides 1 2 2 2 --mirror 0.5 --align 25 --pred 30 --cov 2 --epochs 8 --steps_per_epoch 500
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 400
-	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --hidden 384 --state 192 --epochs 10 --steps_per_epoch 1500
+	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --hidden 384 --state 256 --epochs 10 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP)
 	mkdir -p models/pretrained && rm -f models/pretrained/*.pth
 	cp $(ROOT)/models/encoder_mixed_ep8.pth $(ROOT)/models/decoder_ep8.pth $(ROOT)/models/predictor_ep10.pth $(ROOT)/models/cost_model_final.pth models/pretrained/

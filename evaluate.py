@@ -78,6 +78,8 @@ CHOOSING = range(200_000, 300_000)  # track seeds; 100000 to 100099 are for repo
 TRAINING = range(FIRST_SEED, 2 * FIRST_SEED)
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20", "side_speed")
 OFF_ROAD = "off road (AUC)"
+JUDGES = "this model", "untrained nets", "pixel error", "copy-last"
+OWN, TWIN = JUDGES[:2]
 AHEAD = (1, 5, 15)  # latents ahead at which imagination is probed and futures are judged
 FAR = 30  # latents ahead to which dreams are followed
 IN_VIEW = 7.0, 1.0  # units off the centre line, rad off its direction: the road is in view
@@ -89,7 +91,6 @@ FALSE_ALARMS = 0.01
 LEAP = 2  # tiles in a step that nobody drives: another part of the track is nearer now
 AFTER, PACE = 1, 0.5  # seconds that an expert goes on from where a plan ended, and its pace
 STILL = 0.01  # of the squares of errors: smaller ones count as large as that quantile
-TELLERS = 4  # MLPs whose mean tells the usual error of a moment
 WARM_UP = 5  # plans made before the judged one, as the driver would have
 SEGMENT = 120  # latents of a training episode, at most: many tracks tell more than many frames
 BLOCK = 512  # stacks of frames that are in memory at a time
@@ -107,11 +108,11 @@ def arguments():
     g = p.add_argument_group("sizes")
     g.add_argument("--track_seed", type=choosing, default=CHOOSING[0],
                    help="first of the tracks to drive anew, 200000 to 299999: those for choosing")
-    g.add_argument("--tracks", type=positive, default=8,
+    g.add_argument("--tracks", type=positive, default=16,
                    help="tracks of each kind of driving; intervals shrink with their number")
     g.add_argument("--train_frames", type=positive, default=3000,
                    help="latents of each folder that probes are fitted to, from many episodes")
-    g.add_argument("--frames", type=positive, default=1200,
+    g.add_argument("--frames", type=positive, default=2400,
                    help="frames of each kind of driving that probes are judged on")
     g.add_argument("--windows", type=positive, default=200,
                    help="windows of each kind of driving that are dreamt and violated")
@@ -155,7 +156,7 @@ class Episode:
     first: int  # latent from which on the zoom is over and all frames are there
     actions: np.ndarray = None  # (T, 3) of every step
     saved: list = field(default_factory=list)  # states of the simulator, one a latent
-    z: torch.Tensor = None  # (K, D)
+    z: dict = field(default_factory=dict)  # {judge: its latents (K, D)}
 
     def part(self, start, length, history):
         """The latents from `start` on, with the frames that the first of them sees."""
@@ -289,10 +290,6 @@ class Spots:
     def __getitem__(self, rows):
         return Spots(self.episodes, self.e[rows], self.k[rows])
 
-    def later(self, latents):
-        """The Spots so many latents later."""
-        return Spots(self.episodes, self.e, self.k + latents)
-
     def frames(self, offsets):
         """obs (n, len(offsets), 3, 64, 64) uint8: frames so many latents later, or the first."""
         return planes(np.stack([self.episodes[e].obs[np.maximum(k + offsets, 0)]
@@ -309,9 +306,9 @@ class Spots:
         return ((np.abs(self.state("lateral_offset", ahead)) < limits[0])
                 & (np.abs(self.state("heading_error", ahead)) < limits[1]))
 
-    def z(self, first, last):
-        """(n, last - first + 1, D): the latents from k + first to k + last."""
-        return torch.stack([self.episodes[e].z[k + first:k + last + 1]
+    def z(self, first, last, judge=OWN):
+        """(n, last - first + 1, D): the judge's latents from k + first to k + last."""
+        return torch.stack([self.episodes[e].z[judge][k + first:k + last + 1]
                             for e, k in zip(self.e, self.k)])
 
     def act(self, steps):
@@ -396,15 +393,15 @@ class Subject:
         return np.arange(1 - self.encoder.history, 1)
 
     def encode_episodes(self, episodes):
-        """Fills in each episode's z."""
+        """Fills in each episode's z, of both encoders."""
         for x in tqdm(episodes, desc="encode", unit="episode", leave=False):
             every = Spots([x], np.zeros(len(x.obs), int), np.arange(len(x.obs)))
-            x.z = self.encode_now(self.encoder, every, what=None)
+            x.z = {judge: self.encode_now(encoder, every, what=None)
+                   for judge, (encoder, _) in self.pairs().items()}
 
     def pairs(self):
         """{judge: (encoder, predictor)}: those under test, and their untrained twins."""
-        return {"this model": (self.encoder, self.predictor),
-                "untrained nets": (self.twin, self.blank)}
+        return {OWN: (self.encoder, self.predictor), TWIN: (self.twin, self.blank)}
 
     @torch.no_grad()
     def imagine(self, predictor, z, act):
@@ -573,8 +570,7 @@ def knows(subject, train, test, args):
                                        "cells": mark(told, latents[1], labels[1], args)}
 
     add("this encoder", [s.z(0, 0)[:, 0].numpy() for s in sampled])
-    add("untrained encoder", [subject.encode_now(subject.twin, s, "untrained").numpy()
-                              for s in sampled])
+    add("untrained encoder", [s.z(0, 0, TWIN)[:, 0].numpy() for s in sampled])
     add("PCA of the pixels", principal(*sampled, subject, args.seed))
     if args.ceiling_steps:
         net = ceiling(subject, sampled[0], labels[0], args)
@@ -672,7 +668,6 @@ TOLD = "swapped actions", "mirrored steering"  # the film is true, the actions t
 THROUGHOUT = "colour throughout (control)"  # the present is seen in that light too
 COLOURS = "colour changes (control)", THROUGHOUT
 VIOLATIONS = (*TELEPORTS, *list(FILMS)[1:], *TOLD, *COLOURS)
-JUDGES = "this model", "untrained nets", "pixel error", "copy-last"
 
 
 def teleported(subject, spots, args):
@@ -726,7 +721,7 @@ def expectations(subject, spots, other, seed):
             "mirrored steering": act * torch.tensor([-1.0, 1, 1]), THROUGHOUT: act}
     for judge, (encoder, predictor) in subject.pairs().items():
         light = torch.Generator().manual_seed(seed)
-        now = subject.encode_now(encoder, spots)
+        now = spots.z(0, 0, judge)[:, 0]
         lit = subject.encode_now(encoder, spots, change=lambda obs: relit(obs, light))
         z = {k: lit if k == THROUGHOUT else now for k in told}
         out[judge] = {k: (z[k], subject.imagine(predictor, z[k], a)[:, steps])
@@ -740,12 +735,11 @@ class Scale:
     A dream knows some directions of the latent better than others, and all of them less the
     further ahead it looks: an error is measured in standard deviations, in every direction
     (Mahalanobis, covariance shrunk after Ledoit and Wolf 2004). It also knows less of a slide than
-    of a straight: small MLPs tell from present and dream what such a square usually is, by which
-    it is divided (a variance that depends on the input, after Nix and Weigend 1994; the mean of
-    TELLERS of them, in logarithms, as one fit is noisy).
+    of a straight: a line through present and dream tells the logarithm of what such a square
+    usually is, by which it is divided (multiplicative heteroscedasticity, Harvey 1976).
     """
 
-    def __init__(self, now, z_hat, came, seed):
+    def __init__(self, now, z_hat, came):
         """now (n, D), z_hat, came (n, len(AHEAD), D) of true futures."""
         self.whiten, self.usual = [], []
         for a in range(came.shape[1]):
@@ -754,9 +748,7 @@ class Scale:
             self.whiten.append(torch.linalg.cholesky(torch.linalg.inv(cov)).float())
             squares = self.squares(error, a)
             logs = np.log(squares.clip(np.quantile(squares, STILL)))
-            moment = self.moment(now, z_hat[:, a])
-            told = [fit_standardised(regressor("mlp", TELLERS * seed + i), moment, logs)
-                    for i in range(TELLERS)]
+            told = fit_standardised(Ridge(alpha=10.0), self.moment(now, z_hat[:, a]), logs)
             self.usual.append((told, logs.min(), logs.max()))
 
     @staticmethod
@@ -772,21 +764,21 @@ class Scale:
         """(n,): about 1 where latents z (n, D) are as far from z_hat, dreamt of `now`, as is usual
         for such a moment, AHEAD[a] ahead."""
         told, least, most = self.usual[a]
-        moment = self.moment(now, z_hat)
-        usual = np.mean([t(moment) for t in told], axis=0).clip(least, most)  # of those seen
+        usual = told(self.moment(now, z_hat)).clip(least, most)  # of those seen
         return self.squares(z - z_hat, a) / np.exp(usual)
 
 
 def scales(subject, train, args):
     """{judge: Scale} of the judges that look at latents, from windows of training episodes."""
-    spots = choose_spots(train, args.train_frames // 2, args.seed, ahead=max(AHEAD))
+    spots = choose_spots(train, args.train_frames, args.seed, ahead=max(AHEAD))
     act, steps, out = spots.act(max(AHEAD)), [h - 1 for h in AHEAD], {}
-    for judge, (encoder, predictor) in subject.pairs().items():
-        now, *came = (subject.encode_now(encoder, spots.later(h)) for h in (0, *AHEAD))
-        came, z_hat = torch.stack(came, dim=1), subject.imagine(predictor, now, act)[:, steps]
-        out[judge] = Scale(now, z_hat, came, args.seed)
-        if judge == "this model":
-            out["copy-last"] = Scale(now, now[:, None].expand_as(came), came, args.seed)
+    for judge, (_, predictor) in subject.pairs().items():
+        z = spots.z(0, max(AHEAD), judge)
+        now, came = z[:, 0], z[:, list(AHEAD)]
+        z_hat = subject.imagine(predictor, now, act)[:, steps]
+        out[judge] = Scale(now, z_hat, came)
+        if judge == OWN:
+            out["copy-last"] = Scale(now, now[:, None].expand_as(came), came)
     return out
 
 
@@ -817,7 +809,7 @@ def surprises(subject, spots, other, scale, args):
                     now, z_hat = (x[rows] for x in expected[judge][premise])
                     row = premise if premise in TOLD else v
                     out[judge][row][rows, a] = scale[judge](z, now, z_hat[:, a], a)
-                    if judge == "this model":  # its copy-last, which knows no actions
+                    if judge == OWN:  # its copy-last, which knows no actions
                         out["copy-last"][row][rows, a] = scale["copy-last"](z, now, now, a)
     out["pixel error"] |= {lie: out["pixel error"]["true"] for lie in TOLD}
     return {judge: {v: np.maximum.accumulate(s, axis=1) for v, s in rows.items()}
@@ -986,7 +978,7 @@ def judge_plans(subject, episode, k, seed, cfg):
     device, generator = subject.device, torch.Generator(subject.device)
     futures, blank = (Futures(p, subject.cost, cfg.energy)
                       for p in (subject.predictor, subject.blank))
-    z = episode.z.to(device)
+    z = episode.z[OWN].to(device)
     u = torch.zeros(cfg.horizon, 2, device=device)
     for i in range(max(0, k - WARM_UP), k):
         u = plan(z[i:i + 1], futures, u, cfg, generator.manual_seed(seed + i))[0]
@@ -1032,10 +1024,10 @@ def drive_plans(subject, told, envs, expert, episode, k, args):
     made = np.array([value(a) for a in act])
     some, n = act[:args.lived], args.lived
     later = np.array([value(a, expert) for a in some])
-    dreamt = subject.imagine(subject.predictor, episode.z[k:k + 1].expand(len(act), -1),
+    dreamt = subject.imagine(subject.predictor, episode.z[OWN][k:k + 1].expand(len(act), -1),
                              torch.from_numpy(act))
     came = lived_latents(subject, fast, episode, k, some)
-    now = episode.z[k:k + 1].to(subject.device)
+    now = episode.z[OWN][k:k + 1].to(subject.device)
     lived = subject.cost.judge(now, came.to(subject.device), args.energy).cpu().numpy()
     taught = told(came)
     e, blank = energies["this model"], energies["untrained"]
@@ -1119,7 +1111,7 @@ def show_futures(found):
     for judge in JUDGES:
         table(f"3. Impossible futures: AUROC against true ones, {judge}", [f"+{h}" for h in AHEAD],
               {v: [by[judge][h]["auroc"] for h in AHEAD] for v, by in found.items()}, 28)
-    own = {v: by["this model"] for v, by in found.items()}
+    own = {v: by[OWN] for v, by in found.items()}
     figures = [(what, h) for what in ("tpr_at_1pct", "pairs") for h in AHEAD]
     table("3. This model: share found at 1 % false alarms (f), share of pairs told apart (p)",
           [*(f"{what[0].replace('t', 'f')} +{h}" for what, h in figures), f"n +{max(AHEAD)}"],
@@ -1264,10 +1256,10 @@ def possible(subject, args):
 def prepare(subject, args):
     """(training episodes, new episodes, windows of the new ones), encoded."""
     train, test = all_episodes(args, subject.encoder)
-    subject.encode_episodes(train + test)
     some = choose_spots(train, 500, args.seed)
     subject.twin.calibrate(features_of(subject.twin, some.frames(subject.newest()),
                                        subject.device, subject.dtype))
+    subject.encode_episodes(train + test)
     H = max(AHEAD)
     spots = choose_spots(test, args.windows, args.seed, behind=H + subject.encoder.history,
                          ahead=max(FAR, 2 * H))

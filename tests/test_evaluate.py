@@ -17,8 +17,8 @@ from collect_data import FIRST_SEED, run_episode
 from collect_race_data import Expert
 from collect_recovery_data import FaultyExpert
 from conftest import script
-from evaluate import (AFTER, AHEAD, FAR, FIGURES, FILMS, JUDGES, OFF_ROAD, PARTS, POOLED, PROBED,
-                      VIOLATIONS, Episode, Labels, Recorder, Scale, Spots, Subject, along, auc,
+from evaluate import (AFTER, AHEAD, FAR, FIGURES, FILMS, JUDGES, OFF_ROAD, OWN, PARTS, POOLED,
+                      PROBED, VIOLATIONS, Episode, Labels, Recorder, Scale, Spots, Subject, along, auc,
                       cells, choose_spots, choosing, linear_dream, lived_frames, main, mark,
                       numbered, on_grid, outcome, partners, play, possible, probe, restore_state,
                       save_state, separated, spearman, taught_outcome, text, way)
@@ -240,7 +240,7 @@ def episodes_of_a_linear_world(count, K=60, D=4):
         for a in act:
             z.append(z[-1] @ turn + a @ push)
         out.append(Episode("data", i, np.zeros((K, 1, 1, 3), np.uint8), act, np.zeros((K, 20)),
-                           25, z=torch.from_numpy(np.array(z, np.float32))))
+                           25, z={OWN: torch.from_numpy(np.array(z, np.float32))}))
     return out
 
 
@@ -405,12 +405,12 @@ def test_surprise_is_in_units_of_the_usual_error():
     rng = torch.Generator().manual_seed(0)
     size = torch.tensor([3.0, 1.0, 0.5, 0.5])
     now = torch.randn(4000, 4, generator=rng)
-    size = size * (1 + 4 * (now[:, :1, None] > 0))  # five times as large in such moments
+    size = size * torch.exp(now[:, :1, None])  # large in some moments
     came = size * torch.randn(4000, len(AHEAD), 4, generator=rng)
-    scale = Scale(now, torch.zeros_like(came), came, 0)
+    scale = Scale(now, torch.zeros_like(came), came)
     of = lambda z, now: scale(z, now, torch.zeros_like(z), 1)
     for half in (now[:, 0] > 0.3, now[:, 0] < -0.3):
         assert 0.8 < np.median(of(came[half, 1], now[half])) < 1.25
     usual, rare, hard = torch.eye(4)[:1], torch.eye(4)[3:], torch.eye(4)[:1]
     assert of(rare, -hard) > 25 * of(usual, -hard)
-    assert of(rare, -hard) > 12 * of(rare, hard)
+    assert of(rare, -hard) > 40 * of(rare, hard)  # exp(4), shrunk a little
