@@ -32,7 +32,7 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --gas 0.5 --compare random no_model expert --json $(ROOT)/visuals/drive_mpc.json
 
 pretrained: ROOT = pretrained
-pretrained: .venv/installed  ## over two hours on two cores: the weights in models/pretrained/, anew
+pretrained: .venv/installed  ## over two hours on two cores: weights like those that come with the code
 	$(PY) collect_race_data.py $(LAPTOP) --frames 260000
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 1500000
 	$(PY) collect_data.py $(LAPTOP) --frames 1500000
