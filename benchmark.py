@@ -50,7 +50,8 @@ from car_env import (FPS, PLAYFIELD, TELEMETRY, ZOOM_STEPS, make_env, observe, p
                      telemetry)
 from drive_mpc import colored_noise, limited, load_driver, planning, to_action
 from networks import latest, optimise
-from runtime import Help, Parser, autocast, fail, keep_memory, run, set_up
+from support.cli import Help, Parser, fail, run
+from support.training import autocast, keep_memory, set_up
 
 CHOOSING = 200_500  # first of the tracks that nets are compared on: never collected nor reported
 MANY = 10**6  # more than any episode has steps

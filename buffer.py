@@ -14,7 +14,6 @@ Frames before the first are the first, repeated; nothing ever crosses an episode
     python buffer.py export --format minari            the same for others, into minari/
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -33,12 +32,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from isal import isal_zlib
 from tqdm import tqdm
 
-from runtime import (Help, Parser, Refusal, command, encoded_at_once, fail, optional,
-                     replace_atomically, run, versions, writable)
+from support.cli import Help, Parser, Refusal, command, fail, optional, run
+from support.files import replace_atomically, writable
 
 SCHEMA = 1  # of chunks; a newer one is skipped and named
 DEFLATE_LEVEL = 1  # of isal: a fifth of the time of zlib's level 2, and a little smaller
@@ -503,6 +501,7 @@ class Loader:
 
         L = latents + history - 1. Closing the generator ends its threads.
         """
+        import torch  # here, so that a machine that only collects needs none
         L, K, B = self.latents + self.history - 1, self.latents, sum(self.counts)
         pool = ThreadPoolExecutor(self.threads)
         try:
@@ -519,31 +518,6 @@ class Loader:
             pool.shutdown(cancel_futures=True)
 
 
-def on_device(batches, device, work=lambda *batch: batch):
-    """`work` of each batch on `device`; a GPU copies and does it while the one before is in use."""
-    if device.type != "cuda":
-        yield from (work(*[x.to(device) for x in batch]) for batch in batches)
-        return
-    side = torch.cuda.Stream(device)
-
-    def fetch():
-        with torch.cuda.stream(side):
-            done = work(*[x.to(device, non_blocking=True) for x in next(batches)])
-            return done, side.record_event()
-
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(fetch)
-        while True:
-            batch, finished = ahead.result()
-            ahead = pool.submit(fetch)
-            now = torch.cuda.current_stream(device)
-            now.wait_event(finished)
-            for x in batch:
-                if x is not None:
-                    x.record_stream(now)
-            yield batch
-
-
 def triplets(batch):
     """(state, action, next state) of a batch with two latents and one frame of history."""
     obs, act = batch
@@ -556,6 +530,7 @@ def sample_frames(chunks, history, repeat, count, seed=0, fields=("telemetry",),
 
     The frames are spread evenly over the chunks; those before `skip` (the zoom) are left out.
     """
+    import torch  # here, so that a machine that only collects needs none
     rng = np.random.default_rng([seed, 7])
     chunks = [c for c in chunks if c.frames > skip + 1]
     per = np.diff(np.linspace(0, count, len(chunks) + 1).astype(int))
@@ -598,104 +573,6 @@ def read_ahead(chunks, *names, threads=4):
                 yield first()
         while line:
             yield first()
-
-
-class Latents:
-    """Latents of every frame of every chunk, cached on disk in half precision and memory-mapped.
-
-    One file for an encoder, preprocessing and precision, `ROOT/models/latents_<key>.f16`, rows
-    appended chunk by chunk, and an index beside it that is written last and knows length and CRC of
-    each chunk: only what is new or has changed is encoded. Those of other encoders are deleted.
-    2 * dim bytes a frame. A second process waits for the first and finds its work. When `stop`
-    turns true it keeps what is done and raises KeyboardInterrupt.
-    `encode(obs (B, history, 3, 64, 64) on `device`)` gives z (B, D). Where a GPU has room for all
-    latents, windows are cut there.
-    """
-
-    def __init__(self, root, key, dim, history, repeat, encode, chunks, progress=iter,
-                 stop=False, device=torch.device("cpu")):
-        stem = writable(root / "models") / f"latents_{key}"
-        self.path, self.index_path = stem.with_suffix(".f16"), stem.with_suffix(".json")
-        self.dim, self.repeat = dim, repeat
-        for old in self.path.parent.glob("latents_*"):
-            if old.stem.split("-")[0] != stem.name.split("-")[0]:
-                old.unlink(missing_ok=True)  # another encoder's
-        with open(self.path, "ab") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            end = self._known(chunks)
-            missing = [c for c in chunks if c.meta["uid"] not in self.rows]
-            f.truncate(end * dim * 2)  # nothing that a reader may have mapped
-            for chunk, data in read_ahead(progress(missing) if missing else (), "obs", "act"):
-                if stop:
-                    break  # what is encoded stays
-                if data is None:
-                    continue
-                obs = torch.tensor(data["obs"], device=device)
-                z = self._encode(obs, history, repeat, encode)
-                f.write(z.tobytes())
-                self.rows[chunk.meta["uid"]] = end, chunk.frames, chunk.meta["crc"]
-                end += len(z)
-            if missing:
-                f.flush()
-                os.fsync(f.fileno())  # before the index that promises the rows
-                body = json.dumps({"dim": dim, "versions": versions(), "rows": self.rows}).encode()
-                replace_atomically(self.index_path, lambda f: f.write(body))
-        if stop:
-            raise KeyboardInterrupt
-        self.z = np.memmap(self.path, np.float16, "c", shape=(end, dim))
-        self.act = np.zeros((end, 3), np.float32)  # mean action of the `repeat` steps from a row on
-        for chunk, data in read_ahead(self.cached(chunks), "act"):
-            if data is None:
-                del self.rows[chunk.meta["uid"]]
-                continue
-            act = data["act"]
-            a, T, _ = self.rows[chunk.meta["uid"]]
-            if T >= repeat:
-                cum = np.cumsum(np.concatenate([np.zeros((1, 3)), act]), axis=0)
-                self.act[a:a + T + 1 - repeat] = (cum[repeat:] - cum[:-repeat]) / repeat
-        self.table = torch.from_numpy(self.z), torch.from_numpy(self.act)  # as windows are cut
-        if device.type == "cuda" and 2 * self.z.nbytes < torch.cuda.mem_get_info(device)[0]:
-            self.table = [x.to(device) for x in self.table]
-
-    def _known(self, chunks):
-        """Fills self.rows, uid: (first row, frames, CRC), from the index, without what the file has
-        lost and what is another episode now; returns the end of all rows that are promised."""
-        there = self.path.stat().st_size // (2 * self.dim)
-        try:
-            rows = {uid: (a, T, crc) for uid, (a, T, crc) in json.loads(
-                self.index_path.read_text())["rows"].items() if a + T + 1 <= there}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            rows = {}  # not there, or not written by this code
-        now = {c.meta["uid"]: (c.frames, c.meta["crc"]) for c in chunks}
-        self.rows = {uid: row for uid, row in rows.items() if row[1:] == now.get(uid, row[1:])}
-        return max((a + T + 1 for a, T, _ in rows.values()), default=0)
-
-    @staticmethod
-    def _encode(obs, history, repeat, encode):
-        back = repeat * torch.arange(1 - history, 1, device=obs.device)
-        rows = (torch.arange(len(obs), device=obs.device)[:, None] + back).clamp_min(0)
-        out = [encode(obs[some].permute(0, 1, 4, 2, 3))
-               for some in rows.split(encoded_at_once(obs.device))]
-        return torch.cat(out).half().cpu().numpy()
-
-    def cached(self, chunks):
-        """Those of the chunks that could be read."""
-        return [c for c in chunks if c.meta["uid"] in self.rows]
-
-    def starts(self, chunks, latents, skip=0):
-        """Rows at which a window of `latents` latents can begin without leaving its episode."""
-        span = (latents - 1) * self.repeat
-        parts = [np.arange(a + skip, a + T + 1 - span)
-                 for a, T, _ in (self.rows[c.meta["uid"]] for c in self.cached(chunks))
-                 if T + 1 - span > skip]
-        return np.concatenate(parts) if parts else np.zeros(0, int)
-
-    def windows(self, starts, latents):
-        """(z (B, latents, D) float32, act (B, latents - 1, 3)) of the windows at these rows."""
-        z, act = self.table
-        rows = np.asarray(starts)[:, None] + self.repeat * np.arange(latents)
-        rows = torch.from_numpy(rows).to(z.device)
-        return z[rows].float(), act[rows[:, :-1]]
 
 
 # ------------------------------------------------------------------ inspection

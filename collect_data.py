@@ -29,7 +29,8 @@ from tqdm import tqdm
 from buffer import HELD_OUT_MOD, index, write_chunk
 from car_env import (ENV_ID, PREPROCESS_VERSION, TELEMETRY, make_env, observe, place_beside,
                      telemetry)
-from runtime import Stop, fail, git_commit, natural, parser, positive, run, versions, writable
+from support.cli import Stop, fail, natural, parser, positive, run
+from support.files import git_commit, versions, writable
 
 FIRST_SEED = 10_000_000  # tracks below are for choosing and for evaluation, never collected
 EPISODES_PER_WORKER = 300  # then it is replaced: Box2D leaks on create and destroy

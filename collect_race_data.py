@@ -16,7 +16,7 @@ import numpy as np
 from buffer import HELD_OUT_MOD
 from car_env import Nearest
 from collect_data import collect, collector_parser
-from runtime import fraction, rate, run
+from support.cli import fraction, rate, run
 
 SPACING = 1.0       # units between the points of the resampled racing line
 AXLE = 1.62         # units from the car's centre to either axle

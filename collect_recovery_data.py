@@ -14,7 +14,7 @@ import numpy as np
 from car_env import place_beside
 from collect_data import RandomDriver, collect
 from collect_race_data import Expert, pace_of, pace_parser
-from runtime import run
+from support.cli import run
 
 KINDS = ("understeer", "oversteer", "late_braking", "wrong_throttle", "swerve", "fumble",
          "stray")

@@ -24,8 +24,10 @@ from car_env import (FPS, MAX_STEPS, TELEMETRY, ZOOM_STEPS, make_env, observe, p
 from drive_mpc import (DIM, INK, PAPER, SIDE, STRIP, VIDEO_FPS, VIEW, WARM, Window,
                        load_driver, planning, plot, write)
 from networks import some_root, stack
-from runtime import (Stop, autocast, fail, natural, parser, positive, pyplot, run, save_figure,
-                     save_gif, save_mp4, writable)
+from support.cli import Stop, fail, natural, parser, positive, run
+from support.files import writable
+from support.pictures import pyplot, save_figure, save_gif, save_mp4
+from support.training import autocast
 
 FUTURES = {"true": (90, 200, 120), "teleported": WARM, "random": (240, 90, 90)}  # name: colour
 MIN_JUMP = 15  # tiles between the car and where it is teleported to, so that places differ

@@ -32,8 +32,10 @@ from collect_data import FIRST_SEED, origin
 from collect_race_data import Expert
 from networks import (DISCOUNT, Predictor, fingerprint, judged, latest, load_frozen, models_of,
                       some_root, stack, unit_act)
-from runtime import (Stop, autocast, command, fail, fraction, natural, parser, positive,
-                     replace_atomically, run, save_gif, save_mp4, set_up, versions, writable)
+from support.cli import Stop, command, fail, fraction, natural, parser, positive, run
+from support.files import replace_atomically, versions, writable
+from support.pictures import save_gif, save_mp4
+from support.training import autocast, set_up
 from train_predictor import load_decoder
 
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little

@@ -68,8 +68,10 @@ from demo_energy import MIN_JUMP, Elsewhere
 from drive_mpc import Futures, colored_noise, limited, plan, planning, several, to_action
 from networks import (Predictor, cosine, fingerprint, latest, load_frozen, models_of,
                       optimise, some_root, stack, unit_act)
-from runtime import (Refusal, autocast, command, fail, git_commit, natural, parser, positive,
-                     pyplot, replace_atomically, run, save_figure, set_up, versions, writable)
+from support.cli import Refusal, command, fail, natural, parser, positive, run
+from support.files import git_commit, replace_atomically, versions, writable
+from support.pictures import pyplot, save_figure
+from support.training import autocast, set_up
 from train_encoder import features_of, jitter_
 from train_predictor import draw_dream, dream, load_decoder
 

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from car_env import OBS_SIZE, SCENE_H
-from runtime import (RANK, RANKS, Parser, Refusal, command, fail, git_commit, optional,
-                     replace_atomically, run, versions, writable)
+from support.cli import Parser, Refusal, command, fail, optional, run
+from support.files import git_commit, replace_atomically, versions, writable
+from support.training import RANK, RANKS
 from vicreg import gather
 
 PRETRAINED = Path(__file__).parent / "models" / "pretrained"

@@ -23,8 +23,9 @@ from buffer import load_sources, provenance
 from car_env import ZOOM_STEPS
 from networks import (FORESIGHT, CostModel, already_trained, cosine, fingerprint, latest,
                       load_frozen, optimise, refuse_nan, resume_run, save, save_run, so_far)
-from runtime import (RunLog, Stop, autocast, fail, optimisation, parser, positive, pyplot, run,
-                     save_figure, set_up, stopped)
+from support.cli import Stop, fail, optimisation, parser, positive, run, stopped
+from support.pictures import pyplot, save_figure
+from support.training import RunLog, autocast, set_up
 from train_predictor import load_latents
 
 EXPERT, RANDOM = "data_race", "data"  # the classes; recovery is between and trains the value only

@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from buffer import Loader, load_sources, on_device, provenance, sample_frames
+from buffer import Loader, load_sources, provenance, sample_frames
 from car_env import ZOOM_STEPS
 from networks import (TinyDecoder, build, epoch_of, fingerprint, hold, latest, load_frozen,
                       optimise, read, read_run, refuse_nan, restore, rotate, save, save_run,
                       set_aside, so_far, stack)
-from runtime import (Refusal, RunLog, Stop, autocast, command, fail, parser, positive, pyplot,
-                     rate, run, save_figure, set_up, stopped)
+from support.cli import Refusal, Stop, command, fail, parser, positive, rate, run, stopped
+from support.pictures import pyplot, save_figure
+from support.training import RunLog, autocast, on_device, set_up
 
 PICTURES = 4  # held-out frames of each source on the sheet
 MADE = ("decoder_ep*.pth", "decoder_resume.pth", "decoder.jsonl")  # --fresh sets them aside

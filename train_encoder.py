@@ -22,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from buffer import Loader, load_sources, on_device, provenance, sample_frames, shares_of
+from buffer import Loader, load_sources, provenance, sample_frames, shares_of
 from car_env import SCENE_H, TELEMETRY, ZOOM_STEPS, mirrored
 from networks import (PANEL, BendModel, InverseModel, Predictor, Projector, TinyEncoder,
                       already_trained, cosine, optimise, over_ranks, refuse_nan, resume_run, rotate,
                       save, save_run, so_far, stack, unit_act)
-from runtime import (RANK, RANKS, RunLog, Stop, autocast, encoded_at_once, fail, fraction, in_turn,
-                     name_of, natural, optimisation, parser, positive, rate, run, same_start,
-                     set_up, stopped)
+from support.cli import (Stop, fail, fraction, natural, optimisation, parser, positive, rate, run,
+                         stopped)
+from support.training import (RANK, RANKS, RunLog, autocast, encoded_at_once, in_turn, name_of,
+                              on_device, same_start, set_up, stopped_anywhere)
 from vicreg import covariance, effective_rank, gather, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
@@ -482,7 +483,7 @@ def main():
             bar.set_postfix(loss=f"{shown['loss']:.3f}", rank=f"{shown['rank']:.0f}")
         step += 1
         bar.update()
-        stopping = stop.anywhere()
+        stopping = stopped_anywhere(stop)
         if step % per_epoch == 0 and RANK == 0:
             epoch = step // per_epoch
             for net in nets.values():

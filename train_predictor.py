@@ -20,14 +20,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from buffer import Latents, Loader, load_sources, provenance, shares_of
+from buffer import Loader, load_sources, provenance, shares_of
 from car_env import FPS
 from networks import (Predictor, already_trained, build, cosine, epoch_of, fingerprint, latest,
                       load_frozen, of_these, optimise, over_ranks, read, read_run, refuse_nan,
                       resume_run, rotate, save, save_run, so_far, stack)
-from runtime import (RANK, RANKS, RunLog, Stop, autocast, command, fail, in_turn, name_of,
-                     optimisation, parser, positive, pyplot, run, same_start, save_figure, save_gif,
-                     set_up, stopped, writable)
+from support.cli import Stop, command, fail, optimisation, parser, positive, run, stopped
+from support.files import writable
+from support.latents import Latents
+from support.pictures import pyplot, save_figure, save_gif
+from support.training import (RANK, RANKS, RunLog, autocast, in_turn, name_of, same_start, set_up,
+                              stopped_anywhere)
 
 SHOWN = (0, 1, 5, 10, 15)  # steps of a dream that the picture shows
 SWAPPED = "another episode's actions"
@@ -281,7 +284,7 @@ def main():
             bar.set_postfix(loss=f"{log.log(step, loss=loss, lr=lr, **logs)['loss']:.3f}")
         step += 1
         bar.update()
-        stopping = stop.anywhere()
+        stopping = stopped_anywhere(stop)
         if step % per_epoch == 0 and RANK == 0:
             epoch = step // per_epoch
             predictor.eval()

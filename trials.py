@@ -30,8 +30,10 @@ from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, make_env, place_be
 from collect_race_data import PACES, WIDTH, Expert
 from drive_mpc import Blind, limited, load_driver, planning, to_action
 from networks import some_root, stack
-from runtime import (autocast, natural, parser, positive, pyplot, replace_atomically, run,
-                     save_figure, versions, writable)
+from support.cli import natural, parser, positive, run
+from support.files import replace_atomically, versions, writable
+from support.pictures import pyplot, save_figure
+from support.training import autocast
 
 WITHIN, HELD = 3.0, 0.2  # s: to be back in, and to stay back
 BEND = 6  # tiles of 3.5 units from the sharpest one of a bend to its end

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import buffer
-from buffer import Latents, Loader, index, read_chunk, triplets, write_chunk
-from runtime import Refusal
+from buffer import Loader, index, read_chunk, triplets, write_chunk
+from support.cli import Refusal
+from support.latents import Latents
 
 
 def make(folder, uid, T, number, track_seed=None, **meta):

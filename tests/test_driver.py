@@ -10,7 +10,7 @@ import pytest
 from car_env import make_env, observe
 from conftest import script
 from drive_mpc import Disturbance, drive, load_driver, planning
-from runtime import parser
+from support.cli import parser
 from trials import wilson
 
 TRACK = 200_010

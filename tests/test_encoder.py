@@ -9,7 +9,7 @@ from conftest import script
 
 from car_env import SCENE_H, mirrored
 from networks import BendModel, InverseModel, Predictor, TinyEncoder, stack, unit_act
-from runtime import Refusal
+from support.cli import Refusal
 from train_encoder import (AHEAD, CAR, JITTER, MEAN_OF, MOST, TINT, bend_, bend_rows, jitter_,
                            loss_fn, refuse_collapse, some_mirrored, straightened, unlikeness, views)
 

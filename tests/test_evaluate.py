@@ -23,7 +23,7 @@ from evaluate import (AFTER, AHEAD, FAR, FIGURES, FILMS, JUDGES, OFF_ROAD, OWN, 
                       mark, numbered, on_grid, outcome, partners, play, possible, probe,
                       restore_state, save_state, scales, separated, spearman, taught_outcome, text,
                       way)
-from runtime import Refusal
+from support.cli import Refusal
 
 TINY = ("--tracks 2 --train_frames 500 --frames 100 --windows 10 --states 1 --samples 16 --lived 4 "
         "--ceiling_steps 3 --ceiling_batch 8 --bootstrap 5").split()

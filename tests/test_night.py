@@ -21,7 +21,7 @@ import networks
 from buffer import write_chunk
 from car_env import TELEMETRY
 from networks import Predictor, TinyEncoder, build, fingerprint, hold, read, rotate, save
-from runtime import Refusal, run
+from support.cli import Refusal, run
 
 FOLDERS = ("data_race", "data_recovery", "data")
 ONE = ["--precision", "fp32", "--threads", "1", "--log_every", "0"]

@@ -23,13 +23,15 @@ from conftest import REPO, SMALL, script
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
-import runtime
-from buffer import Latents, export_minari, index, read_chunk, write_chunk
+from buffer import export_minari, index, read_chunk, write_chunk
 from car_env import TELEMETRY
 from networks import (FORESIGHT, BendModel, CostModel, InverseModel, Predictor, Projector,
                       TinyEncoder, export_safetensors, fingerprint, load_frozen, over_ranks, save,
                       stack)
-from runtime import RANK, RANKS, Refusal, hardware_precisions, pick_precision, run, set_up
+from support import training
+from support.cli import Refusal, run
+from support.latents import Latents
+from support.training import RANK, RANKS, hardware_precisions, pick_precision, set_up
 from train_cost_model import Sampler
 from train_encoder import AHEAD, STRETCHES, loss_fn
 from vicreg import covariance, variance
@@ -175,16 +177,16 @@ def test_two_processes_make_the_predictor_of_one(data, tmp_path):
 
 
 def test_what_several_processes_cannot_do_is_said(monkeypatch):
-    monkeypatch.setattr(runtime, "RANKS", 2)
+    monkeypatch.setattr(training, "RANKS", 2)
     with pytest.raises(Refusal, match="runs as one process"):
         set_up(argparse.Namespace(batch_size=8))
     with pytest.raises(Refusal, match="--batch_size 9: expected a multiple of the 2"):
         set_up(argparse.Namespace(batch_size=9), ranks=True)
     with pytest.raises(Refusal, match="--compile: for one process only"):
         set_up(argparse.Namespace(batch_size=8, compile=True), ranks=True)
-    monkeypatch.setattr(runtime, "everywhere", lambda *numbers: [[40.0, 10.0], [0.0, 10.0]])
+    monkeypatch.setattr(training, "everywhere", lambda *numbers: [[40.0, 10.0], [0.0, 10.0]])
     with pytest.raises(Refusal, match=r"start at steps \[40, 0\]"):
-        runtime.same_start(40, 10)
+        training.same_start(40, 10)
 
 
 # ---- precision -----------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def test_auto_takes_what_is_fast_of_what_the_card_has(monkeypatch, capsys, card,
         timed.append(str(dtype))
         return ms[("torch.bfloat16", "torch.float16", "torch.float32").index(str(dtype))] / 1000
 
-    monkeypatch.setattr(runtime, "time_steps", time_steps)
+    monkeypatch.setattr(training, "time_steps", time_steps)
     dtype = pick_precision("auto", torch.device("cuda"))
     if not has_bf16:
         took = "fp16" if took == "bf16" else took
@@ -240,9 +242,9 @@ def test_what_is_asked_for_is_taken():
 
 @pytest.mark.parametrize("flags, has", [("avx2", ["fp32"]), ("avx512_bf16", ["bf16", "fp32"])])
 def test_a_cpu_without_bf16_is_not_timed(monkeypatch, capsys, flags, has):
-    monkeypatch.setattr(runtime.Path, "read_text", lambda self: f"flags: sse {flags}")
+    monkeypatch.setattr(training.Path, "read_text", lambda self: f"flags: sse {flags}")
     timed = []
-    monkeypatch.setattr(runtime, "time_steps", lambda device, dtype: timed.append(dtype) or 1.0)
+    monkeypatch.setattr(training, "time_steps", lambda device, dtype: timed.append(dtype) or 1.0)
     assert hardware_precisions(torch.device("cpu"))[0] == has
     assert pick_precision("auto", torch.device("cpu")) == torch.float32
     assert len(timed) == (2 if "bf16" in has else 0)
@@ -251,13 +253,13 @@ def test_a_cpu_without_bf16_is_not_timed(monkeypatch, capsys, flags, has):
 
 def test_threads_hold_for_all_libraries():
     with threadpool_limits(2):  # and puts back what it found
-        runtime.pick_device(argparse.Namespace(device="cpu", threads=1))
+        training.pick_device(argparse.Namespace(device="cpu", threads=1))
         found = {pool["filepath"]: pool["num_threads"] for pool in threadpool_info()}
     assert found and set(found.values()) == {1}
 
 
 def test_a_step_is_timed():
-    assert 0 < runtime.time_steps(torch.device("cpu"), torch.float32, steps=1) < 10
+    assert 0 < training.time_steps(torch.device("cpu"), torch.float32, steps=1) < 10
 
 
 def test_batch_statistics_are_float32_in_half_precision():
@@ -422,7 +424,7 @@ def test_tensorboard_shows_what_the_log_holds(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     args = argparse.Namespace(root=tmp_path, tensorboard=True, log_every=0)
     for first in (0, 5):  # stopped and resumed
-        log = runtime.RunLog(args, "encoder", resumed=bool(first))
+        log = training.RunLog(args, "encoder", resumed=bool(first))
         for step in range(first, first + 5):
             log.log(step, loss=torch.tensor(10.0 - step))
         log.board.close()

@@ -1,19 +1,11 @@
-"""What every stage's run needs: common arguments, device and precision, a log with curves,
-one-line failures and a clean stop. No learning happens here.
-"""
+"""What every stage's run needs: device and precision, several processes, a log with curves."""
 
-import argparse
 import ctypes
-import errno
-import importlib
 import json
 import os
-import platform
-import signal
-import subprocess
 import sys
-import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -25,164 +17,17 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from tqdm import tqdm
 
+from support.cli import FULL, fail, optional
+from support.files import git_commit, versions, writable
+from support.pictures import pyplot, save_figure
+
 RANK, LOCAL_RANK, RANKS = (  # which process this is of all, and on its machine; how many there are
     int(os.environ[k]) if dist.is_torchelastic_launched() else default
     for k, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 PATIENCE = timedelta(hours=4)  # others wait while rank 0 encodes, evaluates and paints alone
 FASTER = 0.9  # of the time: --precision auto wants that much before it gives up range or digits
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt
-RETRY_S = 5  # seconds between two tries to write to a full disk
-FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk, or quota, answers
 
-
-# ------------------------------------------------------------------ arguments and failures
-
-class Refusal(ValueError):
-    """Bad input, said in one line: the file, what was expected, what was found, what mends it."""
-
-
-def fail(message):
-    """Raises Refusal; `run` turns it into one line on stderr and exit code 2."""
-    raise Refusal(message)
-
-
-def run(main):
-    """Calls a script's main; exit codes: 0 done, 2 refused in one line, 130 stopped and saved."""
-    try:
-        code = main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(code)
-    except Refusal as e:
-        tqdm.write(f"error: {e}", file=sys.stderr)  # on a line of its own, bar or not
-        sys.exit(2)
-    except OSError as e:
-        if e.errno not in FULL:
-            raise
-        tqdm.write(f"error: {e.filename}: {e.strerror}; free some space and run the "
-                   "same command again", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, and behind each flag its default where it has one."""
-
-    def _get_help_string(self, action):
-        silent = action.default in (None, argparse.SUPPRESS) or isinstance(action.default, bool)
-        silent = silent or "default" in action.help
-        return action.help + " (default: %(default)s)" * (not silent)
-
-
-class Parser(argparse.ArgumentParser):
-    """One that refuses arguments in one line, and not behind a page of its usage."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message}; `python {self.prog} --help` explains\n")
-
-
-def parser(doc, seed=True, device=True, data=False, shares=True):
-    """An ArgumentParser with the flags that stages share; `doc` is the script's docstring."""
-    p = Parser(description=doc, formatter_class=Help)
-    g = p.add_argument_group("runtime")
-    g.add_argument("--root", type=Path, default=Path("."),
-                   help="folder that holds data*/, models/ and visuals/: one experiment each "
-                        "(default: here)")
-    if seed:
-        g.add_argument("--seed", type=natural, default=0,
-                       help="same seed, same machine: same run (default 0)")
-    if device:
-        g.add_argument("--device", default="auto",
-                       help="auto, cpu, cuda or cuda:1 (ROCm cards are cuda too); auto takes the "
-                            "first GPU there is")
-        g.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                       help="auto: the fastest here of those that the hardware has (bf16 never "
-                            "on RDNA2), timed; losses are fp32 always")
-        g.add_argument("--threads", type=natural, default=0,
-                       help="CPU threads (0: all cores); lower it beside another heavy job")
-    if data:
-        g.add_argument("--data", nargs="+", default=["data_race", "data_recovery", "data"],
-                       help="folders under --root to learn from")
-        if shares:
-            g.add_argument("--shares", type=float, nargs="+",
-                           help="share of each folder of --data in a batch, in the same order "
-                                "(default: equal)")
-        g.add_argument("--fresh", action="store_true",
-                       help="start again although a half-finished run could be resumed")
-        g.add_argument("--compile", action="store_true",
-                       help="torch.compile the net: minutes at the start, then faster steps where "
-                            "torch knows the device well; one process only, not tried on ROCm")
-        g.add_argument("--tensorboard", action="store_true",
-                       help="log to ROOT/models/tensorboard/ too, where the package is installed")
-        g.add_argument("--save_every", type=float, default=15,
-                       help="minutes of training that a crash may cost at most, where epochs are "
-                            "longer")
-        g.add_argument("--log_every", type=float, default=5,
-                       help="seconds between two lines of the log; 0 logs each step, which a GPU "
-                            "waits for")
-    return p
-
-
-def optimisation(p, batch_size, epochs=50, steps_per_epoch=0, lr=1e-3, weight_decay=1e-4):
-    """The flags of a training loop, with a stage's own defaults; `batch_size` is in its units."""
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=positive, default=epochs,
-                   help="each ends with a look at held-out tracks, and a checkpoint")
-    g.add_argument("--batch_size", type=positive, default=batch_size,
-                   help="of a step: windows, or latents of each class for the cost model")
-    g.add_argument("--steps_per_epoch", type=natural, default=steps_per_epoch,
-                   help="0: as many as show the data about once")
-    g.add_argument("--lr", type=rate, default=lr, help="peak of the cosine schedule")
-    g.add_argument("--weight_decay", type=float, default=weight_decay, help="AdamW's, decoupled")
-
-
-def positive(text):
-    """argparse type: an integer > 0."""
-    if int(text) <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return int(text)
-
-
-def natural(text):
-    """argparse type: an integer >= 0."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
-
-
-def rate(text):
-    """argparse type: a number > 0 that float32 can multiply with."""
-    if not 0 < float(text) <= 1e30:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return float(text)
-
-
-def fraction(text):
-    """argparse type: a number in [0, 1]."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0..1")
-    return float(text)
-
-
-def writable(folder):
-    """Makes the folder and returns it; refuses in one line if it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as e:
-        fail(f"{folder}: cannot write there ({e.strerror}); choose another folder or mend its "
-             "permissions")
-    return folder
-
-
-def command(script, root=Path("."), flags=""):
-    """The command line of a stage, in backticks, for a message that says what mends it."""
-    where = "" if Path(root) == Path(".") else f" --root {root}"
-    return f"`python {script}{where}" + f" {flags}" * bool(flags) + "`"
-
-
-# ------------------------------------------------------------------ device and precision
 
 def pick_device(args):
     """torch.device for --device, refused in one line when it is not there. Sets --threads."""
@@ -310,13 +155,36 @@ def autocast(device, dtype):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def on_device(batches, device, work=lambda *batch: batch):
+    """`work` of each batch on `device`; a GPU copies and does it while the one before is in use."""
+    if device.type != "cuda":
+        yield from (work(*[x.to(device) for x in batch]) for batch in batches)
+        return
+    side = torch.cuda.Stream(device)
+
+    def fetch():
+        with torch.cuda.stream(side):
+            done = work(*[x.to(device, non_blocking=True) for x in next(batches)])
+            return done, side.record_event()
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(fetch)
+        while True:
+            batch, finished = ahead.result()
+            ahead = pool.submit(fetch)
+            now = torch.cuda.current_stream(device)
+            now.wait_event(finished)
+            for x in batch:
+                if x is not None:
+                    x.record_stream(now)
+            yield batch
+
+
 def encoded_at_once(device):
     """How many pictures a frozen encoder is shown in one go: on a CPU few, whose maps stay in its
     caches, an eighth faster than 256 on two threads and a quarter to a third on one."""
     return 64 if device.type == "cpu" else 256
 
-
-# ------------------------------------------------------------------ several processes (torchrun)
 
 def everywhere(*numbers):
     """The numbers of all ranks, a list each, in order of rank; all wait for the last one."""
@@ -326,6 +194,11 @@ def everywhere(*numbers):
     every = [torch.empty_like(mine) for _ in range(RANKS)]
     dist.all_gather(every, mine)
     return [numbers.tolist() for numbers in every]
+
+
+def stopped_anywhere(stop):
+    """True once a Stop came to any rank. All ranks ask together, between the same two steps."""
+    return any(requested for requested, in everywhere(stop.requested))
 
 
 def same_start(step, per_epoch):
@@ -346,35 +219,6 @@ def in_turn():
     for _ in range(RANKS - RANK):
         everywhere()
 
-
-# ------------------------------------------------------------------ provenance
-
-def git_commit():
-    """Commit of the code that runs, '+' behind it when files differ; 'unknown' outside git."""
-    here = Path(__file__).parent
-    try:
-        run = lambda *a: subprocess.run(["git", "-C", here, *a], capture_output=True, text=True)
-        head = run("rev-parse", "--short=12", "HEAD").stdout.strip()
-        return head + ("+" if run("status", "--porcelain", "-uno").stdout.strip() else "") \
-            or "unknown"
-    except OSError:
-        return "unknown"
-
-
-def versions():
-    """Versions that decide what a run computes: a dict of str."""
-    from importlib.metadata import PackageNotFoundError, version
-    out = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "gymnasium", "box2d", "pygame-ce", "numpy",
-                 "opencv-python"):
-        try:
-            out[name] = version(name)
-        except PackageNotFoundError:
-            out[name] = "absent"
-    return out
-
-
-# ------------------------------------------------------------------ log and curves
 
 class RunLog:
     """`ROOT/models/<stage>.jsonl`, one JSON object a line, and `ROOT/visuals/<stage>_curves.png`.
@@ -474,116 +318,3 @@ def summary_writer(args, stage, rows):
     folder = args.root / "models" / "tensorboard" / stage
     end = rows[-1]["step"] if rows else 0
     return board.SummaryWriter(folder, purge_step=end + 1) if RANK == 0 else None
-
-
-def optional(module, package):
-    """A module of a package that only this feature needs; without it one line says how to get it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        lacking = "" if e.name == module.split(".")[0] else f" whole ({e})"
-        fail(f"{package} is not installed{lacking} and this needs it: `pip install '{package}'`")
-
-
-def pyplot():
-    """matplotlib.pyplot on a backend that needs no display."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
-
-def replace_atomically(path, write, patient=True):
-    """The file appears whole or not at all: `write(f)` fills a temporary dot-name in the same
-    folder, which is flushed, fsync'd and renamed to `path`; then the folder is fsync'd. Where the
-    disk is full it says so and tries again until there is room, or a stop is requested."""
-    path, said = Path(path), False
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    while True:
-        try:
-            with open(tmp, "wb") as f:
-                write(f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(tmp, path)
-            break
-        except OSError as e:
-            e.filename = path
-            if not patient or e.errno not in FULL or Stop.requested:
-                raise
-            if not said:
-                tqdm.write(f"{path}: {e.strerror}; tries again until there is room")
-            said = True
-        finally:
-            tmp.unlink(missing_ok=True)
-        time.sleep(RETRY_S)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def save_figure(fig, path):
-    """A matplotlib figure as PNG, whole or not at all."""
-    replace_atomically(path, lambda f: fig.savefig(f, format="png", dpi=110))
-    pyplot().close(fig)
-
-
-def save_gif(path, frames, fps):
-    """Frames (H, W, 3) uint8 as an endless GIF, whole or not at all."""
-    from PIL import Image
-    palette = Image.fromarray(np.concatenate(frames[::max(1, len(frames) // 8)])).quantize(255)
-    pictures = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE)
-                for f in frames]
-    replace_atomically(path, lambda f: pictures[0].save(
-        f, format="GIF", save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0))
-
-
-def save_mp4(path, frames, fps):
-    """Frames (H, W, 3) uint8 as a video, whole or not at all; OpenCV wants a real file name."""
-    import cv2
-    h, w, _ = frames[0].shape
-    tmp = Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
-    out = cv2.VideoWriter(str(tmp), cv2.VideoWriter_fourcc(*"mp4v"), fps, (w, h))
-    if not out.isOpened():
-        fail(f"{path}: OpenCV cannot write mp4 there")
-    for frame in frames:
-        out.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-    out.release()
-    os.replace(tmp, path)
-
-
-# ------------------------------------------------------------------ clean stop
-
-class Stop:
-    """True once Ctrl-C or SIGTERM came; a second Ctrl-C ends at once.
-
-    Loops look at it between two steps, save, and leave with exit code 130.
-    """
-
-    requested = False  # of the process: signals have no other address
-
-    def __init__(self):
-        for sig in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(sig, self._handle)
-
-    def _handle(self, sig, frame):
-        if self.requested:
-            raise KeyboardInterrupt
-        Stop.requested = True
-        print("\nstopping as soon as nothing is lost (again to quit at once)", file=sys.stderr)
-
-    def __bool__(self):
-        return self.requested
-
-    def anywhere(self):
-        """True once it came to any rank. All ranks ask together, between the same two steps."""
-        return any(requested for requested, in everywhere(self.requested))
-
-
-def stopped(args, when):
-    """Says that a run was stopped and saved, and what goes on with it -> its exit code."""
-    print(f"stopped {when}; the same command " + "without --fresh " * args.fresh + "goes on")
-    return 130

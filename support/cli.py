@@ -1,0 +1,190 @@
+"""The command line of every script: flags, failures in one line, a clean stop. Needs no torch."""
+
+import argparse
+import errno
+import importlib
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what a full disk, or quota, answers
+
+
+class Refusal(ValueError):
+    """Bad input, said in one line: the file, what was expected, what was found, what mends it."""
+
+
+def fail(message):
+    """Raises Refusal; `run` turns it into one line on stderr and exit code 2."""
+    raise Refusal(message)
+
+
+def run(main):
+    """Calls a script's main; exit codes: 0 done, 2 refused in one line, 130 stopped and saved."""
+    try:
+        code = main()
+        if (dist := sys.modules.get("torch.distributed")) and dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(code)
+    except Refusal as e:
+        tqdm.write(f"error: {e}", file=sys.stderr)  # on a line of its own, bar or not
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in FULL:
+            raise
+        tqdm.write(f"error: {e.filename}: {e.strerror}; free some space and run the "
+                   "same command again", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands, and behind each flag its range and default where it has one."""
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, argparse.SUPPRESS) or isinstance(action.default, bool)
+        silent = silent or "default" in action.help
+        more = [str(action.type)] if isinstance(action.type, Number) else []
+        more += ["default: %(default)s"] * (not silent)
+        return action.help + f" ({'; '.join(more)})" * bool(more)
+
+
+class Parser(argparse.ArgumentParser):
+    """One that refuses arguments in one line, and not behind a page of its usage."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; `python {self.prog} --help` explains\n")
+
+
+def parser(doc, seed=True, device=True, data=False, shares=True):
+    """An ArgumentParser with the flags that stages share; `doc` is the script's docstring."""
+    p = Parser(description=doc, formatter_class=Help)
+    g = p.add_argument_group("runtime")
+    g.add_argument("--root", type=Path, default=Path("."),
+                   help="folder that holds data*/, models/ and visuals/: one experiment each "
+                        "(default: here)")
+    if seed:
+        g.add_argument("--seed", type=seed_number, default=0,
+                       help="same seed, same machine: same run (default 0)")
+    if device:
+        g.add_argument("--device", default="auto",
+                       help="auto, cpu, cuda or cuda:1 (ROCm cards are cuda too); auto takes the "
+                            "first GPU there is")
+        g.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
+                       help="auto: the fastest here of those that the hardware has (bf16 never "
+                            "on RDNA2), timed; losses are fp32 always")
+        g.add_argument("--threads", type=Number(int, 0, 1024), default=0,
+                       help="CPU threads (0: all cores); lower it beside another heavy job")
+    if data:
+        g.add_argument("--data", nargs="+", default=["data_race", "data_recovery", "data"],
+                       help="folders under --root to learn from")
+        if shares:
+            g.add_argument("--shares", type=weight, nargs="+",
+                           help="share of each folder of --data in a batch, in the same order "
+                                "(default: equal)")
+        g.add_argument("--fresh", action="store_true",
+                       help="start again although a half-finished run could be resumed")
+        g.add_argument("--compile", action="store_true",
+                       help="torch.compile the net: minutes at the start, then faster steps where "
+                            "torch knows the device well; one process only, not tried on ROCm")
+        g.add_argument("--tensorboard", action="store_true",
+                       help="log to ROOT/models/tensorboard/ too, where the package is installed")
+        g.add_argument("--save_every", type=rate, default=15,
+                       help="minutes of training that a crash may cost at most, where epochs are "
+                            "longer")
+        g.add_argument("--log_every", type=weight, default=5,
+                       help="seconds between two lines of the log; 0 logs each step, which a GPU "
+                            "waits for")
+    return p
+
+
+def optimisation(p, batch_size, epochs=50, steps_per_epoch=0, lr=1e-3, weight_decay=1e-4):
+    """The flags of a training loop, with a stage's own defaults; `batch_size` is in its units."""
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=positive, default=epochs,
+                   help="each ends with a look at held-out tracks, and a checkpoint")
+    g.add_argument("--batch_size", type=positive, default=batch_size,
+                   help="of a step: windows, or latents of each class for the cost model")
+    g.add_argument("--steps_per_epoch", type=natural, default=steps_per_epoch,
+                   help="0: as many as show the data about once")
+    g.add_argument("--lr", type=rate, default=lr, help="peak of the cosine schedule")
+    g.add_argument("--weight_decay", type=weight, default=weight_decay, help="AdamW's, decoupled")
+
+
+class Number:
+    """argparse type: a finite number in a stated range, which `--help` and errors show."""
+
+    def __init__(self, kind, low, high, above=False):
+        """kind: int or float; above: `low` itself is not in the range."""
+        self.kind, self.low, self.high, self.above = kind, low, high, above
+
+    def __str__(self):
+        show = lambda x: f"{x:g}" if abs(x) > 1e6 else str(x)
+        return f"{'above' if self.above else 'from'} {show(self.low)} to {show(self.high)}"
+
+    def __call__(self, text):
+        try:
+            value = self.kind(text)
+        except (ValueError, OverflowError):
+            value = float("nan")
+        if not self.low <= value <= self.high or self.above and value == self.low:
+            what = "an integer" if self.kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} {self}, found {text}")
+        return value
+
+
+positive = Number(int, 1, 10**9)
+natural = Number(int, 0, 10**9)
+seed_number = Number(int, 0, 2**32 - 1)
+track_number = Number(int, 0, 2**63 - 10**10)  # what collectors draw, and sums with other seeds
+rate = Number(float, 0, 1e30, above=True)  # float32 can multiply with it
+weight = Number(float, 0, 1e30)
+fraction = Number(float, 0, 1)
+
+
+def command(script, root=Path("."), flags=""):
+    """The command line of a stage, in backticks, for a message that says what mends it."""
+    where = "" if Path(root) == Path(".") else f" --root {shlex.quote(str(root))}"
+    return f"`python {script}{where}" + f" {flags}" * bool(flags) + "`"
+
+
+def optional(module, package):
+    """A module of a package that only this feature needs; without it one line says how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        lacking = "" if e.name == module.split(".")[0] else f" whole ({e})"
+        fail(f"{package} is not installed{lacking} and this needs it: `pip install '{package}'`")
+
+
+class Stop:
+    """True once Ctrl-C or SIGTERM came; a second Ctrl-C ends at once.
+
+    Loops look at it between two steps, save, and leave with exit code 130.
+    """
+
+    requested = False  # of the process: signals have no other address
+
+    def __init__(self):
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sig, self._handle)
+
+    def _handle(self, sig, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        Stop.requested = True
+        print("\nstopping as soon as nothing is lost (again to quit at once)", file=sys.stderr)
+
+    def __bool__(self):
+        return self.requested
+
+
+def stopped(args, when):
+    """Says that a run was stopped and saved, and what goes on with it -> its exit code."""
+    print(f"stopped {when}; the same command " + "without --fresh " * args.fresh + "goes on")
+    return 130
