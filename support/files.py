@@ -73,7 +73,7 @@ def versions():
     from importlib.metadata import PackageNotFoundError, version
     out = {"python": platform.python_version()}
     for name in ("torch", "torchvision", "gymnasium", "box2d", "pygame-ce", "numpy",
-                 "opencv-python"):
+                 "opencv-python-headless"):
         try:
             out[name] = version(name)
         except PackageNotFoundError:
