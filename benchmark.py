@@ -24,6 +24,8 @@ plan      milliseconds of a plan as the driver makes it, encoding included, per 
 paired    returns of the nets under --root in the official and in the fast env, track by track.
 """
 
+import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+
 import argparse
 import json
 import os
@@ -35,6 +37,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -246,9 +249,8 @@ def memory_of_a_worker(episodes):
     rows = []
 
     def watch(pid):
-        workers = [w for child in children(pid) for w in children(child)]  # of the fork server
         done = len(list(folder.glob("*.npz")))
-        rows.extend((done, w, private_mib(w)) for w in workers[-1:])
+        rows.extend((done, w, private_mib(w)) for w in workers_of(pid)[-1:])
 
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "data"
@@ -269,6 +271,16 @@ def children(pid):
         return sorted(int(p) for task in tasks for p in task.read_text().split())
     except OSError:
         return []
+
+
+def workers_of(pid):
+    """Pids of a collector's workers; its other child keeps track of what they share."""
+    out = []
+    for child in children(pid):
+        with suppress(OSError):
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                out.append(child)
+    return out
 
 
 def private_mib(pid):

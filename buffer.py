@@ -14,12 +14,16 @@ Frames before the first are the first, repeated; nothing ever crosses an episode
     python buffer.py export --format minari            the same for others, into minari/
 """
 
+import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+
+import errno
 import hashlib
 import io
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import struct
 import sys
@@ -28,6 +32,7 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,67 +144,86 @@ def _member(f, z, name, dtype, shape):
 BROKEN = (ValueError, KeyError, IndexError, TypeError, OSError, EOFError, RuntimeError,
           OverflowError, zipfile.BadZipFile, zlib.error, isal_zlib.error, struct.error
           )  # raised by zipfile and json on damaged or hostile files
+OF_THE_FILE = (errno.EINVAL, errno.ENOENT)  # a seek to nowhere; gone: other errors are the system's
+
+
+class Foreign(ValueError):
+    """A whole file that holds something else than an episode of this project."""
+
+
+@contextmanager
+def _refusing(path, word):
+    """Turns what a damaged or foreign file raises into a Refusal. Errors of permission and of the
+    system pass: the file may be whole."""
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("not a file")  # a pipe or a device would never end
+        yield
+    except zipfile.BadZipFile as e:
+        raise Refusal(f"{path}: cut off, or no chunk ({e})") from None
+    except Foreign as e:
+        raise Refusal(f"{path}: no episode of this project ({e}); move it away, or write it with "
+                      "`buffer.write_chunk`") from None
+    except BROKEN as e:
+        if isinstance(e, OSError) and e.errno not in (None, *OF_THE_FILE):
+            raise OSError(e.errno, os.strerror(e.errno), str(path)) from None
+        raise Refusal(f"{path}: {word} ({e or type(e).__name__})") from None
 
 
 def _open_meta(f, z):
     """(meta, {name: shape}) of an open chunk; ValueError unless all members are as large as the
     meta says."""
+    missing = [k for k in ("meta", *FIELDS) if f"{k}.npy" not in z.NameToInfo]
+    if missing:
+        raise Foreign(f"lacks {', '.join(missing)}")
     size = z.getinfo("meta.npy").file_size - NPY_HEADER
     if size > 1 << 20:
-        raise ValueError("meta over 1 MiB")
+        raise Foreign("meta over 1 MiB")
     meta = json.loads(str(_member(f, z, "meta", f"<U{size // 4}", ())))
     if not isinstance(meta, dict):
-        raise ValueError("meta is no dict")
+        raise Foreign("meta is no dict")
     for k, kind in META.items():
         if type(meta.get(k)) is not kind:
-            raise ValueError(f"meta: expected {k} to be {kind.__name__}, found {meta.get(k)!r:.40}")
+            raise Foreign(f"meta: expected {k} to be {kind.__name__}, found {meta.get(k)!r:.40}")
     T = meta["frames"]
     if meta["schema"] != SCHEMA:
         raise ValueError(f"chunk schema {meta['schema']}, this code reads {SCHEMA}")
     if not 0 < T <= MAX_STEPS or not math.isfinite(meta["return_"]):
-        raise ValueError(f"{T} steps with a return of {meta['return_']}, expected 1 to {MAX_STEPS}")
+        raise Foreign(f"{T} steps with a return of {meta['return_']}, expected 1 to {MAX_STEPS}")
     shapes = {}
     for name, (dtype, extra, row) in FIELDS.items():
         size = z.getinfo(f"{name}.npy").file_size - NPY_HEADER
         one = (T + extra) * np.dtype(dtype).itemsize * math.prod(row or ())
         if size != one and (row is not None or size % one or size > 1000 * one):
-            raise ValueError(f"{name} holds {size} bytes, expected {one} for {T} steps")
+            raise Foreign(f"{name} holds {size} bytes, expected {one} for {T} steps")
         shapes[name] = (T + extra, *((size // one,) if row is None else row))
     return meta, shapes
 
 
-def _refuse_special(path):
-    """A pipe or a device would never end."""
-    if not Path(path).is_file():
-        raise ValueError("not a file")
-
-
 def read_meta(path):
-    """The meta of a chunk and the CRC of its pixels as `crc`, nothing inflated but the meta, the
-    sizes checked. Refusal if bad."""
-    try:
-        _refuse_special(path)
-        with open(path, "rb") as f, zipfile.ZipFile(f) as z:
-            return _open_meta(f, z)[0] | {"crc": z.getinfo("obs.npy").CRC}
-    except zipfile.BadZipFile as e:
-        raise Refusal(f"{path}: cut off, or no chunk ({e})") from None
-    except BROKEN as e:
-        raise Refusal(f"{path}: damaged or foreign ({e or type(e).__name__})") from None
+    """The meta of a chunk, the CRC of its pixels as `crc` and the telemetry's columns as `columns`.
+
+    Nothing is inflated but the meta; the sizes are checked. Refusal if bad; OSError where the
+    system does not let it be read.
+    """
+    with _refusing(path, "damaged or foreign"), open(path, "rb") as f, zipfile.ZipFile(f) as z:
+        meta, shapes = _open_meta(f, z)
+        return meta | {"crc": z.getinfo("obs.npy").CRC, "columns": shapes["telemetry"][1]}
 
 
 def read_chunk(path, *names):
-    """{name: array} of the named fields (all if none is named), CRC checked. Refusal if bad."""
-    try:
-        _refuse_special(path)
-        with open(path, "rb") as f, zipfile.ZipFile(f) as z:
-            _, shapes = _open_meta(f, z)
-            out = {k: _member(f, z, k, FIELDS[k][0], shapes[k]) for k in names or FIELDS}
+    """{name: array} of the named fields (all if none is named), CRC checked. Refusal if bad;
+    OSError where the system does not let it be read."""
+    with _refusing(path, "damaged inside"), open(path, "rb") as f, zipfile.ZipFile(f) as z:
+        _, shapes = _open_meta(f, z)
+        out = {k: _member(f, z, k, FIELDS[k][0], shapes[k]) for k in names or FIELDS}
         for k, v in out.items():
             if v.dtype == np.float32 and not np.isfinite(v).all():
                 raise ValueError(f"{k} is not finite")
         return out
-    except BROKEN as e:
-        raise Refusal(f"{path}: damaged inside ({e})") from None
+
+
+MEND = "copy it again, or delete it and collect more; what is of another project move away"
 
 
 class Damage:
@@ -222,8 +246,8 @@ class Damage:
             tqdm.write(f"skipped {line}; damaged so far: {len(self.lines)} of {self.total}")
         if len(self.lines) > MAX_DAMAGED * self.total:
             fail(f"{len(self.lines)} of {self.total} chunks are unreadable, over "
-                 f"{MAX_DAMAGED:.0%}, first {next(iter(self.lines))}; `python buffer.py` names "
-                 "each: delete them and collect more")
+                 f"{MAX_DAMAGED:.0%}, first {next(iter(self.lines))}; `python buffer.py` with the "
+                 f"folder names each: {MEND}")
 
 
 # ------------------------------------------------------------------ folders
@@ -255,6 +279,16 @@ def ride(meta):
     return meta["track_seed"], meta["frames"], meta["return_"]
 
 
+def chunk_files(folder):
+    """Paths of the folder's .npz files, in no order; none where it is not there. With a dot in
+    front: a file being written."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [Path(folder) / n for n in names if n.endswith(".npz") and not n.startswith(".")]
+
+
 def index(folder):
     """(chunks, damaged, duplicates) of a folder: lists of Chunk, str, str, in order of names.
 
@@ -262,7 +296,7 @@ def index(folder):
     named by its uid counts.
     """
     found, chunks, damaged, duplicates, seen = [], [], [], [], {}
-    for path in Path(folder).glob("[!.]*.npz"):  # with a dot: a file being written
+    for path in chunk_files(folder):
         try:
             found.append((path, read_meta(path)))
         except Refusal as e:
@@ -304,37 +338,49 @@ def made_by(folder):
 
 def some_chunks(folder):
     """Refuses a folder without chunks: it is not there, or holds something else."""
-    if not any(folder.glob("[!.]*.npz")):
+    if not chunk_files(folder):
         fail(f"{folder}: expected a folder of chunks (.npz), found none; {made_by(folder)}")
 
 
-def load_sources(args):
-    """{folder name: (train chunks, held-out chunks)} for --data; refuses what cannot be learned."""
-    out, seen = {}, set()
+def load_sources(args, steps=1, columns=0):
+    """{folder name: (train chunks, held-out chunks)} for --data; refuses what cannot be learned.
+
+    Both parts of each folder need an episode of `steps` steps; where a stage reads the telemetry,
+    it has `columns` columns.
+    """
+    out, versions = {}, set()
     for name in args.data:
-        some_chunks(args.root / name)
-        chunks, damaged, duplicates = index(args.root / name)
-        Damage.folders[args.root / name] = Damage(len(chunks) + len(damaged))
-        Damage.folders[args.root / name].lines = dict.fromkeys(damaged, True)
+        folder = args.root / name
+        some_chunks(folder)
+        chunks, damaged, duplicates = index(folder)
+        Damage.folders[folder] = Damage(len(chunks) + len(damaged))
+        Damage.folders[folder].lines = dict.fromkeys(damaged, True)
         for line in duplicates:
             print(f"not counted: {line}")
         if len(damaged) > MAX_DAMAGED * (len(chunks) + len(damaged)):
-            fail(f"{args.root / name}: {len(damaged)} of {len(chunks) + len(damaged)} chunks are "
-                 f"unreadable, first {damaged[0]}; delete them (`python buffer.py "
-                 f"{args.root / name}` names each) and collect more: {made_by(args.root / name)}")
+            fail(f"{folder}: {len(damaged)} of {len(chunks) + len(damaged)} chunks are unreadable, "
+                 f"first {damaged[0]}; {command('buffer.py', flags=shlex.quote(str(folder)))} "
+                 f"names each: {MEND}; {made_by(folder)}")
         for line in damaged:
             print(f"skipped {line}")
-        seen |= {c.meta["preprocess"] for c in chunks}
-        if len(seen) > 1:
-            fail(f"{args.root / name}: chunks of several preprocessing versions ({seen}); move the "
-                 f"old ones away and collect anew: {made_by(args.root / name)}")
-        split = [c for c in chunks if not c.held_out], [c for c in chunks if c.held_out]
-        for part, want in zip(split, ("training", "held-out")):
+        versions |= {c.meta["preprocess"] for c in chunks}
+        if len(versions) > 1:
+            fail(f"{folder}: chunks of several preprocessing versions ({versions}); move the old "
+                 f"ones away and collect anew: {made_by(folder)}")
+        for c in chunks:
+            if columns and c.meta["columns"] != columns:
+                fail(f"{c.path}: telemetry of {c.meta['columns']} columns, expected the {columns} "
+                     "of car_env.TELEMETRY; move it away, or write it again")
+        out[name] = [c for c in chunks if not c.held_out], [c for c in chunks if c.held_out]
+        for part, want in zip(out[name], ("training", "held-out")):
             if not part:
-                fail(f"{args.root / name}/*.npz: no episode on a {want} track among "
-                     f"{len(chunks)}, 20,000 frames are enough to start; "
-                     f"{made_by(args.root / name)}")
-        out[name] = split
+                fail(f"{folder}: no episode on a {want} track among {len(chunks)}, 20,000 frames "
+                     f"are enough to start; {made_by(folder)}")
+            longest = max(c.frames for c in part)
+            if longest < steps:
+                fail(f"{folder}: no {want} episode lasts the {steps} steps that this needs, the "
+                     f"longest has {longest}; lower --repeat, --horizon or --targets where they "
+                     f"are set, or collect longer episodes: {made_by(folder)}")
     return out
 
 
@@ -697,8 +743,8 @@ def main():
         seconds = time.process_time() - start
         print(f"{pixels / 1e6:,.0f} MB of pixels read, {pixels / 1e6 / seconds:,.0f} MB/s a core")
     if bad:
-        print(f"{bad} damaged: they are skipped in training, which refuses to start above "
-              f"{MAX_DAMAGED:.0%}; delete them and collect more, or copy them again")
+        print(f"{bad} damaged: training skips them, and refuses to start above {MAX_DAMAGED:.0%}; "
+              f"of each, {MEND}")
     return 1 if bad else 0
 
 

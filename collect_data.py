@@ -7,8 +7,9 @@ odd headings. Writes ROOT/data/*.npz, one episode a file; started again it goes 
     python collect_data.py --frames 20000       seconds on a laptop
 """
 
+import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+
 import errno
-import fcntl
 import multiprocessing as mp
 import os
 import re
@@ -19,7 +20,6 @@ import socket
 import threading
 import time
 import zlib
-from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -29,8 +29,8 @@ from tqdm import tqdm
 from buffer import HELD_OUT_MOD, index, write_chunk
 from car_env import (ENV_ID, PREPROCESS_VERSION, TELEMETRY, make_env, observe, place_beside,
                      telemetry)
-from support.cli import Stop, fail, natural, parser, positive, run
-from support.files import git_commit, versions, writable
+from support.cli import Number, Stop, cores, fail, natural, parser, run
+from support.files import git_commit, lock_file, versions, writable
 
 FIRST_SEED = 10_000_000  # tracks below are for choosing and for evaluation, never collected
 EPISODES_PER_WORKER = 300  # then it is replaced: Box2D leaks on create and destroy
@@ -129,7 +129,6 @@ def number_of(job, worker, episode):
 
 def work(conn, job, worker):
     """A worker: episode numbers come in, finished episodes' summaries go out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=die_with_the_collector, daemon=True).start()
     env = make_env(job["env"])
     for left in reversed(range(EPISODES_PER_WORKER)):
@@ -142,7 +141,7 @@ def work(conn, job, worker):
 
 
 def die_with_the_collector():
-    """An orphan has nobody to collect for. (The fork server, its parent, would live on with it.)"""
+    """An orphan has nobody to collect for."""
     mp.parent_process().join()
     os._exit(1)
 
@@ -173,12 +172,9 @@ def collect(args, source, make_policy):
     nothing with it but its episode; it is replaced. Returns the exit code.
     """
     folder = writable(args.root / source)
-    with only_collector(folder, args.machine_id):
-        return fill(args, source, folder, make_policy)
-
-
-def fill(args, source, folder, make_policy):
-    """`collect` for the only collector of the folder."""
+    lock_file(folder / f".machine-{args.machine_id}.lock",
+              f"{folder}: another collector of machine {args.machine_id} is at work there; wait for "
+              "it, or give this one another --machine_id")
     sweep(folder, f"{source}-{socket.gethostname()}-s")
     chunks, damaged, duplicates = index(folder)
     for line in damaged + duplicates:
@@ -224,23 +220,6 @@ def driven_otherwise(chunks, args):
             yield f"{len(others)} episodes of --{flag} {' '.join(map(str, sorted(set(others))))}"
 
 
-@contextmanager
-def only_collector(folder, machine_id):
-    """Locks the folder for this machine id, whose episodes a second collector would drive again;
-    the lock ends with the process, whatever ends it."""
-    path = folder / f".machine-{machine_id}.lock"
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            fail(f"{folder}: another collector of machine {machine_id} is at work there; wait for "
-                 "it, or give this one another --machine_id")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
 def origin(source, kind):
     """What a chunk says of where it comes from; kind: of env."""
     return dict(source=source, host=socket.gethostname(), env=f"{ENV_ID} {kind}",
@@ -276,8 +255,8 @@ class Crew:
 
     def __init__(self, job):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of each: they are as many as cores
-        self.context = mp.get_context("forkserver")
-        self.context.set_forkserver_preload(["collect_data"])
+        os.environ["PYTHONSAFEPATH"] = "1"  # workers import this code, not the working folder's
+        self.context = mp.get_context("spawn")  # a fork server would look there first
         self.job, self.workers, self.pids = job, {}, set()  # workers: pipe -> (process, number)
         self.next_episode = [0] * job["workers"]
         self.deaths, self.exitcode = 0, None  # deaths since an episode was finished
@@ -303,7 +282,12 @@ class Crew:
     def _hire(self, worker):
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=work, args=(theirs, self.job, worker), daemon=True)
-        process.start()
+        signals = {signal.SIGINT, signal.SIGHUP}  # a terminal's: the parent decides
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # while the worker imports, too
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         theirs.close()
         self.pids.add(process.pid)
         self.workers[ours] = process, worker
@@ -332,7 +316,8 @@ def sweep(folder, stem):
     """Removes what killed processes of this machine, whose names begin so, left half written."""
     for tmp in folder.glob(f".{stem}*.npz.*.tmp"):
         pid = tmp.name.split(".")[-2]
-        if not Path(f"/proc/{pid}").exists() and time.time() - tmp.stat().st_mtime > STALE:
+        age = abs(time.time() - tmp.stat().st_mtime)  # abs: the clock may have been set back
+        if not Path(f"/proc/{pid}").exists() and age > STALE:
             tmp.unlink(missing_ok=True)
 
 
@@ -361,13 +346,13 @@ def report(done, seconds):
 def collector_parser(doc, frames):
     """The flags that all collectors share."""
     p = parser(doc, device=False)
-    p.add_argument("--frames", type=positive, default=frames,
+    p.add_argument("--frames", type=Number(int, 1, 10**15), default=frames,
                    help=f"frames in the folder at the end, those already there included "
                         f"(default {frames:,})")
     p.add_argument("--env", default="fast", choices=["fast", "official"],
                    help="official: 25 times slower, to check that the fast env teaches the same")
-    p.add_argument("--workers", type=positive, default=os.cpu_count(),
-                   help="processes (default: all cores)")
+    p.add_argument("--workers", type=Number(int, 1, 1024), default=cores(),
+                   help="processes, by default one a core that this process may use")
     p.add_argument("--machine_id", type=natural, default=0,
                    help="another number on each machine that collects, so that no track is twice")
     return p

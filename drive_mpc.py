@@ -11,6 +11,8 @@ and tiles are read from the simulator after the fact.
     python drive_mpc.py --episodes 3 --track_seed 100000
 """
 
+import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+
 import argparse
 import json
 import os

@@ -36,6 +36,8 @@ Same seed, same machine: same report.
     python evaluate.py --checkpoint models/encoder_mixed_ep2.pth --parts knows
 """
 
+import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+
 import json
 import math
 import sys

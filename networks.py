@@ -6,6 +6,8 @@ README. `python networks.py FILE` prints what a checkpoint holds, `--safetensors
 weights for other programs.
 """
 
+import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+
 import fcntl
 import io
 import json

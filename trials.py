@@ -17,6 +17,8 @@ visuals/energy_landscape.png. Two minutes on a CPU with `--samples 256 --threads
     python trials.py
 """
 
+import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+
 import json
 import math
 from functools import partial

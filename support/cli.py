@@ -3,9 +3,13 @@
 import argparse
 import errno
 import importlib
+import math
+import os
+import re
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,24 +26,77 @@ def fail(message):
     raise Refusal(message)
 
 
+class Output:
+    """A standard stream that a script can rely on: it writes what the encoding lacks as "?", and a
+    reader that went away (`| head`, a closed terminal) or a full disk raises nothing.
+
+    Where the reader went away, a script that has a Stop saves and ends; any other ends at once.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="replace")
+
+    def write(self, text):
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, what, *args):
+        try:
+            what(*args)
+        except OSError as e:
+            if e.errno in FULL:
+                return
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if not Stop.installed:
+                sys.exit(128 + signal.SIGPIPE)
+            Stop.requested = True
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+HINTS = dict.fromkeys(FULL, "free some space and run the same command again") | {
+    errno.EMFILE: "too many for this shell's limit: raise it with `ulimit -n 4096`",
+    errno.ENFILE: "too many for this machine",
+    errno.EAGAIN: "too many processes for this user: see `ulimit -u`"}
+
+
 def run(main):
     """Calls a script's main; exit codes: 0 done, 2 refused in one line, 130 stopped and saved."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    sys.excepthook = sys.__excepthook__  # the imports are over
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main()
         if (dist := sys.modules.get("torch.distributed")) and dist.is_initialized():
             dist.destroy_process_group()
-        sys.exit(code)
     except Refusal as e:
-        tqdm.write(f"error: {e}", file=sys.stderr)  # on a line of its own, bar or not
-        sys.exit(2)
+        code = refuse(e)
     except OSError as e:
-        if e.errno not in FULL:
+        if not e.errno:  # not of the system
             raise
-        tqdm.write(f"error: {e.filename}: {e.strerror}; free some space and run the "
-                   "same command again", file=sys.stderr)
-        sys.exit(2)
+        where = f"{e.filename}: " * isinstance(e.filename, (str, os.PathLike))
+        hint = f"; {HINTS[e.errno]}" if e.errno in HINTS else ""
+        code = refuse(f"{where}{os.strerror(e.errno)}{hint}")
+    except (MemoryError, RuntimeError) as e:  # torch's is a RuntimeError
+        if not isinstance(e, MemoryError) and not re.search("out of memory|t allocate", str(e)):
+            raise
+        code = refuse("out of memory; lower --batch_size, --samples or --workers")
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop
+    sys.exit(code)
+
+
+def refuse(message):
+    """Prints the one line of a failure, below a progress bar too -> exit code 2."""
+    tqdm.write(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -152,6 +209,15 @@ def command(script, root=Path("."), flags=""):
     return f"`python {script}{where}" + f" {flags}" * bool(flags) + "`"
 
 
+def cores():
+    """CPU cores that this process may use: by its affinity, and by its container's quota."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no cgroup; "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        n = min(n, math.ceil(int(quota) / int(period)))
+    return max(1, n)
+
+
 def optional(module, package):
     """A module of a package that only this feature needs; without it one line says how to get it.
     """
@@ -163,22 +229,27 @@ def optional(module, package):
 
 
 class Stop:
-    """True once Ctrl-C or SIGTERM came; a second Ctrl-C ends at once.
+    """True once Ctrl-C, SIGTERM or SIGHUP (a terminal that was closed) came; a second Ctrl-C ends
+    at once.
 
-    Loops look at it between two steps, save, and leave with exit code 130.
+    Loops look at it between two steps, save, and leave with exit code 130. Under nohup SIGHUP stays
+    ignored.
     """
 
-    requested = False  # of the process: signals have no other address
+    requested = installed = False  # of the process: signals have no other address
 
     def __init__(self):
-        for sig in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(sig, self._handle)
+        Stop.installed = True
+        for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN:
+                signal.signal(sig, self._handle)
 
     def _handle(self, sig, frame):
-        if self.requested:
+        if self.requested and sig == signal.SIGINT:
             raise KeyboardInterrupt
         Stop.requested = True
-        print("\nstopping as soon as nothing is lost (again to quit at once)", file=sys.stderr)
+        with suppress(OSError):  # not print: it may be in the middle of one
+            os.write(2, b"\nstopping as soon as nothing is lost (Ctrl-C again quits at once)\n")
 
     def __bool__(self):
         return self.requested

@@ -1,17 +1,24 @@
 """Files that appear whole or not at all, and where code and results come from. Needs no torch."""
 
+import atexit
+import errno
 import os
 import platform
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
+from support import REPO
 from support.cli import FULL, Stop, fail
 
 RETRY_S = 5  # seconds between two tries to write to a full disk
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)
+# what CIFS, FUSE or a shared folder of a virtual machine answers to fsync of a folder and to flock
+NAME_BYTES = 200  # of a file's name that its temporary one repeats; 255 is the most
 
 
 def writable(folder):
@@ -28,42 +35,103 @@ def writable(folder):
 def replace_atomically(path, write, patient=True):
     """The file appears whole or not at all: `write(f)` fills a temporary dot-name in the same
     folder, which is flushed, fsync'd and renamed to `path`; then the folder is fsync'd. Where the
-    disk is full it says so and tries again until there is room, or a stop is requested."""
-    path, said = Path(path), False
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    disk is full it says so and tries again until there is room, or a stop is requested.
+
+    A link is followed; a device or a pipe, such as /dev/stdout, is written to as it is.
+    """
+    path, said = Path(os.path.realpath(path)), False
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as f:
+            write(f)
+        return
+    name = path.name if len(os.fsencode(path.name)) < NAME_BYTES else path.name[-40:]
+    tmp = path.with_name(f".{name}.{os.getpid()}.tmp")
     while True:
         try:
             with open(tmp, "wb") as f:
                 write(f)
                 f.flush()
-                os.fsync(f.fileno())
+                sync(f.fileno())
             os.replace(tmp, path)
             break
         except OSError as e:
-            e.filename = path
+            e.filename, e.filename2 = path, None
             if not patient or e.errno not in FULL or Stop.requested:
                 raise
             if not said:
                 tqdm.write(f"{path}: {e.strerror}; tries again until there is room")
             said = True
         finally:
-            tmp.unlink(missing_ok=True)
+            with suppress(OSError):
+                tmp.unlink(missing_ok=True)
         time.sleep(RETRY_S)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with suppress(PermissionError):  # of a folder that may be written to and not read
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            sync(folder)
+        finally:
+            os.close(folder)
 
+
+def sync(fd):
+    """fsync, where the file system knows it."""
+    try:
+        os.fsync(fd)
+    except OSError as e:
+        if e.errno not in UNSUPPORTED:
+            raise
+
+
+def lock(file, wait=True):
+    """Locks an open file for this process alone -> True; False where another process has it and
+    `wait` is not set. A file system without locks says so once, and gives it."""
+    import fcntl  # here: Windows has none, and may read checkpoints
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB * (not wait))
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno not in UNSUPPORTED:
+            raise
+        tqdm.write(f"{file.name}: this file system has no locks; start nothing twice there")
+    return True
+
+
+def lock_file(path, busy):
+    """Keeps `path` locked until the process ends, whatever ends it; refuses with the line `busy`
+    where another process has it. Returns the open file."""
+    path = Path(path)
+    while True:
+        file = open(path, "w")
+        if not lock(file, wait=False):
+            fail(busy)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break  # and not one that the process before was about to delete
+    atexit.register(_unlock, file, path)
+    return file
+
+
+def _unlock(file, path):
+    with suppress(OSError):
+        path.unlink()
+    file.close()
+
+
+# ------------------------------------------------------------------ provenance
 
 def git_commit():
-    """Commit of the code that runs, '+' behind it when files differ; 'unknown' outside git."""
-    here = Path(__file__).parent.parent
+    """Commit of the code that runs, '+' behind it when files differ; 'unknown' outside git, and in
+    a copy that lies in another repository."""
+    here = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # a hook's is another
+    git = lambda *args: subprocess.run(["git", "-C", REPO, *args], capture_output=True, text=True,
+                                       env=here).stdout.strip()
     try:
-        run = lambda *a: subprocess.run(["git", "-C", here, *a], capture_output=True, text=True)
-        head = run("rev-parse", "--short=12", "HEAD").stdout.strip()
-        return head + ("+" if run("status", "--porcelain", "-uno").stdout.strip() else "") \
-            or "unknown"
+        top = git("rev-parse", "--show-toplevel")
+        if not top or Path(top).resolve() != REPO:
+            return "unknown"
+        head = git("rev-parse", "--short=12", "HEAD")
+        return head + "+" * bool(git("status", "--porcelain", "-uno")) or "unknown"
     except OSError:
         return "unknown"
 

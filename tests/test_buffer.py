@@ -132,7 +132,7 @@ def ruins(tmp_path):
     rewritten(whole, "bomb.npz", obs=bytes(10**8))
     rewritten(whole, "shape.npz", obs=npy(np.zeros((51, 32, 128, 3), np.uint8)))
     return folder, {"flipped": "damaged inside", "truncated": "zip", "text": "zip",
-                    "empty": "zip", "objects": "damaged", "pickled": "another array",
+                    "empty": "zip", "objects": "move it away", "pickled": "another array",
                     "nan": "finite", "schema": "schema 99", "list": "uid", "seed": "track_seed",
                     "nothing": "preprocess", "header": "meta", "deep": "recursion",
                     "pipe": "not a file", "bomb": "obs holds",

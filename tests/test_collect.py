@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import REPO, script
 
-from benchmark import children
+from benchmark import children, workers_of
 from buffer import index, read_chunk
 from car_env import make_env
 from collect_data import FIRST_SEED, number_of, seeds_of
@@ -36,10 +36,6 @@ def start(root, frames, workers=2, name="collect_data.py", more=()):
 def descendants(pid):
     """Pids of all that a process started, directly or not."""
     return [p for child in children(pid) for p in (child, *descendants(child))]
-
-
-def workers_of(pid):
-    return [w for child in children(pid) for w in children(child)]  # of the fork server
 
 
 def wait_for(condition, seconds):
