@@ -132,8 +132,8 @@ def parser(doc, seed=True, device=True, data=False, shares=True):
                        help="auto, cpu, cuda or cuda:1 (ROCm cards are cuda too); auto takes the "
                             "first GPU there is")
         g.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                       help="auto: the fastest here of those that the hardware has (bf16 never "
-                            "on RDNA2), timed; losses are fp32 always")
+                       help="auto: bf16 where the hardware has it (never on RDNA2), else fp16 on a "
+                            "GPU, else fp32; a resumed run keeps its own; losses are fp32 always")
         g.add_argument("--threads", type=Number(int, 0, 1024), default=0,
                        help="CPU threads (0: all cores); lower it beside another heavy job")
     if data:

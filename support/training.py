@@ -14,10 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from threadpoolctl import threadpool_limits
-from torch import nn
 from tqdm import tqdm
 
-from support.cli import FULL, fail, optional
+from support.cli import FULL, cores, fail, optional
 from support.files import git_commit, versions, writable
 from support.pictures import pyplot, save_figure
 
@@ -25,16 +24,16 @@ RANK, LOCAL_RANK, RANKS = (  # which process this is of all, and on its machine;
     int(os.environ[k]) if dist.is_torchelastic_launched() else default
     for k, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 PATIENCE = timedelta(hours=4)  # others wait while rank 0 encodes, evaluates and paints alone
-FASTER = 0.9  # of the time: --precision auto wants that much before it gives up range or digits
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt
 
 
 def pick_device(args):
     """torch.device for --device, refused in one line when it is not there. Sets --threads."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-        threadpool_limits(args.threads)  # numpy's, and of what is loaded later:
-        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(args.threads))
+    threads = args.threads or min(torch.get_num_threads(), cores())
+    if args.threads or threads < torch.get_num_threads():
+        torch.set_num_threads(threads)
+        threadpool_limits(threads)  # numpy's, and of what is loaded later:
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,9 +46,35 @@ def pick_device(args):
     if device is None or device.type not in ("cpu", "cuda"):
         fail(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        fail(f"--device {name}: no such GPU, torch {torch.__version__} sees "
-             f"{torch.cuda.device_count()}; use --device cpu or auto")
+        fail(f"--device {name}: no such GPU, torch sees {torch.cuda.device_count()}"
+             f"{why_no_gpu() or f'; {torch_build()}; use --device cpu or auto'}")
     return device
+
+
+def torch_build():
+    """Which torch is installed, in words."""
+    kind = (f"ROCm {torch.version.hip}" if torch.version.hip else
+            f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only")
+    return f"torch {torch.__version__} (built for {kind})"
+
+
+def why_no_gpu(dev=Path("/dev")):
+    """What keeps torch from a GPU that the machine has, and what mends it; "" where it has none or
+    torch sees one."""
+    amd, nvidia = dev / "kfd", dev / "nvidia0"
+    if torch.cuda.is_available() or not (amd.exists() or nvidia.exists()):
+        return ""
+    maker, node, kind, built = (("AMD", amd, "ROCm", torch.version.hip) if amd.exists() else
+                                ("NVIDIA", nvidia, "CUDA", torch.version.cuda))
+    found = f"; the machine has an {maker} GPU ({node}), but {torch_build()}"
+    if not built:
+        return (f"{found} cannot use it: `make install TORCH_INDEX=URL` with pytorch's index for "
+                f"{kind}, see the README")
+    if not os.access(node, os.R_OK | os.W_OK):
+        return (f"{found} may not open it: `sudo usermod -aG render,video $USER`, then log in "
+                "again")
+    return (f"{found} sees none: look at HIP_VISIBLE_DEVICES, CUDA_VISIBLE_DEVICES and the "
+            "driver's version")
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -60,62 +85,53 @@ def name_of(dtype):
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
-def pick_precision(name, device):
-    """torch dtype for autocast; says what `auto` took and why. The same on all ranks."""
+def pick_precision(name, device, was=""):
+    """(torch dtype for autocast, the reason in words) of --precision. `auto` takes what a run to be
+    resumed had, `was`, where this hardware has it, and else the hardware's best."""
     if name != "auto":
-        return DTYPES[name]
+        return DTYPES[name], "as --precision says"
     has, why = hardware_precisions(device)
-    seconds = [time_steps(device, DTYPES[k]) if k in has and len(has) > 1 else
-               0.0 if k in has else float("inf") for k in DTYPES]
-    seconds = dict(zip(DTYPES, map(max, zip(*everywhere(*seconds)))))  # of the slowest rank
-    half = "fp16" if seconds["fp16"] < FASTER * seconds["bf16"] else "bf16"
-    took = half if seconds[half] < FASTER * seconds["fp32"] else "fp32"
-    timed = ", ".join(f"{k} {1000 * t:.1f}" for k, t in seconds.items() if 0 < t < float("inf"))
-    print(f"precision {took}: {why}" + (f"; ms a step of convolutions: {timed}" if timed else ""))
-    return DTYPES[took]
+    if was in has:
+        return DTYPES[was], "as the run began"
+    return DTYPES[has[0]], why
 
 
 def hardware_precisions(device):
-    """(names of the precisions that the device computes in hardware, the reason in words)."""
+    """(names of the precisions that the device computes in hardware, the best for training first,
+    the reason in words)."""
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         if torch.version.hip:
             arch = about.gcnArchName.split(":")[0]
-            has_bf16 = not arch.startswith("gfx10")  # RDNA2 reports bf16 and emulates it
+            has_bf16 = not arch.startswith("gfx10") and arch not in ("gfx900", "gfx906")
+            has_fp16 = True  # RDNA2 and Vega report bf16 and emulate it
         else:
             arch, has_bf16 = f"compute capability {about.major}.{about.minor}", about.major >= 8
-        what = "has bf16" if has_bf16 else "has no bf16 in hardware"
-        return (["bf16"] if has_bf16 else []) + ["fp16", "fp32"], f"{about.name} ({arch}) {what}"
+            has_fp16 = about.major >= 7  # before, fp16 is slower than fp32
+        what = "bf16 in hardware" if has_bf16 else "no bf16 in hardware"
+        return ["bf16"] * has_bf16 + ["fp16"] * has_fp16 + ["fp32"], f"{arch}: {what}"
     flags = Path("/proc/cpuinfo")
     flags = flags.read_text() if flags.exists() else ""
     if "avx512_bf16" in flags or "amx_bf16" in flags:
-        return ["bf16", "fp32"], "this CPU has bf16"
-    return ["fp32"], "this CPU has no bf16 in hardware"
+        return ["bf16", "fp32"], "bf16 in hardware"
+    return ["fp32"], "no bf16 in hardware"
 
 
-def time_steps(device, dtype, steps=5):
-    """Seconds of one forward and backward of the encoder's kind of work, the best of a few."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(9, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(),
-                        nn.Conv2d(128, 128, 3, padding=1), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-                        nn.Linear(2048, 512)).to(device, memory_format=torch.channels_last)
-    x = torch.randn(512 if device.type == "cuda" else 8, 9, 32, 32, device=device).contiguous(
-        memory_format=torch.channels_last)
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best = float("inf")
-    for _ in range(3 + steps):  # the first ones choose kernels and are slow
-        start = time.perf_counter()
-        with autocast(device, dtype):
-            net(x).float().mean().backward()
-        sync()
-        best = min(best, time.perf_counter() - start)
-    return best
+def describe_device(device, dtype, why):
+    """The first line of every stage: where it computes, in what, and what keeps it from a GPU."""
+    where = f"cpu, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        where = f"{device}, {about.name}, {about.total_memory / 2**30:.0f} GiB"
+    print(f"device {where}; {name_of(dtype)} ({why}); {torch_build()}"
+          f"{why_no_gpu() if device.type == 'cpu' else ''}", flush=True)
 
 
-def set_up(args, ranks=False):
+def set_up(args, ranks=False, was=""):
     """(device, dtype of autocast) of a stage; seeds torch, sets its threads, and says in
     `args.arithmetic` all that decides the last digits. A stage that knows `ranks` joins the other
-    processes of torchrun, of which only the first one speaks."""
+    processes of torchrun, of which only the first one speaks. `was` is the `arithmetic` of a run to
+    be resumed, which keeps its precision."""
     if RANKS > 1 and not ranks:
         fail("this stage runs as one process: start it with python, not torchrun")
     if RANKS > 1 and args.batch_size % RANKS:
@@ -134,11 +150,26 @@ def set_up(args, ranks=False):
         dist.init_process_group("cpu:gloo" + ",cuda:nccl" * (device.type == "cuda"),
                                 timeout=PATIENCE)
     keep_memory()
-    dtype = pick_precision(args.precision, device)
+    dtype, why = pick_precision(args.precision, device, was.split(", ")[1] if was else "")
+    if len({tuple(pick) for pick in everywhere(list(DTYPES).index(name_of(dtype)))}) > 1:
+        dtype, why = torch.float32, "the processes have unlike hardware"
+    describe_device(device, dtype, why)
+    if getattr(args, "compile", False):
+        try_compiler(device)
     args.arithmetic = (f"{device.type}, {name_of(dtype)}, threads {torch.get_num_threads()}, "
                        f"processes {RANKS}" + ", compiled" * getattr(args, "compile", False))
     torch.manual_seed(args.seed)
     return device, dtype
+
+
+def try_compiler(device):
+    """Refuses --compile in one line where torch finds no compiler for the device."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as e:  # of a dozen kinds, and a hundred lines
+        line = next((x.strip() for x in str(e).splitlines() if x.strip()), type(e).__name__)
+        fail(f"--compile: torch cannot compile here ({line[:200]}); install a C++ compiler (on "
+             "Debian g++), or leave it out")
 
 
 def keep_memory():

@@ -212,43 +212,44 @@ def pretend(monkeypatch, hip, name, arch):
 
 
 @pytest.mark.parametrize("card", CARDS)
-@pytest.mark.parametrize("ms, took", [
-    ((1.0, 1.0, 2.0), "bf16"), ((1.0, 0.5, 2.0), "fp16"), ((3.0, 3.0, 2.0), "fp32"),
-    ((1.0, 0.95, 2.0), "bf16"), ((1.95, 1.95, 2.0), "fp32")])  # noise decides nothing
-def test_auto_takes_what_is_fast_of_what_the_card_has(monkeypatch, capsys, card, ms, took):
+def test_auto_follows_from_the_card_alone(monkeypatch, card):
     about, has_bf16 = CARDS[card]
     pretend(monkeypatch, *about)
-    timed = []
-
-    def time_steps(device, dtype):
-        timed.append(str(dtype))
-        return ms[("torch.bfloat16", "torch.float16", "torch.float32").index(str(dtype))] / 1000
-
-    monkeypatch.setattr(training, "time_steps", time_steps)
-    dtype = pick_precision("auto", torch.device("cuda"))
-    if not has_bf16:
-        took = "fp16" if took == "bf16" else took
-        assert "torch.bfloat16" not in timed
-    assert dtype == {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[took]
-    said = capsys.readouterr().out
-    assert said.startswith(f"precision {took}: {about[1]}") and f"fp16 {ms[1]:.1f}" in said
-    assert ("no bf16" in said) != has_bf16
+    dtype, why = pick_precision("auto", torch.device("cuda"))
+    assert dtype == (torch.bfloat16 if has_bf16 else torch.float16)
+    assert ("no bf16" in why) != has_bf16
+    was, why = pick_precision("auto", torch.device("cuda"), "fp32")
+    assert was == torch.float32 and why == "as the run began"
+    moved, _ = pick_precision("auto", torch.device("cuda"), "bf16")  # from a card that has it
+    assert moved == dtype
 
 
 def test_what_is_asked_for_is_taken():
-    assert pick_precision("bf16", torch.device("cpu")) == torch.bfloat16
-    assert pick_precision("fp16", torch.device("cuda")) == torch.float16
+    assert pick_precision("bf16", torch.device("cpu"))[0] == torch.bfloat16
+    assert pick_precision("fp16", torch.device("cuda"), "fp32")[0] == torch.float16
 
 
 @pytest.mark.parametrize("flags, has", [("avx2", ["fp32"]), ("avx512_bf16", ["bf16", "fp32"])])
-def test_a_cpu_without_bf16_is_not_timed(monkeypatch, capsys, flags, has):
+def test_a_cpu_takes_bf16_where_it_has_it(monkeypatch, flags, has):
     monkeypatch.setattr(training.Path, "read_text", lambda self: f"flags: sse {flags}")
-    timed = []
-    monkeypatch.setattr(training, "time_steps", lambda device, dtype: timed.append(dtype) or 1.0)
     assert hardware_precisions(torch.device("cpu"))[0] == has
-    assert pick_precision("auto", torch.device("cpu")) == torch.float32
-    assert len(timed) == (2 if "bf16" in has else 0)
-    assert "precision fp32: this CPU has" in capsys.readouterr().out
+    assert pick_precision("auto", torch.device("cpu"))[0] == training.DTYPES[has[0]]
+
+
+def test_a_gpu_that_torch_does_not_see_is_explained(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert training.why_no_gpu(tmp_path) == ""
+    (tmp_path / "nvidia0").touch()
+    assert "NVIDIA" in training.why_no_gpu(tmp_path) and "CUDA" in training.why_no_gpu(tmp_path)
+    (tmp_path / "kfd").touch()
+    said = training.why_no_gpu(tmp_path)
+    assert "AMD GPU" in said and "built for CPUs only" in said and "TORCH_INDEX=" in said
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "HIP_VISIBLE_DEVICES" in training.why_no_gpu(tmp_path)  # it may be opened, and sees none
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert training.why_no_gpu(tmp_path) == ""
 
 
 def test_threads_hold_for_all_libraries():
@@ -256,10 +257,6 @@ def test_threads_hold_for_all_libraries():
         training.pick_device(argparse.Namespace(device="cpu", threads=1))
         found = {pool["filepath"]: pool["num_threads"] for pool in threadpool_info()}
     assert found and set(found.values()) == {1}
-
-
-def test_a_step_is_timed():
-    assert 0 < training.time_steps(torch.device("cpu"), torch.float32, steps=1) < 10
 
 
 def test_batch_statistics_are_float32_in_half_precision():
