@@ -2,7 +2,11 @@
 PYTHON ?= python3
 ROOT ?= demo
 PY = .venv/bin/python
-LAPTOP = --root $(ROOT)
+PIP = $(PY) -m pip install --quiet --disable-pip-version-check
+LAPTOP = --root "$(ROOT)"
+# pip's index for torch and torchvision; the one that .venv was made with, unless another is given
+TORCH_WAS := $(shell cat .venv/torch_index 2>/dev/null)
+TORCH_INDEX ?= $(TORCH_WAS)
 # shares of a batch: expert, recovery, random
 SHARES = --shares 0.35 0.45 0.2
 # the small encoder of a laptop
@@ -12,11 +16,24 @@ BRAIN = --batch_size 512 --lr 2e-3
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@echo
+	@echo 'Every target takes ROOT=folder (of demo and pretrained) and TORCH_INDEX=URL, on a machine with:'
+	@echo '  an AMD GPU     make install TORCH_INDEX=https://download.pytorch.org/whl/rocm6.4   (or newer)'
+	@echo '  an NVIDIA GPU  make install                      (6 GB; or .../whl/cu126 for an older driver)'
+	@echo '  no GPU         make install TORCH_INDEX=https://download.pytorch.org/whl/cpu       (1 GB)'
 
-.venv/installed: requirements.txt
+# torch comes first, from its own index; the rest of requirements.txt then keeps it
+.venv/installed: requirements.txt requirements-factory.txt $(if $(filter-out $(TORCH_WAS),$(TORCH_INDEX)),other-torch)
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+ifneq ($(TORCH_INDEX),)
+	$(PIP) $(if $(filter-out $(TORCH_WAS),$(TORCH_INDEX)),--force-reinstall) --index-url "$(TORCH_INDEX)" \
+	    torch torchvision
+endif
+	$(PIP) -r requirements.txt
+	echo "$(TORCH_INDEX)" > .venv/torch_index
 	touch $@
+
+other-torch:
 
 install: .venv/installed  ## .venv with requirements.txt in it
 
@@ -29,7 +46,7 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --hidden 256 --state 128 --epochs 3 --steps_per_epoch 700
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 3
 	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400 --gas 0.5
-	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --gas 0.5 --compare random no_model expert --json $(ROOT)/visuals/drive_mpc.json
+	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --gas 0.5 --compare random no_model expert --json "$(ROOT)/visuals/drive_mpc.json"
 
 pretrained: ROOT = pretrained
 pretrained: .venv/installed  ## over two hours on two cores: weights like those that come with the code
@@ -41,7 +58,7 @@ pretrained: .venv/installed  ## over two hours on two cores: weights like those 
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --hidden 384 --state 256 --epochs 10 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP)
 	mkdir -p models/pretrained && rm -f models/pretrained/*.pth
-	cp $(ROOT)/models/encoder_mixed_ep8.pth $(ROOT)/models/decoder_ep8.pth $(ROOT)/models/predictor_ep10.pth $(ROOT)/models/cost_model_final.pth models/pretrained/
+	cd "$(ROOT)/models" && cp encoder_mixed_ep8.pth decoder_ep8.pth predictor_ep10.pth cost_model_final.pth "$(CURDIR)/models/pretrained/"
 
 test: .venv/installed  ## the tests, under ten minutes on two cores
 	$(PY) -m pytest
@@ -61,4 +78,4 @@ all: .venv/installed  ## the whole plan at full scale: 5.8 million frames, a GPU
 	$(PY) demo_energy.py --headless
 	$(PY) drive_mpc.py --episodes 100 --track_seed 100000 --compare random no_model untrained expert --json visuals/drive_mpc.json
 
-.PHONY: help install demo pretrained test test-all all
+.PHONY: other-torch help install demo pretrained test test-all all
