@@ -22,12 +22,12 @@ help:  ## this list
 	@echo '  an NVIDIA GPU  make install                      (6 GB; or .../whl/cu126 for an older driver)'
 	@echo '  no GPU         make install TORCH_INDEX=https://download.pytorch.org/whl/cpu       (1 GB)'
 
-# torch comes first, from its own index; the rest of requirements.txt then keeps it
+# torch comes first, from its own index and no other; the rest of requirements.txt then keeps it
 .venv/installed: requirements.txt requirements-factory.txt $(if $(filter-out $(TORCH_WAS),$(TORCH_INDEX)),other-torch)
 	$(PYTHON) -m venv .venv
 ifneq ($(TORCH_INDEX),)
-	$(PIP) $(if $(filter-out $(TORCH_WAS),$(TORCH_INDEX)),--force-reinstall) --index-url "$(TORCH_INDEX)" \
-	    torch torchvision
+	PIP_CONFIG_FILE=/dev/null PIP_EXTRA_INDEX_URL= PIP_FIND_LINKS= $(PIP) \
+	    $(if $(filter-out $(TORCH_WAS),$(TORCH_INDEX)),--force-reinstall) --index-url "$(TORCH_INDEX)" torch torchvision
 endif
 	$(PIP) -r requirements.txt
 	echo "$(TORCH_INDEX)" > .venv/torch_index

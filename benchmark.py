@@ -24,7 +24,8 @@ plan      milliseconds of a plan as the driver makes it, encoding included, per 
 paired    returns of the nets under --root in the official and in the fast env, track by track.
 """
 
-import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import argparse
 import json

@@ -14,7 +14,8 @@ Frames before the first are the first, repeated; nothing ever crosses an episode
     python buffer.py export --format minari            the same for others, into minari/
 """
 
-import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import errno
 import hashlib

@@ -7,7 +7,8 @@ odd headings. Writes ROOT/data/*.npz, one episode a file; started again it goes 
     python collect_data.py --frames 20000       seconds on a laptop
 """
 
-import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import errno
 import multiprocessing as mp

@@ -9,7 +9,8 @@ The constants come from CMA-ES on tracks 200000 to 299999, which no data set con
 Units: the world's (a tile is 3.5 long, the road 13.3 wide), seconds, radians; left is positive.
 """
 
-import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import math
 

@@ -7,7 +7,8 @@ of its end the car has for 0.2 s had three wheels on the road, a heading within 
 line's, and more than 15 units/s.
 """
 
-import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import math
 

@@ -10,7 +10,8 @@ quits); without a display, or with --headless, it writes ROOT/visuals/demo_energ
     python demo_energy.py
 """
 
-import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import time
 from collections import deque

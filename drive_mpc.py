@@ -11,7 +11,8 @@ and tiles are read from the simulator after the fact.
     python drive_mpc.py --episodes 3 --track_seed 100000
 """
 
-import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import argparse
 import json

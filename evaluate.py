@@ -36,7 +36,8 @@ Same seed, same machine: same report.
     python evaluate.py --checkpoint models/encoder_mixed_ep2.pth --parts knows
 """
 
-import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import json
 import math

@@ -6,8 +6,10 @@ README. `python networks.py FILE` prints what a checkpoint holds, `--safetensors
 weights for other programs.
 """
 
-import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
+import errno
 import fcntl
 import io
 import json
@@ -472,6 +474,8 @@ def read(path, script=""):
                                         for net in payload["nets"].values()):
             raise KeyError("nets")
     except Exception as e:  # torch raises half a dozen types for damaged or hostile files
+        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):
+            raise OSError(e.errno, os.strerror(e.errno), str(path)) from None  # it may be whole
         raise Damaged(f"{path}: expected a checkpoint of this project, found a damaged or foreign "
                       f"file ({type(e).__name__}){mend(path, script, word='makes it anew')}") from e
     if schema != SCHEMA:

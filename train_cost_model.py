@@ -12,7 +12,8 @@ Two minutes on two CPU cores; expect a held-out AUC above 0.99 for both energies
     python train_cost_model.py
 """
 
-import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import time
 

@@ -10,7 +10,8 @@ A checkpoint takes a minute on two CPU cores; expect an error of about 5 grey le
     python train_decoder.py --once                what is there now, then ends
 """
 
-import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import os
 import time

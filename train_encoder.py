@@ -13,7 +13,8 @@ after the laptop's 3 minutes on two CPU cores expect R² over 0.9 for speed and 
         --steps_per_epoch 150 --batch_size 96 --lr 2e-3 --shares 0.35 0.45 0.2       a laptop
 """
 
-import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import itertools
 import math

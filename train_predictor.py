@@ -13,7 +13,8 @@ after the laptop's 2 minutes on two CPU cores expect under 0.2 of copy-last's at
         --batch_size 512 --lr 2e-3
 """
 
-import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import time
 

@@ -17,7 +17,8 @@ visuals/energy_landscape.png. Two minutes on a CPU with `--samples 256 --threads
     python trials.py
 """
 
-import support  # noqa: F401  first of all: Ctrl-C ends a script quietly while it imports
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import json
 import math

@@ -1,43 +1,5 @@
-"""What several scripts share.
+"""What several scripts share."""
 
-A script imports this package before all others. Then Ctrl-C ends it quietly while it imports, and
-a package that is missing is said in one line. Importing it from a notebook or a test changes
-nothing.
-"""
-
-import os
-import signal
-import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-
-
-def _is_script():
-    """Whether the running program is one of the repository's scripts."""
-    program = getattr(sys.modules["__main__"], "__file__", None)
-    return program is not None and Path(program).resolve().parent == REPO
-
-
-def _explain(kind, error, trace):
-    """sys.excepthook while a script imports: a missing package or library in one line."""
-    if not issubclass(kind, ImportError):
-        return sys.__excepthook__(kind, error, trace)
-    if ".so" in str(error):
-        mend = ("a library of the system is missing; OpenCV without windows needs none: `pip "
-                "uninstall opencv-python`, `pip install --force-reinstall opencv-python-headless`")
-    else:
-        mend = (f"{sys.executable} lacks a package; `make install` makes .venv with all of them, "
-                "then use .venv/bin/python")
-    print(f"error: {error}; {mend}", file=sys.stderr)
-
-
-if _is_script():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # support.cli.run takes it back
-    sys.excepthook = _explain
-    os.environ["MPLBACKEND"] = "Agg"  # a notebook's names one that needs the notebook
-    for fd in range(3):  # closed standard streams: no file may take their place
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
