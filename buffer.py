@@ -83,7 +83,9 @@ def write_chunk(folder, meta, **arrays):
     def write(f):
         with zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as z:
             for name, array in {"meta": np.array(json.dumps(meta)), **arrays}.items():
-                with z.open(f"{name}.npy", "w") as out:
+                member = zipfile.ZipInfo(f"{name}.npy")  # of 1980: a clock before it stops nothing
+                member.compress_type = zipfile.ZIP_DEFLATED
+                with z.open(member, "w") as out:
                     # zipfile has no door for another deflate; without this line it is only slower
                     out._compressor = isal_zlib.compressobj(DEFLATE_LEVEL, zlib.DEFLATED, -15)
                     head = io.BytesIO()

@@ -19,7 +19,7 @@ import numpy as np
 from buffer import HELD_OUT_MOD
 from car_env import Nearest
 from collect_data import collect, collector_parser
-from support.cli import fraction, rate, run
+from support.cli import Number, fraction, run
 
 SPACING = 1.0       # units between the points of the resampled racing line
 AXLE = 1.62         # units from the car's centre to either axle
@@ -224,7 +224,7 @@ def pace_parser(doc, frames, pace, reason):
 if __name__ == "__main__":
     p = pace_parser(__doc__, 1_900_000, PACES,
                     "The driver aims at what the expert does: full pace asks too much of it")
-    p.add_argument("--width", type=rate, default=WIDTH,
+    p.add_argument("--width", type=Number(float, 0, 6.67, above=True), default=WIDTH,
                    help="units the line may leave the middle of the road, whose half is 6.67: the "
                         "driver misses its teacher's line by a unit or two")
     run(lambda: collect(p.parse_args(), "data_race", make_expert))

@@ -49,7 +49,7 @@ class Output:
         try:
             what(*args)
         except OSError as e:
-            if e.errno in FULL:
+            if e.errno in (*FULL, errno.EAGAIN):  # EAGAIN: a pipe that is full and does not wait
                 return
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             if not Stop.installed:
