@@ -181,7 +181,8 @@ class Number:
 
     def __str__(self):
         show = lambda x: f"{x:g}" if abs(x) > 1e6 else str(x)
-        return f"{'above' if self.above else 'from'} {show(self.low)} to {show(self.high)}"
+        low = f"above {show(self.low)}, up" if self.above else f"from {show(self.low)}"
+        return f"{low} to {show(self.high)}"
 
     def __call__(self, text):
         try:
