@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from support.cli import Help, Parser, Refusal, command, fail, optional, run
 from support.files import replace_atomically, writable
+from support.progress import progress
 
 SCHEMA = 1  # of chunks; a newer one is skipped and named
 DEFLATE_LEVEL = 1  # of isal: a fifth of the time of zlib's level 2, and a little smaller
@@ -629,7 +630,7 @@ def read_ahead(chunks, *names, threads=4):
 def verify(chunks):
     """(whole chunks, reasons of the damaged ones): every byte is inflated, every CRC checked."""
     whole, damaged = [], []
-    for chunk in tqdm(chunks, desc="verify", unit="chunk", mininterval=1, leave=False):
+    for chunk in progress(chunks, desc="verify", unit="chunk", leave=False):
         try:
             read_chunk(chunk.path)
             whole.append(chunk)
@@ -663,7 +664,7 @@ def export_minari(folders, out, name):
         fail(f"{out / name}: exists already; choose another --name or --out")
 
     def episodes():
-        for chunk in tqdm(chunks, desc="export", unit="episode", mininterval=1):
+        for chunk in progress(chunks, desc="export", unit="episode"):
             try:
                 data = read_chunk(chunk.path)
             except Refusal as e:

@@ -25,13 +25,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from buffer import HELD_OUT_MOD, index, write_chunk
 from car_env import (ENV_ID, PREPROCESS_VERSION, TELEMETRY, make_env, observe, place_beside,
                      telemetry)
 from support.cli import Number, Stop, cores, fail, natural, parser, run
 from support.files import git_commit, lock_file, versions, writable
+from support.progress import progress
 
 FIRST_SEED = 10_000_000  # tracks below are for choosing and for evaluation, never collected
 EPISODES_PER_WORKER = 300  # then it is replaced: Box2D leaks on create and destroy
@@ -190,8 +190,7 @@ def collect(args, source, make_policy):
     need_room(folder, args.frames - have)
     crew, stop, done, error = Crew(make_job(args, source, folder, make_policy)), Stop(), [], None
     start = time.time()
-    bar = tqdm(total=args.frames, initial=have, unit="frame", unit_scale=True, desc=source,
-               mininterval=1)
+    bar = progress(total=args.frames, initial=have, unit="frame", unit_scale=True, desc=source)
     try:
         while have < args.frames and not stop and not error:
             for summary in crew.finished():

@@ -20,7 +20,6 @@ import cv2
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
-from tqdm import tqdm
 
 from car_env import (FPS, MAX_STEPS, TELEMETRY, ZOOM_STEPS, make_env, observe, place_beside,
                      telemetry)
@@ -30,6 +29,7 @@ from networks import some_root, stack
 from support.cli import Stop, fail, natural, parser, positive, run
 from support.files import writable
 from support.pictures import pyplot, save_figure, save_gif, save_mp4
+from support.progress import progress
 from support.training import autocast
 
 FUTURES = {"true": (90, 200, 120), "teleported": WARM, "random": (240, 90, 90)}  # name: colour
@@ -181,7 +181,7 @@ def main():
     film, rows, both, trace = [], [], [], deque(maxlen=TRACE)
     recent, actions = deque(maxlen=need), deque(maxlen=2 * need)
     paused, new = False, False  # new: the picture was not shown yet
-    bar = tqdm(total=args.steps, desc="drive", unit="step", disable=live)
+    bar = progress(total=args.steps, desc="drive", unit="step", disable=live)
 
     obs, _ = env.reset(seed=args.track_seed)
     driver.reset(args.track_seed)

@@ -38,6 +38,7 @@ from networks import (DISCOUNT, Predictor, fingerprint, judged, latest, load_fro
 from support.cli import Stop, command, fail, fraction, natural, parser, positive, run
 from support.files import replace_atomically, versions, writable
 from support.pictures import save_gif, save_mp4
+from support.progress import progress
 from support.training import autocast, set_up
 from train_predictor import load_decoder
 
@@ -575,8 +576,8 @@ def run_policy(args, policy, film, stop):
     def watch(*seen):
         return (filming is None or filming(*seen)) and not stop
 
-    for seed in tqdm(range(args.track_seed, args.track_seed + args.episodes), desc=policy,
-                     unit="track", leave=False):
+    for seed in progress(range(args.track_seed, args.track_seed + args.episodes), desc=policy,
+                         unit="track", leave=False):
         r = drive(env, driver, seed, watch, disturbance, tape)
         if r is None:  # q or Ctrl-C: what is finished counts
             stop.requested = True

@@ -60,7 +60,6 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import Ridge
 from sklearn.neural_network import MLPRegressor
 from torch import nn
-from tqdm import tqdm
 
 from buffer import Damage, load_sources, read_chunk
 from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, is_tile, make_env, place_car)
@@ -74,6 +73,7 @@ from networks import (Predictor, cosine, fingerprint, latest, load_frozen, model
 from support.cli import Refusal, command, fail, natural, parser, positive, run
 from support.files import git_commit, replace_atomically, versions, writable
 from support.pictures import pyplot, save_figure
+from support.progress import progress
 from support.training import autocast, set_up
 from train_encoder import features_of, jitter_
 from train_predictor import draw_dream, dream, load_decoder
@@ -227,7 +227,7 @@ class Recorder:
 def drive(tracks, jobs, args, repeat):
     """Drives new episodes, one by one: of each kind, as its job says, one on each of its tracks."""
     env = make_env("fast")
-    bar = tqdm(total=sum(map(len, tracks.values())), desc="drive", unit="episode", leave=False)
+    bar = progress(total=sum(map(len, tracks.values())), desc="drive", unit="episode", leave=False)
     for name, seeds in tracks.items():
         for i, track in enumerate(seeds):
             policy = Recorder(DRIVERS[name](jobs[name], i)[0], repeat)
@@ -389,7 +389,8 @@ class Subject:
 
     def encode_now(self, encoder, spots, what="encode", change=lambda obs: obs):
         """z (n, D) of the spots' frames, changed if need be, block by block."""
-        bar = tqdm(blocks(len(spots)), desc=what, unit="block", leave=False, disable=what is None)
+        bar = progress(blocks(len(spots)), desc=what, unit="block", leave=False,
+                       disable=what is None)
         return torch.cat([self.encode(encoder, change(spots[rows].frames(self.newest())))
                           for rows in bar])
 
@@ -399,7 +400,7 @@ class Subject:
 
     def encode_episodes(self, episodes):
         """Fills in each episode's z, of both encoders."""
-        for x in tqdm(episodes, desc="encode", unit="episode", leave=False):
+        for x in progress(episodes, desc="encode", unit="episode", leave=False):
             every = Spots([x], np.zeros(len(x.obs), int), np.arange(len(x.obs)))
             x.z = {judge: self.encode_now(encoder, every, what=None)
                    for judge, (encoder, _) in self.pairs().items()}
@@ -546,7 +547,7 @@ def ceiling(subject, spots, labels, args):
     y = (labels.y - labels.y[labels.seen].mean(0)) / (labels.y[labels.seen].std(0) + 1e-6)
     rng, offsets = np.random.default_rng([args.seed, 6]), subject.newest()
     light = torch.Generator(subject.device).manual_seed(args.seed)
-    for step in tqdm(range(args.ceiling_steps), desc="ceiling, with labels", leave=False):
+    for step in progress(range(args.ceiling_steps), desc="ceiling, with labels", leave=False):
         rows = rng.integers(len(spots), size=args.ceiling_batch)
         x = stack(spots[rows].frames(offsets).to(subject.device), net.history)
         jitter_(x, light)
@@ -569,7 +570,7 @@ def knows(subject, train, test, args):
     rows = {}
 
     def add(name, latents, saw_labels=False, kinds=("ridge", "mlp")):
-        for kind in tqdm(kinds, desc=f"probe: {name}", leave=False):
+        for kind in progress(kinds, desc=f"probe: {name}", leave=False):
             told = probe(kind, latents[0], labels[0], args.seed)
             rows[f"{name}, {kind}"] = {"saw_labels": saw_labels, "probe": kind,
                                        "cells": mark(told, latents[1], labels[1], args)}
@@ -597,7 +598,7 @@ def imagined(subject, train, test, args):
              choose_spots(test, args.frames // 2, args.seed, ahead=H)]
     real = [s.z(0, H) for s in spots]
     z_hat = [subject.imagine(subject.predictor, z[:, 0], s.act(H)) for z, s in zip(real, spots)]
-    for h in tqdm(AHEAD, desc="probe: imagined", leave=False):
+    for h in progress(AHEAD, desc="probe: imagined", leave=False):
         truth = [labels_of(s, h) for s in spots]
         came, now = real[0][:, h].numpy(), [z[:, 0].numpy() for z in real]
         dreamt = [z[:, h - 1].numpy() for z in z_hat]
@@ -641,7 +642,8 @@ def dreams(subject, train, spots, args):
         rows = np.flatnonzero((spots.source == source) | (source == "all"))
         out[source] = {name: cells(ratio, spots.track[rows],
                                    (own[rows], error["copy-last"][rows]), args)
-                       for name, own in tqdm(error.items(), desc=f"dreams: {source}", leave=False)}
+                       for name, own in progress(error.items(), desc=f"dreams: {source}",
+                                                 leave=False)}
     return out, error
 
 
@@ -683,7 +685,7 @@ def teleported(subject, spots, args):
     need = (e.history - 1) * e.repeat + 1
     out = {t: np.zeros((len(spots), len(AHEAD), e.history, 64, 64, 3), np.uint8) for t in TELEPORTS}
     places = list(dict.fromkeys(spots.e))
-    for i, place in enumerate(tqdm(places, desc="teleport", unit="track", leave=False)):
+    for i, place in enumerate(progress(places, desc="teleport", unit="track", leave=False)):
         twin = Elsewhere(spots.episodes[place].track, rng)
         for name, guest in zip(TELEPORTS, (place, places[i - 1])):
             for row in np.flatnonzero(spots.e == guest):
@@ -797,7 +799,7 @@ def surprises(subject, spots, other, scale, args):
     kinds = ("true", *VIOLATIONS)
     out = {j: {v: np.zeros((len(spots), len(AHEAD))) for v in kinds} for j in JUDGES}
     filmed = [(a, h, v) for a, h in enumerate(AHEAD) for v in kinds if v not in TOLD]
-    for a, h, v in tqdm(filmed, desc="surprise", unit="film", leave=False):
+    for a, h, v in progress(filmed, desc="surprise", unit="film", leave=False):
         light, same = (torch.Generator().manual_seed(args.seed) for _ in range(2))
         for rows in blocks(len(spots)):
             film = FILMS.get(v, FILMS["true"])(h + subject.newest())
@@ -834,7 +836,7 @@ def futures(subject, train, spots, args):
     other = partners(spots, args.seed)
     surprise = surprises(subject, spots, other, scales(subject, train, args), args)
     where, out = shows(spots, other), {}
-    for violation in tqdm(VIOLATIONS, desc="futures", leave=False):
+    for violation in progress(VIOLATIONS, desc="futures", leave=False):
         out[violation] = {j: {} for j in JUDGES}
         for a, h in enumerate(AHEAD):
             rows = np.flatnonzero(where[violation][:, a])
@@ -1049,8 +1051,8 @@ def plans(subject, train, spots, args):
     spots, envs = states_of(spots, args), (make_env("physics"), make_env("fast"))
     told, expert = taught_outcome(subject, train, envs[0], args), Expert(PACE)
     track, rows = None, []
-    for e, k in tqdm(list(zip(spots.e.tolist(), spots.k.tolist())), desc="plans", unit="state",
-                     leave=False):
+    for e, k in progress(list(zip(spots.e.tolist(), spots.k.tolist())), desc="plans", unit="state",
+                         leave=False):
         episode = spots.episodes[e]
         if episode.track != track:
             track = episode.track

@@ -20,7 +20,6 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from buffer import load_sources, provenance
 from car_env import ZOOM_STEPS
@@ -28,6 +27,7 @@ from networks import (FORESIGHT, CostModel, already_trained, cosine, fingerprint
                       load_frozen, optimise, refuse_nan, resume_run, save, save_run, so_far)
 from support.cli import Stop, fail, optimisation, parser, positive, run, stopped
 from support.pictures import pyplot, save_figure
+from support.progress import progress
 from support.training import RunLog, autocast, set_up
 from train_predictor import load_latents
 
@@ -184,8 +184,8 @@ def main():
                          args.shrinkage)
         keep(step)  # the last file is never there without it
     last_save = time.time()
-    for step in tqdm(range(step, steps), initial=step, total=steps, desc="cost model", unit="step",
-                     mininterval=1):
+    for step in progress(range(step, steps), initial=step, total=steps, desc="cost model",
+                         unit="step"):
         rng = np.random.default_rng([args.seed, step])
         expert, chaos = (train[k].mixed(args.batch_size, rng, device, dtype)
                          for k in (EXPERT, RANDOM))

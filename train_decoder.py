@@ -19,7 +19,6 @@ from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from buffer import Loader, load_sources, provenance, sample_frames
 from car_env import ZOOM_STEPS
@@ -28,6 +27,7 @@ from networks import (TinyDecoder, build, epoch_of, fingerprint, hold, latest, l
                       set_aside, so_far, stack)
 from support.cli import Refusal, Stop, command, fail, parser, positive, rate, run, stopped
 from support.pictures import pyplot, save_figure
+from support.progress import progress
 from support.training import RunLog, autocast, on_device, set_up
 
 PICTURES = 4  # held-out frames of each source on the sheet
@@ -190,8 +190,8 @@ def main():
             restore(resume, half, nets, optim, scaler, args)
             i = half["step"]
         batches = on_device(loader.batches(i), device)
-        for i in tqdm(range(i, args.steps), desc=f"decoder, epoch {epoch}", unit="step",
-                      initial=i, total=args.steps, mininterval=1):
+        for i in progress(range(i, args.steps), desc=f"decoder, epoch {epoch}", unit="step",
+                          initial=i, total=args.steps):
             obs = next(batches)[0]
             with autocast(device, dtype):
                 with torch.no_grad():

@@ -32,6 +32,7 @@ from networks import (PANEL, BendModel, InverseModel, Predictor, Projector, Tiny
                       save, save_run, so_far, stack, unit_act)
 from support.cli import (Stop, fail, fraction, natural, optimisation, parser, positive, rate, run,
                          stopped)
+from support.progress import progress
 from support.training import (RANK, RANKS, RunLog, autocast, encoded_at_once, in_turn, name_of,
                               on_device, same_start, set_up, stopped_anywhere)
 from vicreg import covariance, effective_rank, gather, variance, vicreg_loss
@@ -468,8 +469,8 @@ def main():
         keep()  # no epoch's file is ever there without it
     stop = Stop()  # until here a signal ends it at once: there is nothing to save
     batches, last_save = training_batches(loader, args, device, step), time.time()
-    bar = tqdm(total=steps, initial=step, desc="encoder", unit="step", mininterval=1,
-               disable=RANK > 0)
+    bar = progress(total=steps, initial=step, desc="encoder", unit="step",
+                   disable=RANK > 0)
     while step < steps:
         for net in nets.values():
             net.train()

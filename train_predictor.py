@@ -32,6 +32,7 @@ from support.cli import Stop, command, fail, optimisation, parser, positive, run
 from support.files import writable
 from support.latents import Latents
 from support.pictures import pyplot, save_figure, save_gif
+from support.progress import progress
 from support.training import (RANK, RANKS, RunLog, autocast, in_turn, name_of, same_start, set_up,
                               stopped_anywhere)
 
@@ -72,7 +73,7 @@ def load_latents(args, device, dtype, sources, stop, resume, predictor=None):
             return encoder(stack(obs.to(device), encoder.history))
 
     chunks = [c for split in sources.values() for part in split for c in part]
-    bar = lambda items: tqdm(items, desc="encode", unit="episode", disable=RANK > 0)
+    bar = lambda items: progress(items, desc="encode", unit="episode", disable=RANK > 0)
     version = chunks[0].meta["preprocess"]
     with in_turn():
         latents = Latents(args.root, f"{key}-p{version}-{name_of(dtype)}", encoder.dim,
@@ -274,8 +275,8 @@ def main():
     if not saved and RANK == 0:
         keep()  # no epoch's file is ever there without it
     last_save = time.time()
-    bar = tqdm(total=steps, initial=step, desc="predictor", unit="step", mininterval=1,
-               disable=RANK > 0)
+    bar = progress(total=steps, initial=step, desc="predictor", unit="step",
+                   disable=RANK > 0)
     while step < steps:
         predictor.train()
         z, act = (x.to(device, non_blocking=True) for x in sampler(step))

@@ -26,7 +26,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, make_env, place_beside,
                      telemetry)
@@ -36,6 +35,7 @@ from networks import some_root, stack
 from support.cli import natural, parser, positive, run
 from support.files import replace_atomically, versions, writable
 from support.pictures import pyplot, save_figure
+from support.progress import progress
 from support.training import autocast
 
 WITHIN, HELD = 3.0, 0.2  # s: to be back in, and to stay back
@@ -136,7 +136,7 @@ def recovery(args, driver):
     drivers = {"mpc": driver, "expert": Blind(env, "expert", PACES[0], args.seed),
                "random": Blind(env, "random", 0, args.seed)}
     took = {name: {kind: [] for kind in KINDS} for name in drivers}
-    for i in tqdm(range(args.starts), desc="recovery", unit="start", leave=False):
+    for i in progress(range(args.starts), desc="recovery", unit="start", leave=False):
         kind, track = KINDS[i % len(KINDS)], args.track_seed + i % args.tracks
         for name, d in drivers.items():
             curvature = on_track(env, track)
@@ -203,7 +203,7 @@ def behaviours(args, driver):
     """{behaviour: {energy: [25 %, median, 75 %, share above lapping's median]}} of its frames."""
     env, encoder = make_env("fast"), driver.encoder
     energies = {}
-    for name in tqdm(BEHAVIOURS, desc="behaviours", leave=False):
+    for name in progress(BEHAVIOURS, desc="behaviours", leave=False):
         z = []
         for i in range(args.tracks):
             on_track(env, args.track_seed + i)
