@@ -9,13 +9,16 @@ weights for other programs.
 if __name__ == "__main__":
     import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
+import ast
 import errno
 import fcntl
 import io
+import itertools
 import json
 import math
 import os
 import re
+import shlex
 import time
 import zipfile
 from contextlib import suppress
@@ -26,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from car_env import OBS_SIZE, SCENE_H
 from support.cli import Parser, Refusal, command, fail, optional, run
@@ -37,6 +41,8 @@ PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 SCHEMA = 1  # of checkpoints; a newer one is refused
 KEPT, KEPT_EVERY = 3, 10  # of a stage's checkpoints: the last so many, and each such epoch
 YOUNG_S = 600  # a checkpoint younger than this is never deleted
+TEMPORARY = re.compile(  # names of half-written checkpoints
+    r"\.(\w+_ep[0-9]+|\w+_resume|cost_model_final)\.pth\.[0-9]+\.tmp", re.ASCII)
 PANEL = 3 * (OBS_SIZE - SCENE_H) * OBS_SIZE  # pixels of a frame's instruments
 ACT = 3  # steer, gas, brake
 JUDGED = 3  # every so-manieth latent of a future is judged: neighbours say nearly the same
@@ -429,9 +435,16 @@ def save(path, nets, **state):
         if broken := not_finite(net.state_dict()):
             fail(f"step {state.get('step')}: {name}'s {broken} is not finite; {path} was not "
                  "written; use --precision fp32, or a lower --lr with --fresh")
-    payload = {"schema": SCHEMA, "versions": versions(), "commit": git_commit(), **state,
-               "nets": {name: {"class": type(net).__name__, "args": net.args,
-                               "weights": net.state_dict()} for name, net in nets.items()}}
+    _write(path, {"schema": SCHEMA, "versions": versions(), "commit": git_commit(), **state,
+                  "nets": {name: {"class": type(net).__name__, "args": net.args,
+                                  "weights": net.state_dict()} for name, net in nets.items()}})
+
+
+def _write(path, payload):
+    """The payload as a file; makes its folder again if that has vanished since the start."""
+    if not path.parent.is_dir():
+        path.parent.mkdir()
+        tqdm.write(f"{path.parent}: was gone, is made again")
     body = io.BytesIO()  # torch.save hides what a full disk answers
     torch.save(payload, body)
     replace_atomically(path, lambda f: f.write(body.getbuffer()))
@@ -516,7 +529,7 @@ def load_frozen(path, name, device, script=""):
 
 
 RUNTIME_ARGS = {"root", "device", "threads", "fresh", "precision", "compile", "tensorboard", "once",
-                "newest", "save_every", "log_every", "arithmetic"}  # may change on resume
+                "newest", "save_every", "log_every", "arithmetic", "epochs"}  # may change on resume
 
 
 def so_far(args, step, per_epoch, per_step, **data):
@@ -546,29 +559,43 @@ def hold(path):
         return f
 
 
+def numbered(folder, name):
+    """[(N, path)] of the files of a folder that are called `name`, in order of the number N, which
+    * stands for in it (-1 without *). Only what this code writes: no `_ep2 (copy).pth`, no
+    `_ep02.pth`, no folder."""
+    form = re.compile(re.escape(name).replace(r"\*", "(0|[1-9][0-9]{0,9})"))
+    found = [(form.fullmatch(p.name), p) for p in Path(folder).glob(name)]
+    return sorted((int(m[1]) if m.lastindex else -1, p) for m, p in found if m and p.is_file())
+
+
 def rotate(folder, prefix, spared=()):
     """Deletes `prefix_ep{N}.pth` but the last KEPT, every KEPT_EVERY-th, the young ones, those of
     epochs in `spared`, and those that a process `hold`s; and what a kill left half written."""
-    for path in sorted(folder.glob(f"{prefix}_ep*.pth"), key=epoch_of)[:-KEPT]:
+    for epoch, path in numbered(folder, f"{prefix}_ep*.pth")[:-KEPT]:
         with suppress(OSError), open(path, "rb") as f:
-            if (epoch_of(path) % KEPT_EVERY and epoch_of(path) not in spared
+            if (epoch % KEPT_EVERY and epoch not in spared
                     and time.time() - os.fstat(f.fileno()).st_mtime > YOUNG_S):
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError where it is held
                 path.unlink()
     for path in folder.glob(".*.pth.*.tmp"):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > YOUNG_S:
+            if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > YOUNG_S:
                 path.unlink()
 
 
-def set_aside(folder, patterns):
-    """Moves what an earlier run made to a dated folder beside it; nothing is deleted."""
-    stale = [p for pattern in patterns for p in folder.glob(pattern)]
-    if stale:
-        aside = folder / time.strftime("replaced-%Y%m%d-%H%M%S")
-        aside.mkdir(exist_ok=True)
-        for p in stale:
-            p.rename(aside / p.name)
+def set_aside(folder, names):
+    """Moves what an earlier run made, the files of these names (`numbered`), to a dated folder
+    beside it; nothing is deleted."""
+    stale = [p for name in names for _, p in numbered(folder, name)]
+    if not stale:
+        return
+    for k in itertools.count():
+        aside = folder / (time.strftime("replaced-%Y%m%d-%H%M%S") + f"-{k}" * (k > 0))
+        with suppress(FileExistsError):
+            aside.mkdir()
+            break
+    for p in stale:
+        p.rename(aside / p.name)
 
 
 def read_run(path):
@@ -590,18 +617,18 @@ def of_these(path, payload, **must):
 def resume_run(path, nets, optim, scaler, args, made, data_key, **must):
     """Restores `save_run`'s file into nets and optimiser and returns its payload, or None.
 
-    None: there is nothing to resume, or --fresh; then what an earlier run `made` (patterns beside
+    None: there is nothing to resume, or --fresh; then what an earlier run `made` (names beside
     path, its checkpoints first) is set aside. A run with other arguments, or other values of `must`
     (the nets it was trained on), is refused by name; of other data it says so and goes on, with
-    epochs as long as they were.
+    epochs as long as they were. With other --epochs it goes on, on the schedule of so many.
     """
-    checkpoints = list(path.parent.glob(made[0]))
-    if checkpoints and not args.fresh and not path.exists():
-        fail(f"{checkpoints[0]}: is there but {path.name} is not, so its training cannot go on; "
-             "--fresh sets it aside and starts again")
+    checkpoints = numbered(path.parent, made[0])
+    if checkpoints and not args.fresh and not path.is_file():
+        fail(f"{checkpoints[-1][1]}: is there but {path.name} is not, so its training cannot go "
+             "on; --fresh sets it aside and starts again")
     if args.fresh:
         set_aside(path.parent, (path.name, *made))
-    if not path.exists():
+    if not path.is_file():
         return None
     payload = read_run(path)
     of_these(path, payload, **must)
@@ -609,6 +636,12 @@ def resume_run(path, nets, optim, scaler, args, made, data_key, **must):
     if payload["data_key"] != data_key:
         print(f"{path}: the data has changed since; epochs stay as long as they were, --fresh "
               "starts again")
+    step, steps = payload["step"], args.epochs * payload["per_epoch"]
+    then = payload["args"].get("epochs")
+    if then != str(args.epochs) and step < steps:
+        print(f"{path}: goes on to {args.epochs} epochs instead of {then}; "
+              f"the learning rate is a cosine over all {steps} steps, from step {step} on "
+              f"{cosine(step, steps, args.lr):.2g}")
     return payload
 
 
@@ -618,7 +651,8 @@ def restore(path, payload, nets, optim, scaler, args):
     if "per_epoch" not in payload:
         fail(f"{path}: was written by an older version of this code; add --fresh to start again")
     then = {"gauges": "0", "mirror": "0.0", "align": "0.0", **payload["args"]}  # once had none
-    others = [f"--{key} {then.get(key)}, this command has {now}" for key, now in vars(args).items()
+    others = [f"--{key} {typed(then.get(key))}, this command has {typed(now)}"
+              for key, now in vars(args).items()
               if key not in RUNTIME_ARGS and then.get(key) != str(now)]
     if others:
         fail(f"{path}: the run to resume had {'; '.join(others)}; repeat its arguments, or add "
@@ -639,9 +673,9 @@ def restore(path, payload, nets, optim, scaler, args):
         fail(f"{path}: does not fit this run ({last_line(e)}); add --fresh to start again")
 
 
-def already_trained(path, write):
-    """Says so of a run that has ended; where its last file is gone or damaged, writes it anew: the
-    nets were restored from the run's own file."""
+def already_trained(path, epochs, args, write):
+    """Says so of a run that has ended after so many epochs; where its last file is gone or damaged,
+    writes it anew: the nets were restored from the run's own file."""
     if RANK:
         return 0
     try:
@@ -649,8 +683,20 @@ def already_trained(path, write):
     except Damaged as e:
         write()
         print(f"{e}; written anew")
-    print(f"already trained: {path}; --fresh starts again")
+    asked = f", {args.epochs} were asked for" if args.epochs < epochs else ""
+    print(f"already trained: {path}, {epochs} epochs{asked}; a larger --epochs goes on, --fresh "
+          "starts again")
     return 0
+
+
+def reopen(path):
+    """Says in the last checkpoint of a run that goes on that it is not the last one any more, which
+    the decoder's watcher ends with. Its date stays, so that nothing is drawn anew."""
+    with suppress(Damaged):
+        payload, then = read(path), path.stat()
+        if payload.get("done"):
+            _write(path, payload | {"done": False})
+            os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns))
 
 
 def cosine(step, steps, peak, warmup=0.05):
@@ -705,14 +751,14 @@ def _refuse_infinite(seen, arrived, when, scaler):
 
 def epoch_of(path):
     """The number in ..._ep{N}.pth, -1 if there is none."""
-    m = re.search(r"_ep(\d+)\.pth$", path.name)
+    m = re.search(r"_ep([0-9]+)\.pth\Z", path.name)
     return int(m.group(1)) if m else -1
 
 
 def latest(folder, prefix):
     """Path of the highest `prefix_ep{N}.pth`; where there is none, the name of the first."""
-    found = sorted(Path(folder).glob(f"{prefix}_ep*.pth"), key=epoch_of)
-    return found[-1] if found else Path(folder) / f"{prefix}_ep1.pth"
+    found = numbered(folder, f"{prefix}_ep*.pth")
+    return found[-1][1] if found else Path(folder) / f"{prefix}_ep1.pth"
 
 
 def some_root(root):
@@ -747,15 +793,37 @@ def fingerprint(net):
 
 
 def describe(path):
-    """Lines about a checkpoint: its nets with arguments and sizes, then what else it holds."""
+    """Lines about a checkpoint: its name, its nets with arguments and sizes, the command that made
+    it, then what else it holds."""
     payload = read(path)
-    for name, entry in payload.pop("nets").items():
+    print(path)
+    nets, args = payload.pop("nets"), payload.pop("args", {})
+    for name, entry in nets.items():
         size = sum(t.numel() for t in entry["weights"].values())
         print(f"{name:12} {entry['class']} {size / 1e6:.2f}M {entry['args']}")
+    if script := next((SCRIPTS[name] for name in SCRIPTS if args and name in nets), None):
+        flags = [f"--{key}" + f" {typed(value)}" * (value != "True") for key, value in args.items()
+                 if key != "arithmetic" and value not in ("None", "False")]
+        print(f"{'command':12} python {script} {' '.join(flags)}")
+        print(f"{'arithmetic':12} {args.get('arithmetic', 'unknown')}")
     for key, value in payload.items():
         if key in ("optim", "scaler", "rng", "rng_cuda"):
             value = f"{sum(t.numel() for t in tensors(value)):,} numbers"
         print(f"{key:12} {value}")
+
+
+SCRIPTS = {"encoder": "train_encoder.py", "decoder": "train_decoder.py",
+           "cost": "train_cost_model.py", "predictor": "train_predictor.py"}  # an encoder's file
+# holds a predictor too
+
+
+def typed(value):
+    """An argument's value, or the text of it that a checkpoint holds, as it is typed in a shell."""
+    text = str(value)
+    words = [text]
+    with suppress(ValueError, SyntaxError):
+        words = ast.literal_eval(text) if text.startswith("[") else words
+    return " ".join(shlex.quote(str(word)) for word in words)
 
 
 def tensors(value):

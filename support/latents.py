@@ -1,15 +1,17 @@
 """The latents of all frames, encoded once and kept on disk."""
 
-import fcntl
 import json
 import os
+import re
 
 import numpy as np
 import torch
 
 from buffer import read_ahead
-from support.files import replace_atomically, versions, writable
+from support.files import lock, replace_atomically, versions, writable
 from support.training import encoded_at_once
+
+OURS = re.compile(r"latents_[0-9a-f]{16}-p[0-9]+-(bf16|fp16|fp32)\.(f16|json)")  # what it writes
 
 
 class Latents:
@@ -30,10 +32,11 @@ class Latents:
         self.path, self.index_path = stem.with_suffix(".f16"), stem.with_suffix(".json")
         self.dim, self.repeat = dim, repeat
         for old in self.path.parent.glob("latents_*"):
-            if old.stem.split("-")[0] != stem.name.split("-")[0]:
+            if (OURS.fullmatch(old.name) and old.is_file()
+                    and old.stem.split("-")[0] != stem.name.split("-")[0]):
                 old.unlink(missing_ok=True)  # another encoder's
         with open(self.path, "ab") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
+            lock(f)
             end = self._known(chunks)
             missing = [c for c in chunks if c.meta["uid"] not in self.rows]
             f.truncate(end * dim * 2)  # nothing that a reader may have mapped
