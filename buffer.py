@@ -328,6 +328,7 @@ def provenance(sources):
     return {"data_key": data_key(sources), "preprocessing": chunk.meta["preprocess"]}
 
 
+DEFAULT = "data_race", "data_recovery", "data"  # folders that stages learn from
 MADE_BY = {"data": "collect_data.py", "data_race": "collect_race_data.py",
            "data_recovery": "collect_recovery_data.py",
            "data_mpc": "drive_mpc.py --save_data --track_seed 10000000"}
@@ -346,12 +347,24 @@ def some_chunks(folder):
         fail(f"{folder}: expected a folder of chunks (.npz), found none; {made_by(folder)}")
 
 
+def folders_there(root):
+    """Those of DEFAULT under root that hold chunks, and says what makes the others; all of them
+    where none does."""
+    there = [name for name in DEFAULT if chunk_files(root / name)]
+    for name in DEFAULT if there else ():
+        if name not in there:
+            print(f"goes on without {root / name}, where no episode is; {made_by(root / name)}")
+    return there or list(DEFAULT)
+
+
 def load_sources(args, steps=1, columns=0):
-    """{folder name: (train chunks, held-out chunks)} for --data; refuses what cannot be learned.
+    """{folder name: (train chunks, held-out chunks)} for --data, which it sets to what is there
+    where it was not given; refuses what cannot be learned.
 
     Both parts of each folder need an episode of `steps` steps; where a stage reads the telemetry,
     it has `columns` columns.
     """
+    args.data = args.data or folders_there(args.root)
     out, versions = {}, set()
     for name in args.data:
         folder = args.root / name
@@ -385,20 +398,28 @@ def load_sources(args, steps=1, columns=0):
                 fail(f"{folder}: no {want} episode lasts the {steps} steps that this needs, the "
                      f"longest has {longest}; lower --repeat, --horizon or --targets where they "
                      f"are set, or collect longer episodes: {made_by(folder)}")
+    if hasattr(args, "shares"):
+        shares_of(out, args.batch_size, args.shares, each=True)
     return out
 
 
 # ------------------------------------------------------------------ batches
 
-def shares_of(sources, batch_size, shares=None):
-    """Windows of each source in a batch: exact, adding up to batch_size (largest remainders)."""
+def shares_of(sources, batch_size, shares=None, each=False):
+    """Windows of each source in a batch: exact, adding up to batch_size (largest remainders).
+    `each` refuses a batch in which a source, of {name: ...}, with a share has none."""
     shares = np.ones(len(sources)) if shares is None else np.array(shares, float)
     if len(shares) != len(sources) or (shares < 0).any() or shares.sum() == 0:
         fail(f"--shares {' '.join(f'{s:g}' for s in shares)}: expected {len(sources)} numbers >= "
-             "0, one for each folder, and not all 0")
+             f"0, one for each folder ({' '.join(map(str, sources))}), and not all 0"
+             if isinstance(sources, dict) else "0, one for each source, and not all 0")
     exact = batch_size * shares / shares.sum()
     count = np.floor(exact).astype(int)
     count[np.argsort(count - exact, kind="stable")[:batch_size - count.sum()]] += 1
+    for name, n, share in zip(sources, count if each else (), shares):
+        if share and not n:
+            fail(f"--batch_size {batch_size}: too small to hold a window of {name} at its share, "
+                 f"{share / shares.sum():.2g}; raise it, or leave that folder out of --data")
     return count
 
 
@@ -495,7 +516,8 @@ class Loader:
         self.windows = sum(stream.total for stream in self.streams)
         for chunks, stream in zip(sources, self.streams):
             if stream.total == 0:
-                fail(f"{chunks[0].path.parent}: no episode is as long as {self._span()} steps")
+                fail(f"{chunks[0].path.parent}: no episode is as long as {self._span()} steps, the "
+                     f"longest has {max(c.frames for c in chunks)}")
 
     def _span(self):
         return (self.latents - 1) * self.repeat  # steps from the first latent to the last

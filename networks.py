@@ -606,6 +606,17 @@ def read_run(path):
         fail(f"{e}; add --fresh to start again")
 
 
+def arithmetic_of(name, args):
+    """The arithmetic of the run that ROOT/models/`name` would resume, as set_up wants it; "" where
+    there is none."""
+    path = args.root / "models" / name
+    with suppress(Refusal):
+        if path.is_file() and not args.fresh:
+            found = read(path).get("args", {}).get("arithmetic", "")
+            return found if ", " in found else ""
+    return ""
+
+
 def of_these(path, payload, **must):
     """Refuses a payload with other values of `must`: of the nets, as x_key, it was trained on."""
     for key, now in must.items():

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from buffer import load_sources, provenance
+from buffer import load_sources, made_by, provenance
 from car_env import ZOOM_STEPS
-from networks import (FORESIGHT, CostModel, already_trained, cosine, fingerprint, latest,
-                      load_frozen, optimise, refuse_nan, resume_run, save, save_run, so_far)
+from networks import (FORESIGHT, CostModel, already_trained, arithmetic_of, cosine, fingerprint,
+                      latest, load_frozen, optimise, refuse_nan, resume_run, save, save_run, so_far)
 from support.cli import Stop, fail, optimisation, parser, positive, run, stopped
-from support.pictures import pyplot, save_figure
+from support.pictures import ornament, pyplot, save_figure
 from support.progress import progress
-from support.training import RunLog, autocast, set_up
+from support.training import RunLog, autocast, only_run, set_up
 from train_predictor import load_latents
 
 EXPERT, RANDOM = "data_race", "data"  # the classes; recovery is between and trains the value only
@@ -70,9 +70,9 @@ class Sampler:
         self.length = self.K + (FORESIGHT if cost else 0)
         self.starts = latents.starts(chunks, self.length, skip=ZOOM_STEPS)
         if len(self.starts) == 0:
-            part = "held-out" if chunks[0].held_out else "training"
-            fail(f"{chunks[0].path.parent}: no {part} episode lasts {ZOOM_STEPS} steps of zoom and "
-                 f"{(self.length - 1) * latents.repeat} more; collect more frames")
+            more = (self.length - 1) * latents.repeat
+            latents.refuse_short(chunks, ZOOM_STEPS + more,
+                                 f", {ZOOM_STEPS} of zoom and {more} more")
 
     def real(self, count, seed=0):
         """(N, D): at most `count` of the latents, chosen at random."""
@@ -138,13 +138,14 @@ def draw_energies(energies, auc, path):
 
 def main():
     args = arguments()
-    began, stop = time.time(), Stop()
-    device, dtype = set_up(args)
-    for name in (EXPERT, RANDOM, RECOVERY):
-        if name not in args.data:
-            fail(f"--data {' '.join(args.data)}: the cost model needs {EXPERT}, {RANDOM} and "
-                 f"{RECOVERY}")
+    began, stop = time.monotonic(), Stop()
+    device, dtype = set_up(args, was=arithmetic_of("cost_model_resume.pth", args))
     sources = load_sources(args)
+    if missing := [name for name in (EXPERT, RANDOM, RECOVERY) if name not in sources]:
+        how = "; ".join(made_by(args.root / name) for name in missing)
+        fail(f"--data {' '.join(args.data)}: the cost model needs {EXPERT}, {RANDOM} and "
+             f"{RECOVERY} to tell experts from random driving; {how}")
+    only_run(args, "cost_model")
     models = args.root / "models"
     predictor, payload = load_frozen(latest(models, "predictor"), "predictor", device,
                                      "train_predictor.py")
@@ -168,22 +169,22 @@ def main():
     step = saved["step"] if saved else 0
     per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or max(
         1, len(train[EXPERT].starts) // args.batch_size)
-    steps = args.epochs * per_epoch
+    steps, final = args.epochs * per_epoch, models / "cost_model_final.pth"
     frames = dict.fromkeys((EXPERT, RANDOM, RECOVERY), args.batch_size)  # of a step
     state = lambda step: so_far(args, step, per_epoch, frames, **data)
     judged = lambda step: evaluate(cost, held, held_recovery, device, dtype,
                                    f"step {step}, held out")
-    write = lambda auc, r2: save(models / "cost_model_final.pth", {"cost": cost}, **state(steps),
-                                 auc=auc, r2_value=r2)
+    write = lambda step, auc, r2: save(final, {"cost": cost}, **state(step), auc=auc, r2_value=r2)
     if step >= steps:
-        return already_trained(models / "cost_model_final.pth", lambda: write(*judged(step)[1:]))
+        return already_trained(final, step // per_epoch, args,
+                               lambda: write(step, *judged(step)[1:]))
     log = RunLog(args, "cost_model", resumed=bool(saved))
     keep = lambda step: save_run(resume, {"cost": cost}, optim, scaler, **state(step))
     if not saved:  # else it is in the file, and what the value has learned so far rests on it
         cost.fit_density(*(train[k].real(DENSITY_SAMPLE).to(device) for k in (EXPERT, RANDOM)),
                          args.shrinkage)
         keep(step)  # the last file is never there without it
-    last_save = time.time()
+    last_save = time.monotonic()
     for step in progress(range(step, steps), initial=step, total=steps, desc="cost model",
                          unit="step"):
         rng = np.random.default_rng([args.seed, step])
@@ -194,22 +195,26 @@ def main():
         loss, logs["value"] = loss + ahead, ahead.detach()
         lr = cosine(step, steps, args.lr)
         optimise(loss, [cost], optim, scaler, lr, f"step {step}")
-        if step % 20 == 0 or log.due():
+        if log.due(step, steps):
             log.log(step, loss=loss, lr=lr, **logs)
         if (step + 1) % per_epoch == 0:
             energies, auc, r2 = judged(step + 1)
             log.log(step + 1, val_r2_value=r2, **{f"val_auc_{k}": a for k, a in auc.items()})
-            log.curves()
         if step + 1 == steps:
-            write(auc, r2)
-            draw_energies(energies, auc, args.root / "visuals" / "energy_histogram.png")
-        late = time.time() - last_save > 60 * args.save_every
+            write(steps, auc, r2)
+        late = time.monotonic() - last_save > 60 * args.save_every
         if stop or late or (step + 1) % per_epoch == 0:
             keep(step + 1)
-            last_save = time.time()
+            last_save = time.monotonic()
+        if (step + 1) % per_epoch == 0:
+            with ornament(log.png):
+                log.curves()
+        if step + 1 == steps:
+            with ornament(histogram := args.root / "visuals" / "energy_histogram.png"):
+                draw_energies(energies, auc, histogram)
         if stop and step + 1 < steps:
             return stopped(args, f"at step {step + 1} of {steps}")
-    print(f"{models}/cost_model_final.pth in {(time.time() - began) / 60:.1f} min; held-out AUC of "
+    print(f"{final} in {(time.monotonic() - began) / 60:.1f} min; held-out AUC of "
           f"random over expert: classifier {auc['classifier']:.3f}, density {auc['density']:.3f}; "
           f"R² of the energy to come of recoveries {r2:.3f}")
     return 0

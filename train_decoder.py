@@ -22,13 +22,13 @@ import torch.nn.functional as F
 
 from buffer import Loader, load_sources, provenance, sample_frames
 from car_env import ZOOM_STEPS
-from networks import (TinyDecoder, build, epoch_of, fingerprint, hold, latest, load_frozen,
-                      optimise, read, read_run, refuse_nan, restore, rotate, save, save_run,
-                      set_aside, so_far, stack)
+from networks import (TinyDecoder, arithmetic_of, build, epoch_of, fingerprint, hold, latest,
+                      load_frozen, numbered, optimise, read, read_run, refuse_nan, restore, rotate,
+                      save, save_run, set_aside, so_far, stack)
 from support.cli import Refusal, Stop, command, fail, parser, positive, rate, run, stopped
-from support.pictures import pyplot, save_figure
+from support.pictures import ornament, pyplot, save_figure
 from support.progress import progress
-from support.training import RunLog, autocast, on_device, set_up
+from support.training import RunLog, autocast, on_device, only_run, set_up
 
 PICTURES = 4  # held-out frames of each source on the sheet
 MADE = ("decoder_ep*.pth", "decoder_resume.pth", "decoder.jsonl")  # --fresh sets them aside
@@ -82,7 +82,7 @@ def version(path):
 
 def waiting(models, visuals, given_up, newest):
     """Encoder checkpoints that are not drawn yet, in numeric order: [(epoch, path)]."""
-    found = sorted((epoch_of(p), p) for p in models.glob("encoder_mixed_ep*.pth"))
+    found = numbered(models, "encoder_mixed_ep*.pth")
     return [(n, p) for n, p in found[-1 if newest else 0:] if (n, version(p)) not in given_up
             and not drawn(n, p, models, visuals)]
 
@@ -118,31 +118,32 @@ def draw_sheet(real, painted, names, epoch, path):
         axes[2 * i + 1, 0].set_ylabel("reconstructed", fontsize=8)
     fig.suptitle(f"encoder epoch {epoch}: mean error {error.mean():.2f} of 255", fontsize=9)
     save_figure(fig, path)
-    return float(error.mean())
 
 
 def set_up_anyway(args):
     """set_up, on the CPU where the GPU of --device is not there tonight; says so."""
+    was = arithmetic_of("decoder_resume.pth", args)
     try:
-        return set_up(args)
+        return set_up(args, was=was)
     except Refusal as e:
         if not args.device.startswith("cuda"):
             raise
         print(f"{e}; goes on on the CPU", flush=True)
         args.device = "cpu"
-        return set_up(args)
+        return set_up(args, was=was)
 
 
 def main():
     args = arguments()
-    began, stop = time.time(), Stop()
+    began, stop = time.monotonic(), Stop()
     device, dtype = set_up_anyway(args)
     models, visuals = args.root / "models", args.root / "visuals"
     resume = models / "decoder_resume.pth"
-    sources = load_sources(args)
-    if args.once and not list(models.glob("encoder_mixed_ep*.pth")):
+    sources = load_sources(args, ZOOM_STEPS + 2)
+    if args.once and not numbered(models, "encoder_mixed_ep*.pth"):
         fail(f"{models}/encoder_mixed_ep1.pth: not found; {command('train_encoder.py', args.root)} "
              "makes it")
+    only_run(args, "decoder")
     if args.fresh:
         set_aside(models, MADE)
         set_aside(visuals, ("reconstruct_ep*.png",))
@@ -185,7 +186,7 @@ def main():
         data = provenance(sources) | {"encoder_key": fingerprint(encoder)}
         frames = dict(zip(sources, loader.counts))  # of a step
         state = lambda step: so_far(args, step, args.steps, frames, **data) | {"epoch": epoch}
-        half, i, last_save = read_run(resume) if resume.exists() else None, 0, time.time()
+        half, i, last_save = read_run(resume) if resume.is_file() else None, 0, time.monotonic()
         if half and half.get("encoder_key") == data["encoder_key"]:  # stopped in this one
             restore(resume, half, nets, optim, scaler, args)
             i = half["step"]
@@ -199,11 +200,11 @@ def main():
                 loss, logs = loss_fn(decoder, z, newest_frame(obs))
             lr = args.lr * 0.1 ** (i / args.steps)
             optimise(loss, [decoder], optim, scaler, lr, f"step {i} on epoch {epoch}")
-            if log.due():
+            if log.due(i, args.steps):
                 log.log((epoch - 1) * args.steps + i, loss=loss, lr=lr, **logs)
-            if stop or time.time() - last_save > 60 * args.save_every:
+            if stop or time.monotonic() - last_save > 60 * args.save_every:
                 save_run(resume, nets, optim, scaler, **state(i + 1))
-                last_save = time.time()
+                last_save = time.monotonic()
             if stop:
                 break
         batches.close()
@@ -214,17 +215,23 @@ def main():
                                        fields=(), skip=ZOOM_STEPS)[0] for s in sources.values()])
         painted = reconstruct(encoder, decoder, obs, device, dtype)
         refuse_nan(painted.sum(), f"step {args.steps} on epoch {epoch}, held out")
-        save(models / f"decoder_ep{epoch}.pth", nets, **state(args.steps))
-        sheet = visuals / f"reconstruct_ep{epoch}.png"
-        error = draw_sheet(newest_frame(obs), painted, list(sources), epoch, sheet)
-        os.utime(sheet, ns=(found[0], found[0]))  # what came to the name meanwhile is drawn too
+        made = models / f"decoder_ep{epoch}.pth"
+        save(made, nets, **state(args.steps))
         resume.unlink(missing_ok=True)
-        rotate(models, "decoder", {epoch_of(p) for p in models.glob("encoder_mixed_ep*.pth")})
+        rotate(models, "decoder", {n for n, _ in numbered(models, "encoder_mixed_ep*.pth")})
+        real, sheet = newest_frame(obs), visuals / f"reconstruct_ep{epoch}.png"
+        error = float((real - painted).abs().mean() * 255)
         log.log(epoch * args.steps, val_error=error)
-        log.curves()
+        with ornament(sheet):
+            draw_sheet(real, painted, list(sources), epoch, sheet)
+        for path in (made, sheet):  # what came to the checkpoint's name meanwhile is drawn too
+            with suppress(OSError):
+                os.utime(path, ns=(found[0], found[0]))
+        with ornament(log.png):
+            log.curves()
         print(f"{sheet}: mean error {error:.2f} of 255", flush=True)
         last = payload
-    minutes = f"{(time.time() - began) / 60:.1f} min"
+    minutes = f"{(time.monotonic() - began) / 60:.1f} min"
     if stop:
         return stopped(args, f"after {minutes}")
     print(f"done in {minutes}" if last else f"nothing to draw: what is whole in {models} has its "
@@ -243,9 +250,9 @@ def finished(models, visuals):
 
 def warm_start(models, epoch, dim, width):
     """The newest decoder of an earlier epoch, if it is whole and of this shape, or a fresh one."""
-    earlier = [p for p in models.glob("decoder_ep*.pth") if epoch_of(p) < epoch]
-    with suppress(Refusal, ValueError):  # ValueError: there is none
-        path = max(earlier, key=epoch_of)
+    earlier = [p for n, p in numbered(models, "decoder_ep*.pth") if n < epoch]
+    with suppress(Refusal, IndexError):  # IndexError: there is none
+        path = earlier[-1]
         decoder = build(read(path), "decoder", path)
         if decoder.args == dict(dim=dim, width=width):
             return decoder

@@ -1,7 +1,8 @@
 """Day 2, the eye: a ResNet-18 learns to see without labels.
 
-Reads ROOT/data_race, data_recovery, data; writes ROOT/models/encoder_mixed_ep{N}.pth each epoch,
-models/encoder.jsonl and visuals/encoder_curves.png. `--objective joint` (default) asks that latents
+Reads those of ROOT/data_race, data_recovery and data that are there; writes
+ROOT/models/encoder_mixed_ep{N}.pth each epoch, models/encoder.jsonl and
+visuals/encoder_curves.png. `--objective joint` (default) asks that latents
 be predictable from actions, tell the action, tell linearly how a picture was bent, with --align
 also how to bend it straight, and, as in VICReg, vary and be uncorrelated; `--objective vicreg` is
 plain VICReg on two photometric views. Each epoch prints a linear probe of what the latents know:
@@ -28,13 +29,14 @@ from tqdm import tqdm
 from buffer import Loader, load_sources, provenance, sample_frames, shares_of
 from car_env import SCENE_H, TELEMETRY, ZOOM_STEPS, mirrored
 from networks import (PANEL, BendModel, InverseModel, Predictor, Projector, TinyEncoder,
-                      already_trained, cosine, optimise, over_ranks, refuse_nan, resume_run, rotate,
-                      save, save_run, so_far, stack, unit_act)
+                      already_trained, arithmetic_of, cosine, optimise, over_ranks, refuse_nan,
+                      reopen, resume_run, rotate, save, save_run, so_far, stack, unit_act)
 from support.cli import (Stop, fail, fraction, natural, optimisation, parser, positive, rate, run,
                          stopped)
+from support.pictures import ornament
 from support.progress import progress
 from support.training import (RANK, RANKS, RunLog, autocast, encoded_at_once, in_turn, name_of,
-                              on_device, same_start, set_up, stopped_anywhere)
+                              on_device, only_run, same_start, set_up, stopped_anywhere)
 from vicreg import covariance, effective_rank, gather, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
@@ -424,9 +426,11 @@ def table(values):
 
 def main():
     args = arguments()
-    began = time.time()
-    device, dtype = set_up(args, ranks=True)
-    sources = load_sources(args)
+    began = time.monotonic()
+    device, dtype = set_up(args, True, arithmetic_of("encoder_resume.pth", args))
+    sources = load_sources(args, max(ZOOM_STEPS + 2, args.targets[-1] * args.repeat),
+                           len(TELEMETRY))
+    only_run(args, "encoder")
     loader = make_loader(args, sources, 0, args.batch_size // RANKS, args.seed, RANK, RANKS,
                          device.type == "cuda")
     held = make_loader(args, sources, 1, min(args.batch_size, 96), 1)
@@ -443,16 +447,20 @@ def main():
     steps = args.epochs * per_epoch
 
     frames = dict(zip(sources, RANKS * len(latents_of(args)) * shares_of(
-        sources, args.batch_size // RANKS, args.shares)))  # of a step
+        sources, args.batch_size // RANKS, args.shares, each=True)))  # of a step
     state = lambda: so_far(args, step, per_epoch, frames, **data)
     keep = lambda: save_run(models / "encoder_resume.pth", nets, optim, scaler, **state())
 
+    newest = lambda: models / f"encoder_mixed_ep{step // per_epoch}.pth"
+
     def write():
-        save(models / f"encoder_mixed_ep{step // per_epoch}.pth", nets, **state(),
-             epochs=args.epochs, objective=args.objective, done=step == steps)
+        save(newest(), nets, **state(), epochs=max(args.epochs, step // per_epoch),
+             objective=args.objective, done=step >= steps)
 
     if step >= steps:
-        return already_trained(models / f"encoder_mixed_ep{args.epochs}.pth", write)
+        return already_trained(newest(), step // per_epoch, args, write)
+    if saved and RANK == 0:
+        reopen(newest())
     log = RunLog(args, "encoder", resumed=bool(saved))
     probe = Probe(sources, args) if RANK == 0 else None
     size = sum(p.numel() for p in nets["encoder"].parameters()) / 1e6
@@ -468,7 +476,7 @@ def main():
     if not saved and RANK == 0:
         keep()  # no epoch's file is ever there without it
     stop = Stop()  # until here a signal ends it at once: there is nothing to save
-    batches, last_save = training_batches(loader, args, device, step), time.time()
+    batches, last_save = training_batches(loader, args, device, step), time.monotonic()
     bar = progress(total=steps, initial=step, desc="encoder", unit="step",
                    disable=RANK > 0)
     while step < steps:
@@ -481,7 +489,7 @@ def main():
         optimise(loss, nets.values(), optim, scaler, lr, f"step {step}")
         if step % CHECK_EVERY == 0 and step > 0:
             refuse_collapse(z, f"step {step}")
-        if log.due():
+        if log.due(step, steps):
             shown = log.log(step, loss=loss, lr=lr, spread=spread(z), rank=effective_rank(z),
                             **logs)
             bar.set_postfix(loss=f"{shown['loss']:.3f}", rank=f"{shown['rank']:.0f}")
@@ -496,14 +504,16 @@ def main():
             refuse_nan(values["val_loss"], f"step {step}, held out")
             values = probe(nets["encoder"], device, dtype) | values
             log.log(step, **values)
-            log.curves()
             tqdm.write(f"epoch {epoch}, held out: " + table(values))
             write()
             rotate(models, "encoder_mixed")
-        late = time.time() - last_save > 60 * args.save_every
+        late = time.monotonic() - last_save > 60 * args.save_every
         if RANK == 0 and (step % per_epoch == 0 or stopping or late):
             keep()
-            last_save = time.time()
+            last_save = time.monotonic()
+        if step % per_epoch == 0 and RANK == 0:
+            with ornament(log.png):
+                log.curves()
         if stopping:
             bar.close()
             return stopped(args, f"at step {step} of {steps}")
@@ -512,8 +522,8 @@ def main():
         return 0
     peak = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" \
         else ""
-    print(f"{models}/encoder_mixed_ep{args.epochs}.pth: {steps} steps in "
-          f"{(time.time() - began) / 60:.1f} min{peak}; {table(values)}")
+    print(f"{newest()}: {steps} steps in "
+          f"{(time.monotonic() - began) / 60:.1f} min{peak}; {table(values)}")
     return 0
 
 

@@ -25,16 +25,15 @@ from tqdm import tqdm
 
 from buffer import Loader, load_sources, provenance, shares_of
 from car_env import FPS
-from networks import (Predictor, already_trained, build, cosine, epoch_of, fingerprint, latest,
-                      load_frozen, of_these, optimise, over_ranks, read, read_run, refuse_nan,
-                      resume_run, rotate, save, save_run, so_far, stack)
-from support.cli import Stop, command, fail, optimisation, parser, positive, run, stopped
-from support.files import writable
+from networks import (Predictor, already_trained, arithmetic_of, build, cosine, fingerprint, latest,
+                      load_frozen, numbered, of_these, optimise, over_ranks, read, read_run,
+                      refuse_nan, resume_run, rotate, save, save_run, so_far, stack)
+from support.cli import Refusal, Stop, command, fail, optimisation, parser, positive, run, stopped
 from support.latents import Latents
-from support.pictures import pyplot, save_figure, save_gif
+from support.pictures import ornament, pyplot, save_figure, save_gif
 from support.progress import progress
-from support.training import (RANK, RANKS, RunLog, autocast, in_turn, name_of, same_start, set_up,
-                              stopped_anywhere)
+from support.training import (DTYPES, RANK, RANKS, RunLog, autocast, in_turn, name_of, only_run,
+                              same_start, set_up, stopped_anywhere)
 
 SHOWN = (0, 1, 5, 10, 15)  # steps of a dream that the picture shows
 SWAPPED = "another episode's actions"
@@ -65,7 +64,7 @@ def load_latents(args, device, dtype, sources, stop, resume, predictor=None):
         fail(f"{latest(models, 'predictor')}: was trained on another encoder than "
              f"{latest(models, 'encoder_mixed')}; run "
              f"{command('train_predictor.py', args.root, '--fresh')}")
-    if (models / resume).exists() and not args.fresh:
+    if (models / resume).is_file() and not args.fresh:
         of_these(models / resume, read_run(models / resume), encoder_key=key)
 
     def encode(obs):
@@ -74,9 +73,11 @@ def load_latents(args, device, dtype, sources, stop, resume, predictor=None):
 
     chunks = [c for split in sources.values() for part in split for c in part]
     bar = lambda items: progress(items, desc="encode", unit="episode", disable=RANK > 0)
-    version = chunks[0].meta["preprocess"]
+    stem = f"{key}-p{chunks[0].meta['preprocess']}"
     with in_turn():
-        latents = Latents(args.root, f"{key}-p{version}-{name_of(dtype)}", encoder.dim,
+        there = [name for name in (name_of(dtype), *DTYPES)  # whatever they were encoded in
+                 if (models / f"latents_{stem}-{name}.json").is_file()]
+        latents = Latents(args.root, f"{stem}-{(there or [name_of(dtype)])[0]}", encoder.dim,
                           encoder.history, encoder.repeat, encode, chunks, bar, stop, device)
     return latents, encoder, key
 
@@ -90,10 +91,10 @@ class Sampler:
         self.latents, self.K, self.seed = latents, horizon + 1, seed
         self.part = slice(rank, None, ranks)
         self.starts = [latents.starts(split[part], self.K) for split in sources.values()]
-        for name, starts in zip(sources, self.starts):
+        for split, starts in zip(sources.values(), self.starts):
             if len(starts) == 0:
-                fail(f"{name}: no {'held-out' if part else 'training'} episode is as long as "
-                     f"{horizon * latents.repeat} steps; collect more frames")
+                latents.refuse_short(split[part], horizon * latents.repeat,
+                                     f" ({horizon} latents, {latents.repeat} steps each)")
         self.counts = shares_of(self.starts, batch_size, shares)
         self.steps_per_epoch = max(1, sum(map(len, self.starts)) // batch_size)
 
@@ -146,10 +147,13 @@ def table(rows):
 
 def load_decoder(models, key, device):
     """The newest decoder of a folder that was trained on this encoder, or None, and says so."""
-    for path in sorted(models.glob("decoder_ep*.pth"), key=epoch_of, reverse=True):
-        payload = read(path, "train_decoder.py")
-        if payload["encoder_key"] == key:
-            return build(payload, "decoder", path).to(device).eval().requires_grad_(False)
+    for _, path in reversed(numbered(models, "decoder_ep*.pth")):
+        try:
+            payload = read(path, "train_decoder.py")
+            if payload.get("encoder_key") == key:
+                return build(payload, "decoder", path).to(device).eval().requires_grad_(False)
+        except Refusal as e:  # pictures are for the eye: nothing stops for one
+            tqdm.write(f"skipped: {e}")
     tqdm.write(f"no decoder of this encoder, so no picture of dreams; "
                f"{command('train_decoder.py', models.parent, '--once')} makes it, this command "
                "again then draws them")
@@ -219,9 +223,10 @@ def animate_dream(real, dreamt, names, path):
 
 def main():
     args = arguments()
-    began, stop = time.time(), Stop()
-    device, dtype = set_up(args, ranks=True)
+    began, stop = time.monotonic(), Stop()
+    device, dtype = set_up(args, True, arithmetic_of("predictor_resume.pth", args))
     sources = load_sources(args)
+    only_run(args, "predictor")
     latents, encoder, key = load_latents(args, device, dtype, sources, stop,
                                          "predictor_resume.pth")
     sampler = Sampler(latents, sources, 0, args.batch_size, args.horizon, args.shares, args.seed,
@@ -246,23 +251,27 @@ def main():
     state = lambda: so_far(args, step, per_epoch, frames, **data)
     keep = lambda: save_run(models / "predictor_resume.pth", nets, optim, scaler, **state())
 
-    def paint(epoch):  # the decoder may come later than the first epochs
-        writable(visuals)
+    newest = lambda: models / f"predictor_ep{step // per_epoch}.pth"
+    sheet = lambda: visuals / f"dream_ep{step // per_epoch}.png"
+
+    def paint():  # the decoder may come later than the first epochs
         decoder = load_decoder(models, key, device)
         if decoder is not None:
             real, dreamt = dream(encoder, predictor.eval(), decoder, *windows, device)
-            draw_dream(real[::2], dreamt[::2], list(sources), visuals / f"dream_ep{epoch}.png",
-                       encoder.repeat / FPS)  # one window of the two of each source
-            animate_dream(real, dreamt, list(sources), visuals / "output_dream.gif")
+            with ornament(sheet()):
+                draw_dream(real[::2], dreamt[::2], list(sources), sheet(),
+                           encoder.repeat / FPS)  # one window of the two of each source
+            with ornament(visuals / "output_dream.gif"):
+                animate_dream(real, dreamt, list(sources), visuals / "output_dream.gif")
 
     def write():
-        save(models / f"predictor_ep{step // per_epoch}.pth", nets, **state(), epochs=args.epochs,
-             horizon=args.horizon, done=step == steps)
+        save(newest(), nets, **state(), epochs=max(args.epochs, step // per_epoch),
+             horizon=args.horizon, done=step >= steps)
 
     if step >= steps:
-        done = already_trained(models / f"predictor_ep{args.epochs}.pth", write)
-        if RANK == 0 and not (visuals / f"dream_ep{args.epochs}.png").exists():
-            paint(args.epochs)
+        done = already_trained(newest(), step // per_epoch, args, write)
+        if RANK == 0 and not sheet().exists():
+            paint()
         return done
     log = RunLog(args, "predictor", resumed=bool(saved))
     print(f"{sum(p.numel() for p in predictor.parameters()) / 1e6:.2f}M predictor on {device}, "
@@ -274,7 +283,7 @@ def main():
 
     if not saved and RANK == 0:
         keep()  # no epoch's file is ever there without it
-    last_save = time.time()
+    last_save = time.monotonic()
     bar = progress(total=steps, initial=step, desc="predictor", unit="step",
                    disable=RANK > 0)
     while step < steps:
@@ -284,13 +293,12 @@ def main():
             loss, logs = loss_of(z, act)
         lr = cosine(step, steps, args.lr)
         optimise(loss, nets.values(), optim, scaler, lr, f"step {step}")
-        if log.due():
+        if log.due(step, steps):
             bar.set_postfix(loss=f"{log.log(step, loss=loss, lr=lr, **logs)['loss']:.3f}")
         step += 1
         bar.update()
         stopping = stopped_anywhere(stop)
         if step % per_epoch == 0 and RANK == 0:
-            epoch = step // per_epoch
             predictor.eval()
             rows = evaluate(predictor, held, device, dtype)
             own = rows["predictor"]
@@ -298,14 +306,16 @@ def main():
             log.log(step, val_loss=own.mean(), val_first_step=own[0], val_last_step=own[-1],
                     val_last_over_copy_last=own[-1] / rows["copy-last"][-1],
                     val_last_over_swapped=own[-1] / rows[SWAPPED][-1])
-            log.curves()
             write()
             rotate(models, "predictor")
-            paint(epoch)
-        late = time.time() - last_save > 60 * args.save_every
+        late = time.monotonic() - last_save > 60 * args.save_every
         if RANK == 0 and (step % per_epoch == 0 or stopping or late):
             keep()
-            last_save = time.time()
+            last_save = time.monotonic()
+        if step % per_epoch == 0 and RANK == 0:
+            with ornament(log.png):
+                log.curves()
+            paint()
         if stopping:
             bar.close()
             return stopped(args, f"at step {step} of {steps}")
@@ -314,8 +324,8 @@ def main():
         return 0
     print(table(rows))
     H = args.horizon
-    print(f"{models}/predictor_ep{args.epochs}.pth: {steps} steps in "
-          f"{(time.time() - began) / 60:.1f} min; at step {H} the error is "
+    print(f"{newest()}: {steps} steps in "
+          f"{(time.monotonic() - began) / 60:.1f} min; at step {H} the error is "
           f"{own[-1] / rows['copy-last'][-1]:.3f} of copy-last's and "
           f"{own[-1] / rows[SWAPPED][-1]:.3f} of that with swapped actions")
     return 0

@@ -137,8 +137,9 @@ def parser(doc, seed=True, device=True, data=False, shares=True):
         g.add_argument("--threads", type=Number(int, 0, 1024), default=0,
                        help="CPU threads (0: all cores); lower it beside another heavy job")
     if data:
-        g.add_argument("--data", nargs="+", default=["data_race", "data_recovery", "data"],
-                       help="folders under --root to learn from")
+        g.add_argument("--data", nargs="+",
+                       help="folders under --root to learn from (default: data_race, "
+                            "data_recovery and data, those of them that are there)")
         if shares:
             g.add_argument("--shares", type=weight, nargs="+",
                            help="share of each folder of --data in a batch, in the same order "

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import torch
 
-from buffer import read_ahead
+from buffer import made_by, read_ahead
+from support.cli import fail
 from support.files import lock, replace_atomically, versions, writable
 from support.training import encoded_at_once
 
@@ -104,6 +105,15 @@ class Latents:
                  for a, T, _ in (self.rows[c.meta["uid"]] for c in self.cached(chunks))
                  if T + 1 - span > skip]
         return np.concatenate(parts) if parts else np.zeros(0, int)
+
+    def refuse_short(self, chunks, needed, why):
+        """Says that none of the chunks, of one part of a folder, lasts so many steps: the longest,
+        and what to lower."""
+        part = "held-out" if chunks[0].held_out else "training"
+        fail(f"{chunks[0].path.parent}: no {part} episode lasts {needed} steps{why}, the longest "
+             f"has {max(c.frames for c in chunks)}; lower --horizon of train_predictor.py or "
+             f"--repeat of train_encoder.py ({self.repeat}), or collect longer episodes: "
+             f"{made_by(chunks[0].path.parent)}")
 
     def windows(self, starts, latents):
         """(z (B, latents, D) float32, act (B, latents - 1, 3)) of the windows at these rows."""

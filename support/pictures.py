@@ -1,12 +1,25 @@
 """Pictures and videos, written whole or not at all."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from support.cli import fail
 from support.files import replace_atomically
+
+
+@contextmanager
+def ornament(path):
+    """Around what draws `path`: makes its folder again where that has vanished; a picture that
+    cannot be written costs a line, for what is trained and measured goes on without it."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        yield
+    except OSError as e:
+        tqdm.write(f"{path}: not drawn ({e.strerror or e}); goes on without")
 
 
 def pyplot():
@@ -19,8 +32,10 @@ def pyplot():
 
 def save_figure(fig, path):
     """A matplotlib figure as PNG, whole or not at all."""
-    replace_atomically(path, lambda f: fig.savefig(f, format="png", dpi=110))
-    pyplot().close(fig)
+    try:
+        replace_atomically(path, lambda f: fig.savefig(f, format="png", dpi=110), patient=False)
+    finally:
+        pyplot().close(fig)
 
 
 def save_gif(path, frames, fps):
@@ -30,7 +45,8 @@ def save_gif(path, frames, fps):
     pictures = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE)
                 for f in frames]
     replace_atomically(path, lambda f: pictures[0].save(
-        f, format="GIF", save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0))
+        f, format="GIF", save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0),
+        patient=False)
 
 
 def save_mp4(path, frames, fps):

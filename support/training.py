@@ -2,7 +2,9 @@
 
 import ctypes
 import json
+import math
 import os
+import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +18,15 @@ import torch.distributed as dist
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from support.cli import FULL, cores, fail, optional
-from support.files import git_commit, versions, writable
+from support.cli import cores, fail, optional
+from support.files import git_commit, lock_file, versions, writable
 from support.pictures import pyplot, save_figure
 
 RANK, LOCAL_RANK, RANKS = (  # which process this is of all, and on its machine; how many there are
     int(os.environ[k]) if dist.is_torchelastic_launched() else default
     for k, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 PATIENCE = timedelta(hours=4)  # others wait while rank 0 encodes, evaluates and paints alone
+POINTS = 20  # lines of a log at least, where there are so many steps
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt
 
 
@@ -251,21 +254,32 @@ def in_turn():
         everywhere()
 
 
+def only_run(args, stage):
+    """Refuses a second run of a stage in one ROOT: logs and checkpoints of the two would mix. Of
+    several ranks the first one holds the lock."""
+    if RANK == 0:
+        models = writable(args.root / "models")
+        lock_file(models / f".{stage}.lock", f"{models}: another train_{stage}.py is at work "
+                  "there; wait until it has ended, or give this one another --root")
+
+
 class RunLog:
     """`ROOT/models/<stage>.jsonl`, one JSON object a line, and `ROOT/visuals/<stage>_curves.png`.
 
     The first line of a run holds command, arguments, versions and commit. Lines are appended, so
     a resumed run continues its curves; a fresh run starts the file anew. With --tensorboard the
-    same goes to `ROOT/models/tensorboard/<stage>`. Of several ranks the first one writes.
+    same goes to `ROOT/models/tensorboard/<stage>`. Of several ranks the first one writes. Where it
+    cannot be written, a line says so and the run goes on.
     """
 
     def __init__(self, args, stage, resumed=False):
-        self.start, self.last, self.every = time.time(), 0.0, args.log_every
+        self.start, self.last, self.every = time.monotonic(), -math.inf, args.log_every
+        self.lost = False  # whether the last line could not be written
         self.path = writable(args.root / "models") / f"{stage}.jsonl"
         self.png = writable(args.root / "visuals") / f"{stage}_curves.png"
         if not resumed and RANK == 0:
             self.path.unlink(missing_ok=True)
-        self._write({"command": " ".join(sys.argv), "time": time.strftime("%F %T"),
+        self._write({"command": shlex.join(sys.argv), "time": time.strftime("%F %T"),
                      "args": {k: str(v) for k, v in vars(args).items()},
                      "versions": versions(), "commit": git_commit()})
         self.board = summary_writer(args, stage, self.rows()) if args.tensorboard else None
@@ -276,28 +290,32 @@ class RunLog:
         try:
             with open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
+            self.lost = False
         except OSError as e:
-            if e.errno not in FULL:
-                raise
-            tqdm.write(f"{self.path}: {e.strerror}; a line of the log is lost")
+            if not self.lost:
+                tqdm.write(f"{self.path}: {e.strerror}; lines of the log are lost until it can be "
+                           "written again")
+            self.lost = True
 
     def rows(self):
         """The steps logged so far, in order; a line that a kill tore is passed over."""
         rows = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+        for line in self.path.read_text().splitlines() if self.path.is_file() else ():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
         return sorted((r for r in rows if "step" in r), key=lambda r: r["step"])
 
-    def due(self):
-        """True when --log_every seconds have passed since the last line; on the first rank."""
-        return RANK == 0 and time.time() - self.last >= self.every
+    def due(self, step, steps):
+        """Whether this step is logged: --log_every seconds after the last line, and POINTS times in
+        all steps, so that short runs have curves too; on the first rank."""
+        return RANK == 0 and (step % max(1, steps // POINTS) == 0
+                              or time.monotonic() - self.last >= self.every)
 
     def log(self, step, **values):
         """One line; tensors and numpy numbers become floats (this is where the device waits)."""
-        self.last = time.time()
+        self.last = time.monotonic()
         numbers = {k: v.item() if isinstance(v, torch.Tensor) else float(v)
                    for k, v in values.items()}
         values = {k: float(f"{v:.9g}") for k, v in numbers.items()}  # float32 to the last bit
