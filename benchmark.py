@@ -54,7 +54,7 @@ from car_env import (FPS, PLAYFIELD, TELEMETRY, ZOOM_STEPS, make_env, observe, p
                      telemetry)
 from drive_mpc import colored_noise, limited, load_driver, planning, to_action
 from networks import latest, optimise
-from support.cli import Help, Parser, fail, run
+from support.cli import Help, Number, Parser, fail, fraction, positive, run
 from support.training import autocast, keep_memory, set_up
 
 CHOOSING = 200_500  # first of the tracks that nets are compared on: never collected nor reported
@@ -71,19 +71,26 @@ def parse_args():
     p.add_argument("--root", type=Path, default=Path("."),
                    help="visuals/ is written in here; train and scale read its data*/, plan and "
                         "paired its models/")
-    p.add_argument("--rounds", type=int, default=5,
+    p.add_argument("--rounds", type=Number(int, 1, 999), default=5,
                    help="env, train, scale: a median needs an odd number")
-    p.add_argument("--frames", type=int, default=40_000,
+    p.add_argument("--frames", type=Number(int, 2000, 10**8), default=40_000,
                    help="loader: of each source; collect: of each worker")
-    p.add_argument("--episodes", type=int, default=1000, help="collect: over which memory is shown")
-    p.add_argument("--batches", type=int, default=10_000, help="loader: over which memory is shown")
-    p.add_argument("--chunks", type=int, default=10_000, help="loader: of the folder opened anew")
-    p.add_argument("--steps", type=int, default=1000, help="env: steps of an episode")
-    p.add_argument("--train_steps", type=int, default=20, help="train, scale: in each of --rounds")
+    p.add_argument("--episodes", type=Number(int, 2, 10**6), default=1000,
+                   help="collect: over which memory is shown")
+    p.add_argument("--batches", type=positive, default=10_000,
+                   help="loader: over which memory is shown")
+    p.add_argument("--chunks", type=Number(int, 1, 10**6), default=10_000,
+                   help="loader: of the folder opened anew")
+    p.add_argument("--steps", type=Number(int, 1, 1000), default=1000,
+                   help="env: steps of an episode")
+    p.add_argument("--train_steps", type=Number(int, 1, 10**6), default=20,
+                   help="train, scale: in each of --rounds")
     p.add_argument("--laptop", action="store_true",
                    help="train, scale: the laptop's nets on a GPU too")
-    p.add_argument("--tracks", type=int, default=20, help="fidelity, paired: how many")
-    p.add_argument("--gas", type=float, default=1.0, help="paired: as in drive_mpc.py")
+    p.add_argument("--tracks", type=Number(int, 2, 1000), default=20,
+                   help="fidelity, paired: how many")
+    p.add_argument("--gas", type=fraction, default=1.0,
+                   help="paired: as in drive_mpc.py")
     return p.parse_args()
 
 

@@ -41,10 +41,10 @@ if __name__ == "__main__":
 
 import json
 import math
+import shlex
 import sys
 import time
 import warnings
-from argparse import ArgumentTypeError
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -61,24 +61,25 @@ from sklearn.linear_model import Ridge
 from sklearn.neural_network import MLPRegressor
 from torch import nn
 
-from buffer import Damage, load_sources, read_chunk
+from buffer import Damage, chunk_files, load_sources, read_chunk
 from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, is_tile, make_env, place_car)
 from collect_data import FIRST_SEED, make_random, run_episode
 from collect_race_data import PACES as RACE_PACES, Expert, make_expert
 from collect_recovery_data import PACES as RECOVERY_PACES, make_faulty
 from demo_energy import MIN_JUMP, Elsewhere
-from drive_mpc import Futures, colored_noise, limited, plan, planning, several, to_action
+from drive_mpc import Futures, colored_noise, limited, plan, planning, to_action
 from networks import (Predictor, cosine, fingerprint, latest, load_frozen, models_of,
                       optimise, some_root, stack, unit_act)
-from support.cli import Refusal, command, fail, natural, parser, positive, run
+from support.cli import Number, Refusal, batch_number, command, fail, natural, parser, run, weight
 from support.files import git_commit, replace_atomically, versions, writable
-from support.pictures import pyplot, save_figure
+from support.pictures import ornament, pyplot, save_figure
 from support.progress import progress
 from support.training import autocast, set_up
 from train_encoder import features_of, jitter_
 from train_predictor import draw_dream, dream, load_decoder
 
 DRIVERS = {"data_race": make_expert, "data_recovery": make_faulty, "data": make_random}
+JOBS = {"data_race": {"paces": RACE_PACES}, "data_recovery": {"paces": RECOVERY_PACES}, "data": {}}
 CHOOSING = range(200_000, 300_000)  # track seeds; 100000 to 100099 are for reporting
 TRAINING = range(FIRST_SEED, 2 * FIRST_SEED)
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20", "side_speed")
@@ -111,41 +112,34 @@ def arguments():
     g.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS),
                    help="some of the card only, in report_only_<parts>.json and .png")
     g = p.add_argument_group("sizes")
-    g.add_argument("--track_seed", type=choosing, default=CHOOSING[0],
+    g.add_argument("--track_seed", type=Number(int, CHOOSING[0], CHOOSING[-1]), default=CHOOSING[0],
                    help="first of the tracks to drive anew, 200000 to 299999: those for choosing")
-    g.add_argument("--tracks", type=positive, default=16,
+    g.add_argument("--tracks", type=Number(int, 2, len(CHOOSING) // len(DRIVERS)), default=16,
                    help="tracks of each kind of driving; intervals shrink with their number")
-    g.add_argument("--train_frames", type=positive, default=3000,
+    g.add_argument("--train_frames", type=Number(int, 200, 10**7), default=3000,
                    help="latents of each folder that probes are fitted to, from many episodes")
-    g.add_argument("--frames", type=positive, default=2400,
+    g.add_argument("--frames", type=Number(int, 60, 10**7), default=2400,
                    help="frames of each kind of driving that probes are judged on")
-    g.add_argument("--windows", type=positive, default=200,
+    g.add_argument("--windows", type=Number(int, 2, 10**6), default=200,
                    help="windows of each kind of driving that are dreamt and violated")
-    g.add_argument("--states", type=positive, default=12,
+    g.add_argument("--states", type=Number(int, 1, 10**6), default=12,
                    help="states of each kind of driving from which plans are driven, a second each")
-    g.add_argument("--lived", type=several, default=24,
+    g.add_argument("--lived", type=Number(int, 2, 10**6), default=24,
                    help="of a state's plans, how many are also filmed as they are driven (the "
                         "energy of what came tells a bad energy from a bad dream), and from how "
                         "many an expert drives on")
     g.add_argument("--ceiling_steps", type=natural, default=600,
                    help="training steps of the row that sees the labels; 0 leaves it out, and the "
                         "judge of plans that saw them")
-    g.add_argument("--ceiling_batch", type=positive, default=96, help="frames in such a step")
-    g.add_argument("--bootstrap", type=positive, default=200,
+    g.add_argument("--ceiling_batch", type=batch_number, default=96, help="frames in such a step")
+    g.add_argument("--bootstrap", type=Number(int, 2, 10**5), default=200,
                    help="resamples of the tracks behind each interval")
-    g.add_argument("--off_road", type=float, default=17.0,
+    g.add_argument("--off_road", type=weight, default=17.0,
                    help="tiles that a second with all wheels off the road costs a plan; 17 is what "
                         "the expert makes in a second")
     planning(p)
-    p.set_defaults(samples=256, data=list(DRIVERS))
+    p.set_defaults(samples=256, data=None)  # the folders that are there
     return p.parse_args()
-
-
-def choosing(text):
-    """argparse type: the seed of a track for choosing."""
-    if int(text) not in CHOOSING:
-        raise ArgumentTypeError(f"{text} is not in {CHOOSING[0]}..{CHOOSING[-1]}")
-    return int(text)
 
 
 # ------------------------------------------------------------------ episodes on the grid of latents
@@ -243,23 +237,25 @@ def numbered(first, count, within):
     return {name: [within[next(seeds) % len(within)] for _ in range(count)] for name in DRIVERS}
 
 
-def job_of(chunks):
-    """How the expert of these chunks drove: its paces, and the width (the widest) of its line."""
-    found = {key: sorted({c.meta["policy"][key] for c in chunks if key in c.meta["policy"]})
+def job_of(name, chunks):
+    """How the expert of these chunks drove: its paces, and the width (the widest) of its line; as
+    JOBS has it where they do not say."""
+    found = {key: sorted({c.meta["policy"][key] for c in chunks
+                          if isinstance(c.meta["policy"].get(key), (int, float))})
              for key in ("pace", "width")}
-    return {"paces": found["pace"]} | {"width": w for w in found["width"][-1:]}
+    paces = {"paces": found["pace"]} if found["pace"] else {}
+    return JOBS[name] | paces | {"width": w for w in found["width"][-1:]}
 
 
 def all_episodes(args, encoder):
     """(parts of training episodes, new episodes): those of the folders, or where ROOT has none,
     own ones on tracks that collectors may drive."""
-    if any(any((args.root / name).glob("*.npz")) for name in args.data):
-        sources = load_sources(args)
-        jobs = {name: job_of(chunks) for name, (chunks, _) in sources.items()}
+    jobs = JOBS
+    if any(chunk_files(args.root / name) for name in JOBS):
+        sources = load_sources(args, ZOOM_STEPS + 2, len(TELEMETRY))
+        jobs = jobs | {name: job_of(name, chunks) for name, (chunks, _) in sources.items()}
         train = read_episodes(sources, args.train_frames, encoder, args.seed)
     else:
-        jobs = {"data_race": {"paces": RACE_PACES}, "data_recovery": {"paces": RECOVERY_PACES},
-                "data": {}}
         tracks = numbered(FIRST_SEED, -(-args.train_frames // SEGMENT), TRAINING)
         print(f"{args.root}: no episodes there to fit probes to; drives "
               f"{len(tracks['data'])} of each kind on tracks from {FIRST_SEED} on")
@@ -1286,8 +1282,8 @@ def evaluate(subject, parts, train, test, spots, args):
         show_dreams(curves)
         pages["dreams"] = lambda ax: page_dreams(ax, curves)
         if subject.decoder:
-            draw_dreams(subject, spots, error["this predictor"],
-                        args.root / "visuals" / "report_dreams.png")
+            with ornament(sheet := args.root / "visuals" / "report_dreams.png"):
+                draw_dreams(subject, spots, error["this predictor"], sheet)
     if "futures" in parts:
         violations = found["futures"] = futures(subject, train, spots, args)
         show_futures(violations)
@@ -1310,7 +1306,7 @@ def main():
         subject.decoder = load_decoder(subject.models, subject.key, subject.device)
     found, pages = evaluate(subject, parts, train, test, spots, args)
     minutes = (time.time() - began) / 60
-    report = {"command": " ".join(sys.argv), "commit": git_commit(), "versions": versions(),
+    report = {"command": shlex.join(sys.argv), "commit": git_commit(), "versions": versions(),
               "args": {k: str(v) for k, v in vars(args).items()}, "checkpoint": str(subject.path),
               "encoder": {"key": subject.key, **subject.encoder.args},
               "tracks": {s: [x.track for x in test if x.source == s] for s in DRIVERS},
@@ -1321,8 +1317,9 @@ def main():
     ran = [part for part in PARTS if part in parts]
     name = "report" if len(ran) == len(PARTS) else "report_only_" + "_".join(ran)
     replace_atomically(visuals / f"{name}.json", lambda f: f.write(body))
-    draw_page(pages, f"{subject.path}, tracks {test[0].track} to {test[-1].track}",
-              visuals / f"{name}.png")
+    with ornament(visuals / f"{name}.png"):
+        draw_page(pages, f"{subject.path}, tracks {test[0].track} to {test[-1].track}",
+                  visuals / f"{name}.png")
     sheet = ", report_dreams.png" if subject.decoder else ""
     print(f"\n{visuals}/{name}.json, {name}.png{sheet} in {minutes:.1f} min")
     return 0

@@ -25,7 +25,7 @@ from buffer import load_sources, made_by, provenance
 from car_env import ZOOM_STEPS
 from networks import (FORESIGHT, CostModel, already_trained, arithmetic_of, cosine, fingerprint,
                       latest, load_frozen, optimise, refuse_nan, resume_run, save, save_run, so_far)
-from support.cli import Stop, fail, optimisation, parser, positive, run, stopped
+from support.cli import Number, Stop, fail, optimisation, parser, run, stopped
 from support.pictures import ornament, pyplot, save_figure
 from support.progress import progress
 from support.training import RunLog, autocast, only_run, set_up
@@ -39,8 +39,9 @@ DENSITY_SAMPLE = 200_000  # expert latents that the density is fitted to, at mos
 def arguments():
     p = parser(__doc__, data=True, shares=False)
     g = p.add_argument_group("model")
-    g.add_argument("--hidden", type=positive, default=256, help="width of classifier and value")
-    g.add_argument("--shrinkage", type=float, default=0.05,
+    g.add_argument("--hidden", type=Number(int, 1, 16384), default=256,
+                   help="width of classifier and value")
+    g.add_argument("--shrinkage", type=Number(float, 1e-6, 0.99), default=0.05,
                    help="density: share of a round covariance mixed into the experts' own")
     optimisation(p, batch_size=1024, epochs=8, steps_per_epoch=250, lr=2e-3, weight_decay=1e-2)
     return p.parse_args()

@@ -25,7 +25,8 @@ from car_env import ZOOM_STEPS
 from networks import (TinyDecoder, arithmetic_of, build, epoch_of, fingerprint, hold, latest,
                       load_frozen, numbered, optimise, read, read_run, refuse_nan, restore, rotate,
                       save, save_run, set_aside, so_far, stack)
-from support.cli import Refusal, Stop, command, fail, parser, positive, rate, run, stopped
+from support.cli import (Number, Refusal, Stop, batch_number, command, fail, parser, positive, rate,
+                         run, stopped)
 from support.pictures import ornament, pyplot, save_figure
 from support.progress import progress
 from support.training import RunLog, autocast, on_device, only_run, set_up
@@ -42,11 +43,11 @@ def arguments():
     g.add_argument("--newest", action="store_true",
                    help="draw only the newest of the checkpoints there are")
     g = p.add_argument_group("model")
-    g.add_argument("--width", type=positive, default=64, help="channels of the decoder's last but "
-                                                              "one map, times 4 in its first")
+    g.add_argument("--width", type=Number(int, 2, 1024), default=64,
+                   help="channels of the decoder's last but one map, times 4 in its first")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=positive, default=600, help="on each checkpoint")
-    g.add_argument("--batch_size", type=positive, default=128, help="frames in a step")
+    g.add_argument("--batch_size", type=batch_number, default=128, help="frames in a step")
     g.add_argument("--lr", type=rate, default=2e-3, help="falls to a tenth over the steps")
     return p.parse_args()
 

@@ -27,12 +27,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from buffer import Loader, load_sources, provenance, sample_frames, shares_of
-from car_env import SCENE_H, TELEMETRY, ZOOM_STEPS, mirrored
+from car_env import MAX_STEPS, SCENE_H, TELEMETRY, ZOOM_STEPS, mirrored
 from networks import (PANEL, BendModel, InverseModel, Predictor, Projector, TinyEncoder,
                       already_trained, arithmetic_of, cosine, optimise, over_ranks, refuse_nan,
                       reopen, resume_run, rotate, save, save_run, so_far, stack, unit_act)
-from support.cli import (Stop, fail, fraction, natural, optimisation, parser, positive, rate, run,
-                         stopped)
+from support.cli import Number, Stop, fail, fraction, optimisation, parser, run, stopped, weight
 from support.pictures import ornament
 from support.progress import progress
 from support.training import (RANK, RANKS, RunLog, autocast, encoded_at_once, in_turn, name_of,
@@ -60,52 +59,52 @@ MADE = ("encoder_mixed_ep*.pth", "encoder.jsonl", "decoder_ep*.pth")  # a fresh 
 def arguments(argv=None):
     p = parser(__doc__, data=True)
     g = p.add_argument_group("model")
-    g.add_argument("--width", type=rate, default=1.0,
+    g.add_argument("--width", type=Number(float, 0, 8, above=True), default=1.0,
                    help="channels over ResNet-18's; 0.25 learns ten times faster on a CPU")
-    g.add_argument("--dim", type=positive, default=512,
+    g.add_argument("--dim", type=Number(int, 3, 8192), default=512,
                    help="size of a latent; 128 learns in fewer steps and plans faster")
-    g.add_argument("--embedding", type=positive, default=1024, help="vicreg: size of its expander")
-    g.add_argument("--history", type=positive, default=3,
+    g.add_argument("--embedding", type=Number(int, 3, 16384), default=1024,
+                   help="vicreg: size of its expander")
+    g.add_argument("--history", type=Number(int, 1, 16), default=3,
                    help="frames a latent sees; one hides speed and yaw rate")
-    g.add_argument("--strides", type=positive, nargs=4, default=[1, 2, 2, 2],
+    g.add_argument("--strides", type=Number(int, 1, 8), nargs=4, default=[1, 2, 2, 2],
                    help="of ResNet-18's stages, product 8; 2 2 2 1 is twice as fast")
-    g.add_argument("--gauges", type=natural,
+    g.add_argument("--gauges", type=Number(int, 0, PANEL - 1),
                    help="numbers of a latent that are principal components of the instruments' "
                         "pixels, straight from the frame (joint 8, vicreg 0): what they hold needs "
                         "no learning")
-    g.add_argument("--repeat", type=positive, default=2,
-                   help="environment steps between frames, and between latents: 2 is 25 Hz")
+    g.add_argument("--repeat", type=Number(int, 1, 10), default=2,
+                   help="environment steps between frames, and between latents: 2 is 25 Hz; with "
+                        "more than 10 no episode of 1000 steps is long enough for the cost model")
     g = p.add_argument_group("objective")
     g.add_argument("--objective", choices=["joint", "vicreg"], default="joint",
                    help="joint drives; vicreg is the plain two-view loss")
-    g.add_argument("--targets", type=positive, nargs="+", default=[1, 3, 8],
+    g.add_argument("--targets", type=Number(int, 1, MAX_STEPS), nargs="+", default=[1, 3, 8],
                    help="joint: steps of the dream that are compared with encoded frames; each "
                         "costs as much as the window's first, the steps between nearly nothing")
-    g.add_argument("--pred", type=float, default=25.0, help="joint: weight of the prediction")
-    g.add_argument("--std", type=float, help="weight of the variance hinge (joint 16, vicreg 25)")
-    g.add_argument("--cov", type=float, default=1.0, help="weight of the covariance term")
-    g.add_argument("--inverse", type=float, default=2.0, help="joint: weight of inverse dynamics")
-    g.add_argument("--bend", type=float, default=15.0,
+    g.add_argument("--pred", type=weight, default=25.0, help="joint: weight of the prediction")
+    g.add_argument("--std", type=weight,
+                   help="weight of the variance hinge (joint 16, vicreg 25)")
+    g.add_argument("--cov", type=weight, default=1.0, help="weight of the covariance term")
+    g.add_argument("--inverse", type=weight, default=2.0,
+                   help="joint: weight of inverse dynamics")
+    g.add_argument("--bend", type=weight, default=15.0,
                    help="joint: weight of telling how a picture was bent, which teaches where the "
                         "road lies and where it leads; 0 leaves the bent pictures out")
-    g.add_argument("--align", type=float, default=0.0,
+    g.add_argument("--align", type=weight, default=0.0,
                    help="joint: weight of telling how to bend a picture straight, so that all look "
                         "alike: where the road lies, not only how far it was moved; needs --bend. "
                         "The weights that come with the code have 25, with --pred 30 --cov 2")
     g.add_argument("--mirror", type=fraction, default=0.0,
                    help="share of the windows with left and right exchanged, in pictures and "
                         "steering: a lap has few bends to the right, 0.5 knows more of them")
-    g.add_argument("--sim", type=float, default=25.0, help="vicreg: weight of the invariance")
+    g.add_argument("--sim", type=weight, default=25.0, help="vicreg: weight of the invariance")
     optimisation(p, batch_size=256)
     args = p.parse_args(argv)
     if args.targets != sorted(set(args.targets)) or args.targets[0] != 1:
         p.error(f"--targets {args.targets}: expected rising steps from 1 on, such as 1 3 8")
     if math.prod(args.strides) != 8:
         p.error(f"--strides {args.strides}: expected four numbers with product 8, such as 2 2 2 1")
-    if args.bend < 0:
-        p.error(f"--bend {args.bend}: expected a weight, or 0 to leave the bent pictures out")
-    if args.align < 0:
-        p.error(f"--align {args.align}: expected a weight, or 0 to straighten nothing")
     if args.align and not args.bend:
         p.error(f"--align {args.align:g} --bend 0: what straightens a picture is told by the head "
                 "that tells how it was bent; add --align 0")
@@ -113,9 +112,13 @@ def arguments(argv=None):
     for name, value in own[args.objective].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.gauges >= min(args.dim, PANEL):
-        p.error(f"--gauges {args.gauges}: expected fewer than the {args.dim} numbers of a latent, "
-                f"and than the {PANEL} pixels of the instruments")
+    if args.dim - args.gauges <= COLLAPSED_RANK:
+        p.error(f"--dim {args.dim} --gauges {args.gauges}: leaves {args.dim - args.gauges} numbers "
+                f"of a latent to learn, expected more than {COLLAPSED_RANK}, which a collapse has")
+    together = args.batch_size // RANKS * len(latents_of(args))
+    if together <= COLLAPSED_RANK + 1:
+        p.error(f"--batch_size {args.batch_size}: {together} latents of a step are compared with "
+                f"one another, expected {COLLAPSED_RANK + 2} or more")
     return args
 
 

@@ -24,11 +24,11 @@ import torch
 from tqdm import tqdm
 
 from buffer import Loader, load_sources, provenance, shares_of
-from car_env import FPS
+from car_env import FPS, MAX_STEPS
 from networks import (Predictor, already_trained, arithmetic_of, build, cosine, fingerprint, latest,
                       load_frozen, numbered, of_these, optimise, over_ranks, read, read_run,
                       refuse_nan, resume_run, rotate, save, save_run, so_far, stack)
-from support.cli import Refusal, Stop, command, fail, optimisation, parser, positive, run, stopped
+from support.cli import Number, Refusal, Stop, command, fail, optimisation, parser, run, stopped
 from support.latents import Latents
 from support.pictures import ornament, pyplot, save_figure, save_gif
 from support.progress import progress
@@ -44,11 +44,14 @@ GIF_FPS = 8
 def arguments():
     p = parser(__doc__, data=True)
     g = p.add_argument_group("model")
-    g.add_argument("--hidden", type=positive, default=512, help="width; plans take longer with it")
-    g.add_argument("--state", type=positive, default=256,
+    g.add_argument("--hidden", type=Number(int, 1, 16384), default=512,
+                   help="width; plans take longer with it")
+    g.add_argument("--state", type=Number(int, 1, 16384), default=256,
                    help="coordinates in which it dreams; plans take longer with them")
-    g.add_argument("--dropout", type=float, default=0.0, help="in each step, while training")
-    g.add_argument("--horizon", type=positive, default=15, help="steps that are imagined")
+    g.add_argument("--dropout", type=Number(float, 0, 0.99), default=0.0,
+                   help="in each step, while training")
+    g.add_argument("--horizon", type=Number(int, 1, MAX_STEPS), default=15,
+                   help="steps that are imagined")
     optimisation(p, batch_size=1024)
     return p.parse_args()
 

@@ -32,7 +32,7 @@ from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, make_env, place_be
 from collect_race_data import PACES, WIDTH, Expert
 from drive_mpc import Blind, limited, load_driver, planning, to_action
 from networks import some_root, stack
-from support.cli import natural, parser, positive, run
+from support.cli import Number, parser, run, track_number
 from support.files import replace_atomically, versions, writable
 from support.pictures import pyplot, save_figure
 from support.progress import progress
@@ -49,9 +49,10 @@ SECONDS = 3.0  # that each behaviour is watched on each track
 def arguments():
     p = parser(__doc__)
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to try")
-    p.add_argument("--starts", type=positive, default=200, help="recovery: cars in trouble")
-    p.add_argument("--track_seed", type=natural, default=200_600, help="the first track")
-    p.add_argument("--tracks", type=positive, default=20, help="how many tracks")
+    p.add_argument("--starts", type=Number(int, 1, 10**6), default=200,
+                   help="recovery: cars in trouble")
+    p.add_argument("--track_seed", type=track_number, default=200_600, help="the first track")
+    p.add_argument("--tracks", type=Number(int, 1, 10**6), default=20, help="how many tracks")
     planning(p)
     return p.parse_args()
 

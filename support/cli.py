@@ -165,7 +165,7 @@ def optimisation(p, batch_size, epochs=50, steps_per_epoch=0, lr=1e-3, weight_de
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=positive, default=epochs,
                    help="each ends with a look at held-out tracks, and a checkpoint")
-    g.add_argument("--batch_size", type=positive, default=batch_size,
+    g.add_argument("--batch_size", type=batch_number, default=batch_size,
                    help="of a step: windows, or latents of each class for the cost model")
     g.add_argument("--steps_per_epoch", type=natural, default=steps_per_epoch,
                    help="0: as many as show the data about once")
@@ -198,6 +198,7 @@ class Number:
 
 positive = Number(int, 1, 10**9)
 natural = Number(int, 0, 10**9)
+batch_number = Number(int, 1, 2**20)
 seed_number = Number(int, 0, 2**32 - 1)
 track_number = Number(int, 0, 2**63 - 10**10)  # what collectors draw, and sums with other seeds
 rate = Number(float, 0, 1e30, above=True)  # float32 can multiply with it

@@ -19,7 +19,7 @@ from collect_recovery_data import FaultyExpert
 from conftest import script
 from evaluate import (AFTER, AHEAD, FAR, FIGURES, FILMS, JUDGES, OFF_ROAD, OWN, PARTS, POOLED,
                       PROBED, TWIN, VIOLATIONS, Episode, Labels, Recorder, Scale, Spots, Subject,
-                      along, auc, cells, choose_spots, choosing, linear_dream, lived_frames, main,
+                      along, auc, cells, choose_spots, linear_dream, lived_frames, main,
                       mark, numbered, on_grid, outcome, partners, play, possible, probe,
                       restore_state, save_state, scales, separated, spearman, taught_outcome, text,
                       way)
@@ -169,9 +169,8 @@ def flags(root, checkpoint):
 
 
 def test_tracks_for_reporting_are_refused():
-    assert choosing("200000") == 200_000
-    with pytest.raises(argparse.ArgumentTypeError, match="not in 200000..299999"):
-        choosing("100000")
+    done = script("evaluate.py", "--track_seed", "100000")
+    assert done.returncode == 2 and "from 200000 to 299999, found 100000" in done.stderr
 
 
 def test_parts_without_a_matching_predictor_are_left_out(chain, tmp_path, monkeypatch, capsys):
