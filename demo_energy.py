@@ -40,7 +40,7 @@ GIF_STRIDE, GIF_FRAMES = 5, 120  # recorded frames per frame of the GIF, frames 
 
 
 def arguments():
-    p = parser(__doc__)
+    p = parser(__doc__, models=True)
     g = p.add_argument_group("task")
     g.add_argument("--track_seed", type=natural, default=100_000, help="of the drive")
     g.add_argument("--steps", type=positive, default=1000, help="environment steps, at most 1000")

@@ -33,8 +33,8 @@ from buffer import write_chunk
 from car_env import ENV_ID, FPS, ZOOM_STEPS, make_env, observe, telemetry
 from collect_data import FIRST_SEED, origin
 from collect_race_data import Expert
-from networks import (DISCOUNT, Predictor, fingerprint, judged, latest, load_frozen, models_of,
-                      some_root, stack, unit_act)
+from networks import (DISCOUNT, Predictor, fingerprint, judged, latest, load_frozen, meanwhile,
+                      models_of, need_nets, some_root, stack, unit_act)
 from support.cli import Stop, command, fail, fraction, natural, parser, positive, run
 from support.files import replace_atomically, versions, writable
 from support.pictures import save_gif, save_mp4
@@ -58,7 +58,7 @@ GIF_FRAMES = 120  # at most, so that a README can show it
 
 
 def arguments():
-    p = parser(__doc__)
+    p = parser(__doc__, models=True)
     g = p.add_argument_group("task")
     g.add_argument("--episodes", type=positive, default=3, help="tracks, one episode each")
     g.add_argument("--track_seed", type=natural, default=100_000,
@@ -296,7 +296,8 @@ def load_driver(args, cfg, policy="mpc"):
     """(driver, decoder or None): the nets of ROOT/models, or those that come with the code, checked
     to belong together."""
     device, dtype = set_up(args)
-    models = models_of(args.root)
+    models = models_of(args.root, getattr(args, "models", None))
+    need_nets(models, args.root)
     encoder, _ = load_frozen(latest(models, "encoder_mixed"), "encoder", device,
                              "train_encoder.py")
     predictor, of_predictor = load_frozen(latest(models, "predictor"), "predictor", device,
@@ -310,7 +311,8 @@ def load_driver(args, cfg, policy="mpc"):
             ("train_cost_model.py", of_cost, "predictor", "predictor", fingerprint(predictor))):
         if payload.get(f"{on}_key") != its_key:
             fail(f"{models}: what {name} wrote belongs to another {on} than "
-                 f"{latest(models, stem)}; run {command(name, models.parent, '--fresh')}")
+                 f"{latest(models, stem)}; run {command(name, args.root, '--fresh')}"
+                 f"{meanwhile(models)}")
     if policy == "untrained":
         torch.manual_seed(args.seed)
         predictor = Predictor(**predictor.args).to(device).eval().requires_grad_(False)

@@ -68,7 +68,7 @@ from collect_race_data import PACES as RACE_PACES, Expert, make_expert
 from collect_recovery_data import PACES as RECOVERY_PACES, make_faulty
 from demo_energy import MIN_JUMP, Elsewhere
 from drive_mpc import Futures, colored_noise, limited, plan, planning, to_action
-from networks import (Predictor, cosine, fingerprint, latest, load_frozen, models_of,
+from networks import (Predictor, cosine, fingerprint, latest, load_frozen, meanwhile, models_of,
                       optimise, some_root, stack, unit_act)
 from support.cli import Number, Refusal, batch_number, command, fail, natural, parser, run, weight
 from support.files import git_commit, replace_atomically, versions, writable
@@ -103,7 +103,7 @@ BLOCK = 512  # stacks of frames that are in memory at a time
 
 
 def arguments():
-    p = parser(__doc__)
+    p = parser(__doc__, models=True)
     g = p.add_argument_group("what is judged")
     g.add_argument("--checkpoint", type=Path,
                    help="any encoder checkpoint (default: the newest of ROOT/models, or the one "
@@ -349,7 +349,9 @@ class Subject:
     def __init__(self, args):
         self.device, self.dtype = set_up(args)
         some_root(args.root)
-        self.models = args.root / "models" if args.checkpoint else models_of(args.root)
+        self.models = args.models or args.root / "models"
+        if not args.checkpoint:
+            self.models = models_of(args.root, args.models)
         self.path = args.checkpoint or latest(self.models, "encoder_mixed")
         self.encoder, _ = load_frozen(self.path, "encoder", self.device, "train_encoder.py")
         self.key = fingerprint(self.encoder)
@@ -366,7 +368,7 @@ class Subject:
 
     def _matching(self, args, path, name, script, **keys):
         """The net if it was trained on the nets of these keys, or None and a line that says why."""
-        mend = f"{command(script, args.root)} makes it"
+        mend = f"{command(script, args.root)} makes it{meanwhile(self.models)}"
         if not path.exists():
             print(f"no {name}: {path} is not there; {mend}")
             return None

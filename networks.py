@@ -780,17 +780,45 @@ def some_root(root):
     return Path(root)
 
 
-def models_of(root):
-    """ROOT/models, or where nothing was trained, the weights that come with the code; says so."""
+def models_of(root, models=None):
+    """The folder of --models, or ROOT/models, or where nothing was trained, the weights that come
+    with the code; says so."""
+    if models is not None:
+        if not latest(models, "encoder_mixed").is_file():
+            fail(f"--models {models}: no encoder_mixed_ep*.pth there; expected a folder of weights "
+                 "such as models/pretrained")
+        return Path(models)
     models = Path(root) / "models"
     if (models / "encoder_resume.pth").exists() and not latest(models, "encoder_mixed").exists():
         fail(f"{models}: its encoder has not finished an epoch; "
-             f"{command('train_encoder.py', root)} goes on")
+             f"{command('train_encoder.py', root)} goes on{meanwhile(models)}")
     ours, shipped = (latest(folder, "encoder_mixed") for folder in (models, PRETRAINED))
     if shipped.exists() and not ours.exists():
         models = Path(os.path.relpath(PRETRAINED))
         print(f"{root}: no encoder there; takes the weights that come with the code, {models}")
     return models
+
+
+def meanwhile(models):
+    """The end of a line about nets that a folder lacks: how to take those that come with the code
+    until they are trained."""
+    if (Path(models).resolve() == PRETRAINED.resolve()
+            or not latest(PRETRAINED, "encoder_mixed").is_file()):
+        return ""
+    return (f"; meanwhile --models {typed(os.path.relpath(PRETRAINED))} takes the weights that come "
+            "with the code")
+
+
+def need_nets(models, root):
+    """Refuses a folder with an encoder that lacks what drives with it: says what makes that."""
+    needed = {latest(models, "predictor"): "train_predictor.py",
+              models / "cost_model_final.pth": "train_cost_model.py"}
+    lacking = [path for path in needed if not path.is_file()]
+    if lacking:
+        names = " and ".join(map(str, lacking))
+        made = " and ".join(command(needed[path], root) for path in lacking)
+        fail(f"{names}: not found; {made} " + ("makes it" if len(lacking) == 1 else "make them")
+             + meanwhile(models))
 
 
 def fingerprint(net):

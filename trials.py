@@ -47,7 +47,7 @@ SECONDS = 3.0  # that each behaviour is watched on each track
 
 
 def arguments():
-    p = parser(__doc__)
+    p = parser(__doc__, models=True)
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to try")
     p.add_argument("--starts", type=Number(int, 1, 10**6), default=200,
                    help="recovery: cars in trouble")

@@ -117,13 +117,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; `python {self.prog} --help` explains\n")
 
 
-def parser(doc, seed=True, device=True, data=False, shares=True):
+def parser(doc, seed=True, device=True, data=False, shares=True, models=False):
     """An ArgumentParser with the flags that stages share; `doc` is the script's docstring."""
     p = Parser(description=doc, formatter_class=Help)
     g = p.add_argument_group("runtime")
     g.add_argument("--root", type=Path, default=Path("."),
                    help="folder that holds data*/, models/ and visuals/: one experiment each "
                         "(default: here)")
+    if models:
+        g.add_argument("--models", type=Path, metavar="FOLDER",
+                       help="of weights to take, such as models/pretrained (default: ROOT/models, "
+                            "or where it has no encoder, those that come with the code)")
     if seed:
         g.add_argument("--seed", type=seed_number, default=0,
                        help="same seed, same machine: same run (default 0)")
