@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import time
 from collections import deque
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -23,14 +24,15 @@ from sklearn.metrics import roc_auc_score
 
 from car_env import (FPS, MAX_STEPS, TELEMETRY, ZOOM_STEPS, make_env, observe, place_beside,
                      telemetry)
+from collect_race_data import Expert
 from drive_mpc import (DIM, INK, PAPER, SIDE, STRIP, VIDEO_FPS, VIEW, WARM, Window,
                        load_driver, planning, plot, write)
-from networks import some_root, stack
-from support.cli import Stop, fail, natural, parser, positive, run
+from networks import fingerprint, latest, load_frozen, meanwhile, models_of, some_root, stack
+from support.cli import Stop, command, fail, natural, parser, positive, run
 from support.files import writable
 from support.pictures import pyplot, save_figure, save_gif, save_mp4
 from support.progress import progress
-from support.training import autocast
+from support.training import autocast, set_up
 
 FUTURES = {"true": (90, 200, 120), "teleported": WARM, "random": (240, 90, 90)}  # name: colour
 MIN_JUMP = 15  # tiles between the car and where it is teleported to, so that places differ
@@ -161,17 +163,38 @@ def draw_summary(energy, seconds, path, seconds_ahead):
     save_figure(fig, path)
 
 
+def passenger(args, env, models):
+    """Encoder and predictor of a folder that has no cost model yet; the expert drives them."""
+    expert, (device, dtype) = Expert(0), set_up(args)
+    encoder, _ = load_frozen(latest(models, "encoder_mixed"), "encoder", device,
+                             "train_encoder.py")
+    predictor, payload = load_frozen(latest(models, "predictor"), "predictor", device,
+                                     "train_predictor.py")
+    if payload.get("encoder_key") != fingerprint(encoder):
+        fail(f"{models}: its predictor belongs to another encoder; run "
+             f"{command('train_predictor.py', args.root, '--fresh')}{meanwhile(models)}")
+    print(f"{models}: no cost model there, so the expert drives, who sees track and state; "
+          f"{command('train_cost_model.py', args.root)} makes it")
+    return SimpleNamespace(encoder=encoder, nets={"predictor": predictor}, device=device,
+                           dtype=dtype, reset=lambda track_seed: expert.reset(env),
+                           act=lambda frame: expert.act(env))
+
+
 def main():
     args = arguments()
     some_root(args.root)
-    driver, _ = load_driver(args, args)
+    env = make_env("official", render_mode="rgb_array")
+    models = args.models = models_of(args.root, args.models)
+    if latest(models, "predictor").is_file() and not (models / "cost_model_final.pth").is_file():
+        driver = passenger(args, env, models)
+    else:
+        driver, _ = load_driver(args, args)
     least = ZOOM_STEPS + args.ahead * driver.encoder.repeat + 1
     args.steps = min(args.steps, MAX_STEPS)
     if args.steps < least:
         fail(f"--steps {args.steps}, --ahead {args.ahead}: the first futures are judged in step "
              f"{least}, of {MAX_STEPS} at most")
     visuals, stop = writable(args.root / "visuals"), Stop()
-    env = make_env("official", render_mode="rgb_array")
     rng = np.random.default_rng(args.seed)
     same, other = Elsewhere(args.track_seed, rng), Elsewhere(args.track_seed + 1, rng)
     judge, e = Judge(driver, args.ahead), driver.encoder
