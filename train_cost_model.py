@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from buffer import load_sources, made_by, provenance
+from buffer import DEFAULT, chunk_files, load_sources, made_by, provenance
 from car_env import ZOOM_STEPS
 from networks import (FORESIGHT, CostModel, already_trained, arithmetic_of, cosine, fingerprint,
                       latest, load_frozen, optimise, refuse_nan, resume_run, save, save_run, so_far)
@@ -141,11 +141,14 @@ def main():
     args = arguments()
     began, stop = time.monotonic(), Stop()
     device, dtype = set_up(args, was=arithmetic_of("cost_model_resume.pth", args))
-    sources = load_sources(args)
-    if missing := [name for name in (EXPERT, RANDOM, RECOVERY) if name not in sources]:
+    args.data = args.data or list(DEFAULT)
+    if missing := [name for name in (EXPERT, RANDOM, RECOVERY)
+                   if name not in args.data or not chunk_files(args.root / name)]:
         how = "; ".join(made_by(args.root / name) for name in missing)
         fail(f"--data {' '.join(args.data)}: the cost model needs {EXPERT}, {RANDOM} and "
-             f"{RECOVERY} to tell experts from random driving; {how}")
+             f"{RECOVERY} to tell experts from random driving, and there is no episode of "
+             f"{' and '.join(missing)}; {how}")
+    sources = load_sources(args, ZOOM_STEPS + 2)
     only_run(args, "cost_model")
     models = args.root / "models"
     predictor, payload = load_frozen(latest(models, "predictor"), "predictor", device,

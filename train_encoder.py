@@ -394,12 +394,16 @@ class Probe:
         refuse_nan(za.sum() + zb.sum(), "the probe")
         encoder.calibrate(za.to(device))
         learned = encoder.learned(zb)
-        mean, std = ya[ma].mean(0), ya[ma].std(0) + 1e-6
-        scale = za.std(0) + 1e-6
-        from sklearn.linear_model import Ridge  # 1 s, which a refusal need not take
-        fit = Ridge(alpha=1.0).fit((za / scale)[ma], (ya[ma] - mean) / std)
-        y = (yb[mb] - mean) / std
-        error = ((fit.predict((zb / scale)[mb]) - y) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)
+        error = np.full(len(PROBED), np.nan)  # a few random drives may never see the road
+        if ma.any() and mb.any():
+            from sklearn.linear_model import Ridge  # 1 s, which a refusal need not take
+            mean, std = ya[ma].mean(0), ya[ma].std(0) + 1e-6
+            scale = za.std(0) + 1e-6
+            fit = Ridge(alpha=1.0).fit((za / scale)[ma], (ya[ma] - mean) / std)
+            y = (yb[mb] - mean) / std
+            spread_of = ((y - y.mean(0)) ** 2).sum(0)
+            error = (((fit.predict((zb / scale)[mb]) - y) ** 2).sum(0)
+                     / np.where(spread_of > 0, spread_of, np.nan))
         return {"val_r2_" + k: 1 - e for k, e in zip(PROBED, error)} | {
             "val_rank": effective_rank(learned), "val_spread": float(spread(learned))}
 

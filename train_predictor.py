@@ -155,7 +155,7 @@ def load_decoder(models, key, device):
             payload = read(path, "train_decoder.py")
             if payload.get("encoder_key") == key:
                 return build(payload, "decoder", path).to(device).eval().requires_grad_(False)
-        except Refusal as e:  # pictures are for the eye: nothing stops for one
+        except (Refusal, OSError) as e:  # pictures are for the eye: nothing stops for one
             tqdm.write(f"skipped: {e}")
     tqdm.write(f"no decoder of this encoder, so no picture of dreams; "
                f"{command('train_decoder.py', models.parent, '--once')} makes it, this command "
