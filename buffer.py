@@ -365,6 +365,9 @@ def load_sources(args, steps=1, columns=0):
     it has `columns` columns.
     """
     args.data = args.data or folders_there(args.root)
+    if len(set(args.data)) < len(args.data):
+        fail(f"--data {' '.join(args.data)}: a folder is named twice; --shares sets how much of a "
+             "batch each gets")
     out, versions = {}, set()
     for name in args.data:
         folder = args.root / name
@@ -410,9 +413,9 @@ def shares_of(sources, batch_size, shares=None, each=False):
     `each` refuses a batch in which a source, of {name: ...}, with a share has none."""
     shares = np.ones(len(sources)) if shares is None else np.array(shares, float)
     if len(shares) != len(sources) or (shares < 0).any() or shares.sum() == 0:
+        names = f" ({' '.join(sources)})" if isinstance(sources, dict) else ""
         fail(f"--shares {' '.join(f'{s:g}' for s in shares)}: expected {len(sources)} numbers >= "
-             f"0, one for each folder ({' '.join(map(str, sources))}), and not all 0"
-             if isinstance(sources, dict) else "0, one for each source, and not all 0")
+             f"0, one for each folder{names}, and not all 0")
     exact = batch_size * shares / shares.sum()
     count = np.floor(exact).astype(int)
     count[np.argsort(count - exact, kind="stable")[:batch_size - count.sum()]] += 1

@@ -141,7 +141,7 @@ def parser(doc, seed=True, device=True, data=False, shares=True, models=False):
         g.add_argument("--threads", type=Number(int, 0, 1024), default=0,
                        help="CPU threads (0: all cores); lower it beside another heavy job")
     if data:
-        g.add_argument("--data", nargs="+",
+        g.add_argument("--data", nargs="+", type=os.path.normpath,
                        help="folders under --root to learn from (default: data_race, "
                             "data_recovery and data, those of them that are there)")
         if shares:
