@@ -672,10 +672,11 @@ def export_minari(folders, out, name):
     track's seed as seed, the description in the options. Damaged chunks are named and left out.
     """
     out = out.resolve()  # Minari writes relative to a folder of its own
+    if not re.fullmatch(r"([\w-]+/)*[\w.-]*\w-v\d+", name):
+        fail(f"--name {name}: expected letters, digits, - and _, and a version at the end, such as "
+             "carracing-v0")
     minari, gymnasium = optional("minari", "minari>=0.5.4"), optional("gymnasium", "gymnasium")
     optional("h5py", "h5py")
-    if not re.search(r"-v\d+$", name):
-        fail(f"--name {name}: expected a name that ends in a version, such as carracing-v0")
     found = [index(folder) for folder in folders]
     rides = {}  # of an episode that is in two folders the first
     for chunk in (c for every, *_ in found for c in every):

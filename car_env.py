@@ -845,3 +845,32 @@ class FastCarRacing(PhysicsCarRacing):
         """The frames (n, 64, 64, 3) uint8 since `defer()`; to be called before the next reset."""
         sights, self.deferred = self.deferred, None
         return self.view.draw(sights, self.road_shown)
+
+
+# ---- a picture for people ------------------------------------------------------------------------
+
+
+def picture(env, size):
+    """The car from above as `render()` shows it, (h, w, 3) uint8 of size (w, h), from what the last
+    step has drawn, in a sixth of `render()`'s time. Skid marks are missing; w : h should be 5 : 4,
+    or all is squashed. Any kind of env but "physics".
+    """
+    env, (w, h) = env.unwrapped, size
+    pixels = np.zeros((h, w, 4), np.uint8)
+    surface = pygame.image.frombuffer(pixels, size, "RGBX")  # draws into them
+    if not isinstance(env, FastCarRacing):
+        surface.blit(pygame.transform.smoothscale(env.surf, size), (0, 0))
+        return cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)
+    sight = look(env)
+    env.view._warp(sight, pixels[: h * HUD_Y // cr.WINDOW_H])
+    zoom, side = sight.zoom * w / cr.WINDOW_W, h // 4
+    car = pygame.Surface((side, side))
+    car.fill((0, 255, 255))
+    car.set_colorkey((0, 255, 255))
+    x, y = pygame.math.Vector2(-sight.x * zoom, -sight.y * zoom).rotate_rad(-sight.angle)
+    env.car.draw(car, zoom, (side / 2 + x, side / 2 + y), -sight.angle, False)
+    at = w / 2 - side / 2, h - h * CAR_Y / cr.WINDOW_H - side / 2
+    surface.blit(pygame.transform.flip(car, False, True), at)  # y pointed up
+    env.surf = surface
+    env._render_indicators(*size)
+    return cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)

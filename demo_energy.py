@@ -3,9 +3,9 @@
 The energy of a proposed future is its distance from the dream: the predictor imagines from the
 latent of --ahead steps ago, with the actions taken since, and the mean squared error to the
 proposal is the energy. Proposed are the true frames, frames of the same car teleported on the same
-track, and of a random place on another track. Live in a window (space pauses, s or right steps, q
-quits); without a display, or with --headless, it writes ROOT/visuals/demo_energy.mp4, .gif and
-.png. Prints how well the energy separates them, beside copy-last (the old latent itself).
+track, and of a random place on another track. Live in a window where there is a display; at the end
+it writes ROOT/visuals/demo_energy.mp4, .gif and .png, and prints how well the energy separates
+them, beside copy-last (the old latent itself).
 
     python demo_energy.py
 """
@@ -13,7 +13,6 @@ quits); without a display, or with --headless, it writes ROOT/visuals/demo_energ
 if __name__ == "__main__":
     import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
-import time
 from collections import deque
 from types import SimpleNamespace
 
@@ -22,32 +21,37 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from car_env import (FPS, MAX_STEPS, TELEMETRY, ZOOM_STEPS, make_env, observe, place_beside,
-                     telemetry)
+from car_env import (FPS, MAX_STEPS, TELEMETRY, ZOOM_STEPS, make_env, observe, picture,
+                     place_beside, telemetry)
 from collect_race_data import Expert
-from drive_mpc import (DIM, INK, PAPER, SIDE, STRIP, VIDEO_FPS, VIEW, WARM, Window,
-                       load_driver, planning, plot, write)
+from drive_mpc import VIDEO_FPS, load_driver, planning
 from networks import fingerprint, latest, load_frozen, meanwhile, models_of, some_root, stack
-from support.cli import Stop, command, fail, natural, parser, positive, run
+from support.cli import Number, Stop, command, fail, parser, run, track_number
 from support.files import writable
-from support.pictures import pyplot, save_figure, save_gif, save_mp4
+from support.pictures import VideoRecorder, ornament, pyplot, save_figure
 from support.progress import progress
 from support.training import autocast, set_up
+from support.window import (DIM, END_S, INK, KEYS_LINE, VIEW, WARM, NoWindow, banner, blank,
+                            log_axis, open_window, plot, write)
 
 FUTURES = {"true": (90, 200, 120), "teleported": WARM, "random": (240, 90, 90)}  # name: colour
 MIN_JUMP = 15  # tiles between the car and where it is teleported to, so that places differ
-CELL = 112  # px of a small picture
+WHERE = {"true": "what comes", "teleported": "same track", "random": "another track"}
+CELL = 136  # px of a small picture
 TRACE = 150  # judged futures that the graph shows
-GIF_STRIDE, GIF_FRAMES = 5, 120  # recorded frames per frame of the GIF, frames at most
 
 
 def arguments():
     p = parser(__doc__, models=True)
+    p.epilog = KEYS_LINE
     g = p.add_argument_group("task")
-    g.add_argument("--track_seed", type=natural, default=100_000, help="of the drive")
-    g.add_argument("--steps", type=positive, default=1000, help="environment steps, at most 1000")
-    g.add_argument("--ahead", type=positive, default=5, help="latents between dream and proposal")
-    g.add_argument("--headless", action="store_true", help="files instead of a window")
+    g.add_argument("--track_seed", type=track_number, default=100_000,
+                   help="of the drive; key r goes on to the next one")
+    g.add_argument("--steps", type=Number(int, 1, MAX_STEPS), default=MAX_STEPS,
+                   help="environment steps at most")
+    g.add_argument("--ahead", type=Number(int, 1, MAX_STEPS), default=5,
+                   help="latents between dream and proposal")
+    g.add_argument("--headless", action="store_true", help="no window: as fast as it goes")
     planning(p)
     return p.parse_args()
 
@@ -89,12 +93,13 @@ class Judge:
         self.z, self.act = deque(maxlen=ahead + 1), deque(maxlen=ahead)
 
     @torch.inference_mode()
-    def encode(self, frames):
-        """The latent (1, D) of consecutive frames, every step; the last one is the present."""
+    def encode(self, stacks):
+        """{name: z (1, D)} of {name: consecutive frames, every step}; the last is the present."""
         e = self.driver.encoder
-        obs = torch.from_numpy(frames[::-1][::e.repeat][:e.history][::-1].copy())
+        frames = np.stack([x[::-1][::e.repeat][:e.history][::-1] for x in stacks.values()])
+        obs = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).to(self.driver.device)
         with autocast(self.driver.device, self.driver.dtype):
-            return e(stack(obs.permute(0, 3, 1, 2)[None].to(self.driver.device), e.history))
+            return dict(zip(stacks, e(stack(obs, e.history)).split(1)))
 
     @torch.inference_mode()
     def energies(self, proposals):
@@ -107,30 +112,31 @@ class Judge:
                 for k, z in proposals.items()}
 
 
-def compose(env, pictures, trace, total, step):
-    """One picture (H, W, 3) uint8: the car, the three proposed futures, the graph of energies."""
-    w, h = VIEW
-    canvas = np.full((h + STRIP + 40, w + SIDE, 3), PAPER, np.uint8)
-    canvas[:h, :w] = cv2.resize(env.unwrapped._render("rgb_array"), VIEW)
-    write(canvas, "proposed futures and their energy", w + 12, 20)
+def compose(env, pictures, trace, line, ahead_s):
+    """One picture (H, W, 3) uint8: the car, the three proposed futures, the curve of energies.
+
+    pictures: {name: frame}, {} before the first; trace: the energies so far, (n, 3); line: text.
+    """
+    canvas, (w, h) = blank(), VIEW
+    canvas[:h, :w] = picture(env, VIEW)
+    write(canvas, line, 12, h + 10)
+    write(canvas, f"proposed futures, {ahead_s:.2f} s ahead,", w + 14, 10)
+    write(canvas, "and their energy", w + 14, 32)
     for i, (name, frame) in enumerate(pictures.items()):
-        y = 32 + i * (CELL + 12)
-        canvas[y:y + CELL, w + 12:w + 12 + CELL] = cv2.resize(
+        y = 62 + i * (CELL + 6)
+        canvas[y:y + CELL, w + 14:w + 14 + CELL] = cv2.resize(
             frame, (CELL, CELL), interpolation=cv2.INTER_NEAREST)
-        write(canvas, name, w + CELL + 28, y + 40, FUTURES[name], 0.6)
-        if trace:
-            write(canvas, f"{trace[-1][i]:.3f}", w + CELL + 28, y + 76, INK, 0.8)
-    write(canvas, f"step {step:4}   return {total:6.1f}   energy (log scale), newest at the right",
-          12, h + 20, DIM)
+        write(canvas, name, w + CELL + 30, y + 8, FUTURES[name], 32)
+        write(canvas, WHERE[name], w + CELL + 30, y + 38, DIM)
+        if len(trace):
+            write(canvas, f"{trace[-1][i]:.3f}", w + CELL + 30, y + 72, INK, 44)
     if len(trace) > 1:
-        t = np.log10(np.array(trace))  # (n, 3)
-        low, high = np.floor(t.min()), np.ceil(t.max())
-        box = (44, h + 32, w + SIDE - 60, STRIP - 8)
-        for decade in np.arange(low, high + 0.5):
-            y = int(box[1] + box[3] - (decade - low) / (high - low) * box[3])
-            cv2.line(canvas, (box[0], y), (box[0] + box[2], y), (50, 50, 54), 1)
-            write(canvas, f"{10.0 ** decade:g}", 6, y + 4, DIM, 0.36)
-        plot(canvas, box, t.T, FUTURES.values(), low, high, TRACE)
+        box, t = (76, h + 64, w + 250, 118), np.array(trace)
+        x = write(canvas, "energy, the newest at the right:", 12, h + 36, DIM)
+        for name, color in FUTURES.items():
+            x = write(canvas, name, x + 12, h + 36, color)
+        low, high = log_axis(canvas, box, t)
+        plot(canvas, box, np.log10(t).T, FUTURES.values(), low, high, TRACE)
     return canvas
 
 
@@ -152,8 +158,9 @@ def draw_summary(energy, seconds, path, seconds_ahead):
     edges = np.geomspace(energy.min(), energy.max(), 50)
     for i, (name, color) in enumerate(FUTURES.items()):
         color = np.array(color) / 255 * 0.85
-        left.semilogy(seconds, energy[:, i], color=color, lw=0.9, label=name)
-        right.hist(energy[:, i], edges, color=color, alpha=0.6, label=name)
+        left.semilogy(seconds, energy[:, i], color=color, lw=0.9,
+                      label=f"{name}: {WHERE[name]}")
+        right.hist(energy[:, i], edges, color=color, alpha=0.6)
     right.set(xscale="log", xlabel="energy", ylabel="futures")
     right.tick_params(axis="x", which="both", labelsize=7, rotation=45)
     right.yaxis.get_major_locator().set_params(integer=True)
@@ -180,88 +187,127 @@ def passenger(args, env, models):
                            act=lambda frame: expert.act(env))
 
 
+class Demo:
+    """The drives, their film, and what they show: rows of energies, one for each judged step."""
+
+    def __init__(self, args, env, driver, film, window, stop):
+        self.args, self.env, self.driver = args, env, driver
+        self.film, self.window, self.stop = film, window, stop
+        self.rng = np.random.default_rng(args.seed)
+        self.ahead_s = args.ahead * driver.encoder.repeat / FPS
+        self.seconds, self.energy, self.copied = [], [], []  # of all tracks, one after the other
+        self.returns = []
+
+    def run(self):
+        """Drives a track, and the next ones as long as the user asks for them."""
+        track = self.args.track_seed
+        while self.drive(track) == "next":
+            track += 1
+
+    def show(self, canvas, seconds, hold=0.0):
+        if self.window.recording and hold:
+            self.film.hold(canvas, hold)
+        elif self.window.recording:
+            self.film.add(canvas)
+        return self.window.show(canvas, seconds + hold)
+
+    def drive(self, track):
+        """One track -> the key that ended it, "next" or "quit", or ""."""
+        args, env, driver, e = self.args, self.env, self.driver, self.driver.encoder
+        need = (e.history - 1) * e.repeat + 1  # consecutive frames that a latent looks back on
+        same, other = Elsewhere(track, self.rng), Elsewhere(track + 1, self.rng)
+        judge, trace = Judge(driver, args.ahead), deque(maxlen=TRACE)
+        recent, actions = deque(maxlen=need), deque(maxlen=2 * need)
+        before = self.seconds[-1] if self.seconds else 0.0
+        obs, _ = env.reset(seed=track)
+        driver.reset(track)
+        total, step, ended, key, pictures = 0.0, 0, False, "", {}
+        bar = progress(total=args.steps, desc="drive", unit="step", leave=False)
+        while step < args.steps and not ended and not key and not self.stop:
+            frame = observe(env, obs)
+            recent.append(frame)
+            action = driver.act(frame)
+            judged = step >= ZOOM_STEPS and (step - ZOOM_STEPS) % e.repeat == 0
+            if judged:
+                state = dict(zip(TELEMETRY, telemetry(env).tolist()))  # for the fakes, not the driver
+                stacks = {"true": np.stack(recent),
+                          "teleported": same.frames(state, actions, need, same.jump(MIN_JUMP)),
+                          "random": other.frames(state, actions, need, other.jump())}
+                pictures = {k: f[-1] for k, f in stacks.items()}
+                latents = judge.encode(stacks)
+                judge.z.append(latents["true"])
+                found = judge.energies(latents)
+                judge.act.append(action)
+                if found:
+                    self.seconds.append(before + step / FPS)
+                    self.energy.append([v[0] for v in found.values()])
+                    self.copied.append([v[1] for v in found.values()])
+                    trace.append(self.energy[-1])
+            if judged or step < ZOOM_STEPS and step % e.repeat == 0:
+                line = f"track {track}   step {step}   return {total:.1f}"
+                canvas = compose(env, pictures, trace, line, self.ahead_s)
+                if step < ZOOM_STEPS:
+                    banner(canvas, "waiting for the zoom")
+                key = self.show(canvas, step / FPS)
+            actions.append(action)
+            obs, reward, terminated, truncated, info = env.step(action)
+            total, step, ended = total + reward, step + 1, terminated or truncated
+            bar.update()
+        bar.close()
+        self.returns.append(total)
+        if key or self.stop:
+            return key
+        what = (f"stopped after {step} steps" if not terminated else
+                "lap finished" if info.get("lap_finished") else "left the field")
+        banner(canvas, what, f"return {total:.1f}   {step / FPS:.1f} s")
+        return self.show(canvas, step / FPS, END_S)
+
+    def report(self):
+        """Prints how well true and false futures separate, by the dream and by the old latent."""
+        for what, energy in (("dream", self.energy), ("copy-last", self.copied)):
+            print(f"{what:10} " + "   ".join(
+                f"{name}: AUROC {a:.4f}, costs more than the true one in {p:.1%}"
+                for name, (a, p) in separation(np.array(energy)).items()))
+        print(f"{len(self.energy)} futures judged {self.ahead_s:.2f} s ahead, return "
+              + ", ".join(f"{total:.1f}" for total in self.returns))
+
+
 def main():
     args = arguments()
     some_root(args.root)
-    env = make_env("official", render_mode="rgb_array")
+    stop, stem = Stop(), writable(args.root / "visuals") / "demo_energy"
+    film = VideoRecorder(VIDEO_FPS)
+    window = NoWindow() if args.headless else open_window("TinyJEPA: the energy of futures")
+    demo = window.run(lambda: run_demo(args, film, window, stop))
+    if demo.energy:
+        demo.report()
+    else:
+        print("ended before the first futures were judged")
+    files = film.save(stem)
+    if len(demo.energy) > 1:
+        with ornament(png := stem.with_suffix(".png")):
+            draw_summary(np.array(demo.energy), np.array(demo.seconds), png, demo.ahead_s)
+            files.append(png)
+    if files:
+        print(", ".join(map(str, files)))
+    return 130 if stop else 0
+
+
+def run_demo(args, film, window, stop):
+    """Loads the nets and drives -> the Demo."""
+    env = make_env("fast")  # 1 ms a step, and the fakes come from the same renderer
     models = args.models = models_of(args.root, args.models)
     if latest(models, "predictor").is_file() and not (models / "cost_model_final.pth").is_file():
         driver = passenger(args, env, models)
     else:
         driver, _ = load_driver(args, args)
     least = ZOOM_STEPS + args.ahead * driver.encoder.repeat + 1
-    args.steps = min(args.steps, MAX_STEPS)
     if args.steps < least:
         fail(f"--steps {args.steps}, --ahead {args.ahead}: the first futures are judged in step "
              f"{least}, of {MAX_STEPS} at most")
-    visuals, stop = writable(args.root / "visuals"), Stop()
-    rng = np.random.default_rng(args.seed)
-    same, other = Elsewhere(args.track_seed, rng), Elsewhere(args.track_seed + 1, rng)
-    judge, e = Judge(driver, args.ahead), driver.encoder
-    window = None if args.headless else Window.open("TinyJEPA: the energy of futures")
-    live = window is not None
-    need = (e.history - 1) * e.repeat + 1  # consecutive frames that a latent looks back on
-    film, rows, both, trace = [], [], [], deque(maxlen=TRACE)
-    recent, actions = deque(maxlen=need), deque(maxlen=2 * need)
-    paused, new = False, False  # new: the picture was not shown yet
-    bar = progress(total=args.steps, desc="drive", unit="step", disable=live)
-
-    obs, _ = env.reset(seed=args.track_seed)
-    driver.reset(args.track_seed)
-    total, step, ended = 0.0, 0, False
-    while step < args.steps and not ended and not stop:
-        if live and new:  # a step of the viewer goes to the next picture
-            key = window.show(canvas)
-            if key == "q":
-                break
-            paused ^= key == "space"
-            if paused and key not in ("s", "right"):
-                time.sleep(0.02)
-                continue
-            new = False
-        frame = observe(env, obs)
-        recent.append(frame)
-        action = driver.act(frame)
-        if step >= ZOOM_STEPS and (step - ZOOM_STEPS) % e.repeat == 0:
-            state = dict(zip(TELEMETRY, telemetry(env).tolist()))  # for the fakes, not the driver
-            stacks = {"true": np.stack(recent),
-                      "teleported": same.frames(state, actions, need, same.jump(MIN_JUMP)),
-                      "random": other.frames(state, actions, need, other.jump())}
-            latents = {k: judge.encode(f) for k, f in stacks.items()}
-            judge.z.append(latents["true"])
-            found = judge.energies(latents)
-            judge.act.append(action)
-            if found:
-                rows.append((step / FPS, *(v[0] for v in found.values())))
-                both.append([v[1] for v in found.values()])
-                trace.append(rows[-1][1:])
-            canvas = compose(env, {k: f[-1] for k, f in stacks.items()}, trace, total, step)
-            new = True
-            if not live:
-                film.append(canvas)
-        actions.append(action)
-        obs, reward, terminated, truncated, _ = env.step(action)
-        total, step, ended = total + reward, step + 1, terminated or truncated
-        bar.update()
-    bar.close()
-    if not rows:
-        print(f"ended after {step} steps, before the first futures were judged; nothing is kept")
-        return 130 if stop else 0
-    energy = np.array(rows)
-    for what, found in (("dream", energy[:, 1:]), ("copy-last", np.array(both))):
-        table = separation(found)
-        print(f"{what:10} " + "   ".join(f"{name}: AUROC {a:.4f}, costs more than the true one in "
-                                         f"{p:.1%}" for name, (a, p) in table.items()))
-    ahead_s = args.ahead * e.repeat / FPS
-    print(f"{len(energy)} futures judged {ahead_s:.2f} s ahead, return {total:.1f}")
-    if film:
-        save_mp4(visuals / "demo_energy.mp4", film, VIDEO_FPS)
-        save_gif(visuals / "demo_energy.gif",
-                 [cv2.resize(f, None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA)
-                  for f in film[::GIF_STRIDE][:GIF_FRAMES]], 2 * VIDEO_FPS / GIF_STRIDE)
-        draw_summary(energy[:, 1:], energy[:, 0], visuals / "demo_energy.png", ahead_s)
-        print(f"{visuals}/demo_energy.mp4, .gif, .png")
-    return 0
+    demo = Demo(args, env, driver, film, window, stop)
+    demo.run()
+    return demo
 
 
 if __name__ == "__main__":

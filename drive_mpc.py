@@ -2,10 +2,11 @@
 
 Every `repeat` steps: encode the last frames, dream --samples futures of colored-noise actions over
 --horizon latents, sum the energy of each, act. Drives the official CarRacing-v3. Reads ROOT/models,
-or where it has no encoder, the weights that come with the code; writes visuals/drive_mpc.mp4, .gif
-and, with --json, a file of scores. `--policy random`, `expert`, `no_model` (follows random plans
-while the energy of the present state falls) and `untrained` (a fresh predictor) give the rows to
-compare with, by the same code. The driver gets observations and remembers its own actions; scores
+or where it has no encoder, the weights that come with the code; shows the drives in a window where
+there is a display, writes visuals/drive_mpc.mp4, .gif and, with --json, a file of scores, after
+each drive: the same command goes on with it. `--policy random`, `expert`, `no_model` (follows
+random plans while the energy of the present state falls) and `untrained` (a fresh predictor) give
+the rows to compare with, by the same code. The driver gets observations and remembers its own actions; scores
 and tiles are read from the simulator after the fact.
 
     python drive_mpc.py --episodes 3 --track_seed 100000
@@ -16,12 +17,9 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import os
 import secrets
-import sys
 import time
 from collections import deque
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -30,16 +28,19 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from buffer import write_chunk
-from car_env import ENV_ID, FPS, ZOOM_STEPS, make_env, observe, telemetry
+from car_env import (ENV_ID, FPS, MAX_STEPS, ZOOM_STEPS, make_env, observe, picture, telemetry)
 from collect_data import FIRST_SEED, origin
 from collect_race_data import Expert
 from networks import (DISCOUNT, Predictor, fingerprint, judged, latest, load_frozen, meanwhile,
                       models_of, need_nets, some_root, stack, unit_act)
-from support.cli import Stop, command, fail, fraction, natural, parser, positive, run
-from support.files import replace_atomically, versions, writable
-from support.pictures import save_gif, save_mp4
+from support.cli import (Number, Stop, command, fail, fraction, parser, positive, run,
+                         track_number)
+from support.files import git_commit, output_file, replace_atomically, versions, writable
+from support.pictures import VideoRecorder
 from support.progress import progress
 from support.training import autocast, set_up
+from support.window import (DIM, END_S, GRID, INK, KEYS_LINE, VIEW, WARM, NoWindow, banner, blank,
+                            log_axis, open_window, plot, write)
 from train_predictor import load_decoder
 
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little
@@ -53,15 +54,18 @@ OWN = "data_mpc"  # folder of the episodes that --save_data writes
 POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
 VIDEO_FPS = 25
 WORST = 1e9  # energy of a future that overflowed
-GIF_STRIDE = 6  # recorded frames per frame of the GIF
-GIF_FRAMES = 120  # at most, so that a README can show it
+OUTPUT_FLAGS = ("root", "models", "json", "no_video", "headless", "film", "device", "precision", "threads")
+# that decide nothing about a score but by `arithmetic` and the nets, which reports hold
+REPORT_KEYS = {"env_id", "policy", "versions", "episodes"}, {"settings", "finished", "rows"}
 
 
 def arguments():
     p = parser(__doc__, models=True)
+    p.epilog = KEYS_LINE
     g = p.add_argument_group("task")
-    g.add_argument("--episodes", type=positive, default=3, help="tracks, one episode each")
-    g.add_argument("--track_seed", type=natural, default=100_000,
+    g.add_argument("--episodes", type=Number(int, 1, 100_000), default=3,
+                   help="tracks, one episode each")
+    g.add_argument("--track_seed", type=track_number, default=100_000,
                    help="of the first episode; the next ones follow. 100000 to 100099 are for "
                         "reporting, 200000 to 299999 for choosing")
     g.add_argument("--policy", default="mpc",
@@ -71,16 +75,22 @@ def arguments():
                    help="also drive these policies on the same tracks, for the rows of a table")
     g.add_argument("--env", choices=["official", "fast"], default="official",
                    help="scores are the official environment's; fast is for experiments")
-    g.add_argument("--pace", type=fraction, default=0.0, help="of --policy expert")
+    g.add_argument("--pace", type=fraction, default=1.0,
+                   help="of the expert: 1 drives for the score, 0 is calm")
     g.add_argument("--disturb", choices=DISTURBANCES, default="none",
                    help="what the driver was not trained for: other colours of lawn and road, "
                         f"frames with noise of {GRAIN} grey levels, or {LATE} steps old")
     planning(p)
     g = p.add_argument_group("output")
-    g.add_argument("--json", type=Path, help="write the scores there")
+    g.add_argument("--json", type=output_file,
+                   help="write the scores there after each drive; the same command goes on with an "
+                        "unfinished file")
     g.add_argument("--save_data", action="store_true",
                    help=f"write each episode of --policy as a chunk to ROOT/{OWN}, to learn from: "
                         f"only on tracks from {FIRST_SEED} on")
+    g.add_argument("--film", type=Number(int, 0, 1000), default=1,
+                   help="laps of --policy that the film shows, the first ones")
+    g.add_argument("--headless", action="store_true", help="no window: as fast as it goes")
     g.add_argument("--no_video", action="store_true", help="scores only, no window, no pictures")
     args = p.parse_args()
     if args.save_data and args.track_seed < FIRST_SEED:
@@ -427,213 +437,275 @@ def summary(policy, episodes, kind="official", models=None):
             "laps_finished": sum(e["lap_finished"] for e in episodes)}
 
 
+# ------------------------------------------------------------------ scores on disk
+
+def row_name(policy, args):
+    """A policy's name in tables and reports: an expert that does not drive at full pace says so."""
+    calm = policy == "expert" and args.pace != 1
+    return f"expert, pace {args.pace:g}" if calm else policy
+
+
+class Report:
+    """The file of --json: written after each drive, and gone on with where it was not finished.
+
+    What decides a score, the settings, is in it; drives of other settings or nets are not taken.
+    """
+
+    def __init__(self, path, args, drivers):
+        """path: a Path, or None for no file. Refuses a file that this script did not write."""
+        self.path, self.args, self.rows = path, args, {}
+        if path is None:
+            return
+        settings = {k: v for k, v in vars(args).items() if k not in OUTPUT_FLAGS}
+        settings |= {"commit": git_commit(), "nets": {
+            policy: {k: fingerprint(net) for k, net in driver.nets.items()}
+            for policy, driver in drivers.items()}}
+        self.settings = json.loads(json.dumps(settings, default=str))
+        self.settings |= {"versions": versions()}
+        known = self._read()
+        if known.get("finished", True):
+            return
+        now, then = ({k: json.dumps(v) for k, v in x.items()} for x in (self.settings,
+                                                                       known["settings"]))
+        other = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
+        if other:
+            print(f"{path}: unfinished, with other {', '.join(other)}; drives anew")
+            return
+        self.rows = {name: {e["track_seed"]: e for e in r["episodes"]}
+                     for name, r in known["rows"].items()}
+        print(f"{path}: goes on behind {sum(map(len, self.rows.values()))} drives")
+
+    def _read(self):
+        """The report that is there, or {}."""
+        if not self.path.is_file() or not self.path.stat().st_size:
+            return {}  # none, an empty one, or a device
+        try:
+            known = json.loads(self.path.read_bytes())
+        except ValueError:
+            known = None
+        if not isinstance(known, dict) or not any(keys <= known.keys() for keys in REPORT_KEYS):
+            fail(f"--json {self.path}: is there already and no report of drive_mpc.py; choose "
+                 "another name")
+        return known
+
+    def save(self, reports, finished=False):
+        """Writes {name: summary}; into a device or a pipe only once, at the end."""
+        if self.path is None or self.path.exists() and not self.path.is_file() and not finished:
+            return
+        body = reports.get(row_name(self.args.policy, self.args), {}) | {
+            "settings": self.settings, "finished": finished, "rows": reports}
+        replace_atomically(self.path, lambda f: f.write(json.dumps(body, indent=1).encode()))
+
+
 # ------------------------------------------------------------------ pictures
 
-VIEW, CELL, STRIP, SIDE = (600, 400), 172, 120, 372  # px: car view, a small picture, curve, column
-INK, DIM, PAPER, WARM = (235, 235, 235), (150, 150, 150), (24, 24, 28), (255, 170, 60)
+CELL = 160  # px, a small picture
+LOW = VIEW[1] + 36  # px, where curve and plan begin
 
 
-def write(canvas, text, x, y, color=INK, size=0.45):
-    """Small text with its base line at (x, y)."""
-    cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, color, 1, cv2.LINE_AA)
-
-
-def plot(canvas, box, series, colors, low, high, length):
-    """Lines of the series in box (x, y, w, h), scaled to low..high: equally many points each, the
-    newest at the right; `length` of them fill the box.
-    """
-    x, y, w, h = box
-    for values, color in zip(series, colors):
-        v = (np.clip(values, low, high) - low) / max(1e-6, high - low)
-        across = x + w * (np.arange(len(v)) + length - len(v)) / (length - 1)
-        pts = np.stack([across, y + h - v * h], 1).round().astype(np.int32)
-        cv2.polylines(canvas, [pts], False, color, 1, cv2.LINE_AA)
-
-
-class Film:
-    """Frames of the video: the car, what the driver sees, the decoded dream of its plan, energies.
-
-    Every second step is kept; a window shows them live where there is a display (q quits).
+class LapView:
+    """What a lap looks like: the car, what the driver sees, its plan and what it imagines of it,
+    energies. Every second step goes to the window and, while it records, to the film.
     """
 
-    TRACE = 250  # plans that the energy strip shows
+    TRACE = 250  # plans that the energy curve shows
 
-    def __init__(self, decoder, window=None):
-        self.decoder, self.window = decoder, window
-        self.frames, self.trace, self.step = [], deque(maxlen=self.TRACE), 0
+    def __init__(self, window, film, name, decoder=None):
+        self.window, self.film, self.name, self.decoder = window, film, name, decoder
+
+    def reset(self, track_seed):
+        self.track, self.step, self.picture = track_seed, 0, None
+        self.trace, self.dreams, self.command = deque(maxlen=self.TRACE), [], ""
 
     def __call__(self, env, frame, driver, total):
+        """Sees a step; False where the user leaves the lap."""
         self.step += 1
+        if self.step % 2 or not (self.window.recording or self.window.visible):
+            return not self.window.quit
         if getattr(driver, "energies", None) is not None:
             e = driver.energies.float()
-            low, mid = float(e.min()), float(e.median())
-            self.trace.append((np.log10(low + 1e-6), np.log10(mid + 1e-6)))
-        if self.step % 2:
-            return True
-        self.frames.append(self.compose(env, frame, driver, total))
-        return self.window is None or self.window.show(self.frames[-1]) != "q"
+            self.trace.append((max(float(e.min()), 1e-6), max(float(e.median()), 1e-6)))
+        self.picture = self.compose(env, frame, driver, total)
+        if self.window.recording:
+            self.film.add(self.picture)
+        self.command = self.window.show(self.picture, self.step / FPS)
+        return not self.command
+
+    def finish(self, row):
+        """How it ended stands a while on the last picture."""
+        if self.picture is None:
+            return
+        end = ("lap finished" if row["lap_finished"] else
+               "time is up" if row["steps"] >= MAX_STEPS else "left the field")
+        banner(self.picture, end, f"return {row['return']:.1f}   {row['steps'] / FPS:.1f} s   "
+               f"{row['tiles_missed']} tiles missed")
+        if self.window.recording:
+            self.film.hold(self.picture, END_S)
+        self.command = self.window.show(self.picture, self.step / FPS + END_S)
 
     def compose(self, env, frame, driver, total):
         """One picture (H, W, 3) uint8."""
-        (w, h), unwrapped = VIEW, env.unwrapped
-        canvas = np.full((h + STRIP, w + SIDE, 3), PAPER, np.uint8)
-        canvas[:h, :w] = cv2.resize(unwrapped._render("rgb_array"), VIEW)
-        self.cells(canvas, frame, driver)
-        ms = driver.ms[-1] if driver.ms else 0.0
-        write(canvas, f"return {total:6.1f}   step {self.step:4}   "
-              f"speed {unwrapped.car.hull.linearVelocity.length:3.0f}   plan {ms:4.0f} ms", 12,
-              h + 20)
-        write(canvas, "energy of the futures (log): median", 12, h + 40, DIM, 0.4)
-        write(canvas, "lowest", 262, h + 40, WARM, 0.4)
+        canvas, (w, h) = blank(), VIEW
+        canvas[:h, :w] = picture(env, VIEW)
+        plans = hasattr(driver, "u")
+        if plans and self.step <= ZOOM_STEPS:
+            banner(canvas, "waiting for the zoom")
+        speed = env.unwrapped.car.hull.linearVelocity.length
+        text = (f"{self.name}   track {self.track}   step {self.step}   return {total:.1f}   "
+                f"speed {speed:.0f}")
+        text += f"   plan {driver.ms[-1]:.0f} ms" if driver.ms else ""
+        write(canvas, text, 12, h + 10)
+        self.draw_cells(canvas, frame, driver)
+        if plans and self.step > ZOOM_STEPS:
+            self.draw_plan(canvas, driver)
         if len(self.trace) > 1:
-            t = np.array(self.trace)
-            plot(canvas, (12, h + 48, w + SIDE - 24, STRIP - 58), t[:, ::-1].T, (DIM, WARM),
-                 t.min() - 0.05, t.max() + 0.05, self.TRACE)
+            x = write(canvas, "energy of the futures:", 12, LOW, DIM)
+            x = write(canvas, "median", x + 12, LOW, INK)
+            write(canvas, "lowest", x + 12, LOW, WARM)
+            box, t = (60, LOW + 24, w - 72, 118), np.array(self.trace)
+            low, high = log_axis(canvas, box, t)
+            plot(canvas, box, np.log10(t[:, ::-1]).T, (INK, WARM), low, high, self.TRACE)
         return canvas
 
-    @torch.inference_mode()
-    def cells(self, canvas, frame, driver):
+    def draw_plan(self, canvas, driver):
+        """Steering, gas and brake of the plan, from now to the horizon."""
+        x, w, u = VIEW[0] + 76, 236, driver.u.float().cpu().numpy()
+        seconds = len(u) * driver.encoder.repeat / FPS
+        write(canvas, "the plan", x, LOW, DIM)
+        write(canvas, f"{seconds:.2g} s", x + w, LOW, DIM, center=True)
+        for i, (up, down, color) in enumerate((("right", "left", INK), ("gas", "brake", WARM))):
+            y = LOW + 24 + 64 * i
+            canvas[y:y + 54, x:x + w] = GRID[0] // 2 + 8
+            cv2.line(canvas, (x, y + 27), (x + w, y + 27), (100, 100, 104), 1)
+            write(canvas, up, x - 62, y + 2, color)
+            write(canvas, down, x - 62, y + 38, color)
+            plot(canvas, (x, y + 2, w, 50), [u[:, i]], [color], -1, 1, len(u))
+
+    def draw_cells(self, canvas, frame, driver):
         """Four small pictures: the frame, and three of the chosen plan's dream, up to its end."""
-        pictures, names = [frame], ["the driver sees"]
+        plans = hasattr(driver, "u")
+        cells = [("the driver sees" if plans else "a frame of 64 x 64", frame)]
         if self.decoder is not None and getattr(driver, "energies", None) is not None:
-            z_hat = driver.dream()
-            H = len(z_hat)
-            picks = [H // 3 - 1, 2 * H // 3 - 1, H - 1]
-            out = self.decoder(z_hat[picks]).clamp(0, 1).mul(255).byte().cpu()
-            pictures += list(out.permute(0, 2, 3, 1).numpy())
-            names += [f"dreams +{(k + 1) * driver.encoder.repeat / FPS:.2f} s" for k in picks]
-        for i, (picture, name) in enumerate(zip(pictures, names)):
-            x, y = VIEW[0] + 10 + (CELL + 8) * (i % 2), 22 + (CELL + 28) * (i // 2)
-            canvas[y:y + CELL, x:x + CELL] = cv2.resize(picture, (CELL, CELL),
+            if self.step % 4 == 0 or not self.dreams:  # decoding takes as long as half a plan
+                self.dreams = self.decode(driver)
+            cells += self.dreams
+        for i, (name, small) in enumerate(cells):
+            x, y = VIEW[0] + 14 + (CELL + 12) * (i % 2), 50 + (CELL + 70) * (i // 2)
+            canvas[y:y + CELL, x:x + CELL] = cv2.resize(small, (CELL, CELL),
                                                         interpolation=cv2.INTER_NEAREST)
-            write(canvas, name, x, y - 6, INK if i == 0 else WARM, 0.4)
+            write(canvas, name, x, y - 22, INK if i == 0 else WARM)
 
-    def save(self, stem):
-        """Writes stem.mp4 at real time and a shorter stem.gif."""
-        save_mp4(stem.with_suffix(".mp4"), self.frames, VIDEO_FPS)
-        short = [cv2.resize(f, None, fx=0.6, fy=0.6, interpolation=cv2.INTER_AREA)
-                 for f in self.frames[::GIF_STRIDE][:GIF_FRAMES]]
-        save_gif(stem.with_suffix(".gif"), short, 2.5 * VIDEO_FPS / GIF_STRIDE)
+    @torch.inference_mode()
+    def decode(self, driver):
+        """[(name, picture (64, 64, 3) uint8)] of a third, two thirds and the end of the plan."""
+        z_hat = driver.dream()
+        picks = [max(0, len(z_hat) * k // 3 - 1) for k in (1, 2, 3)]
+        out = self.decoder(z_hat[picks]).clamp(0, 1).mul(255).byte().cpu()
+        names = [f"dreams {(k + 1) * driver.encoder.repeat / FPS:.2f} s" for k in picks]
+        return list(zip(names, out.permute(0, 2, 3, 1).numpy()))
 
-
-class Window:
-    """A window for frames, where there is a display; `show` returns the key pressed or ''."""
-
-    def __init__(self, title):
-        import pygame
-        self.pygame, self.title, self.screen = pygame, title, None
-        pygame.display.init()
-
-    @staticmethod
-    def open(title):
-        """A window, or None where there is no display."""
-        if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-                or sys.platform in ("darwin", "win32")):
-            return None
-        try:
-            return Window(title)
-        except Exception as e:  # pygame.error is not a subclass of anything narrower
-            print(f"no window ({e}); files only")
-            return None
-
-    def show(self, frame):
-        pg = self.pygame
-        if self.screen is None:
-            self.screen = pg.display.set_mode(frame.shape[1::-1])
-            pg.display.set_caption(self.title)
-        self.screen.blit(pg.image.frombuffer(frame.tobytes(), frame.shape[1::-1], "RGB"), (0, 0))
-        pg.display.flip()
-        return self.key()
-
-    def key(self):
-        """Name of the last key pressed since the last call, 'q' when the window was closed."""
-        found = ""
-        for event in self.pygame.event.get():
-            if event.type == self.pygame.QUIT:
-                found = "q"
-            elif event.type == self.pygame.KEYDOWN:
-                found = self.pygame.key.name(event.key)
-        return found
 
 # ------------------------------------------------------------------ main
 
-def run_policy(args, policy, film, stop):
-    """Drives all episodes with one policy, prints a line each -> its report (None: no episode)."""
-    env = make_env(args.env, **({"render_mode": "rgb_array"} if film else {}),
-                   **({"domain_randomize": True} if args.disturb == "colours" else {}))
-    disturbance = Disturbance(args.disturb)
-    tape = None
+def run_policy(args, policy, driver, view, window, stop, kept, save):
+    """Drives all episodes with one policy, prints a line each -> its report (None: no episode).
+
+    kept: {track_seed: row} of an earlier run; save(report) is called after each drive.
+    """
+    env = make_env(args.env, **({"domain_randomize": True} if args.disturb == "colours" else {}))
+    disturbance, tape, name = Disturbance(args.disturb), None, row_name(policy, args)
     if args.save_data and policy == args.policy:
         tape = Tape(args.root / OWN, policy, args.env)
-    if policy in ("random", "expert"):
-        driver = Blind(env, policy, args.pace, args.seed)
-    else:
-        driver, decoder = load_driver(args, args, policy)
-        if film:
-            film.decoder = decoder
-    print(f"{policy:>9}: {'track':>7} {'return':>7} {'steps':>5} {'tiles':>5} {'missed':>6} "
+    driver = driver or Blind(env, policy, args.pace, args.seed)
+    print(f"{name:>9}: {'track':>7} {'return':>7} {'steps':>5} {'tiles':>5} {'missed':>6} "
           f"{'lap':>4} {'plan ms p50':>11} {'p99':>6}")
-    rows, filming = [], film
-
-    def watch(*seen):
-        return (filming is None or filming(*seen)) and not stop
-
-    for seed in progress(range(args.track_seed, args.track_seed + args.episodes), desc=policy,
-                         unit="track", leave=False):
-        r = drive(env, driver, seed, watch, disturbance, tape)
-        if r is None:  # q or Ctrl-C: what is finished counts
-            stop.requested = True
+    rows, report = [], None
+    tracks = range(args.track_seed, args.track_seed + args.episodes)
+    for i, seed in enumerate(progress(tracks, desc=name, unit="track", leave=False)):
+        r = kept.get(seed)
+        if r is None:
+            watch = lambda *seen: not stop
+            if view:
+                view.reset(seed)
+                window.record(policy == args.policy and i < args.film)
+                watch = lambda *seen: view(*seen) and not stop
+            r = drive(env, driver, seed, watch, disturbance, tape)
+        if r is None and (stop or window.quit):
             break
+        if r is None:
+            tqdm.write(f"{'':10} {seed:7} left after {view.step} steps, not counted")
+            continue
         rows.append(r)
-        filming = None  # the first one is filmed
         tqdm.write(f"{'':10} {seed:7} {r['return']:7.1f} {r['steps']:5} {r['tiles']:5} "
                    f"{r['tiles_missed']:6} {'yes' if r['lap_finished'] else 'no':>4} "
                    f"{r['plan_ms_p50']:11.1f} {r['plan_ms_p99']:6.1f}")
+        report = summary(name, rows, args.env, driver.models)
+        if seed not in kept:
+            save(report)
+            if view:
+                view.finish(r)
+        if stop or window.quit:
+            break
     env.close()
-    return summary(policy, rows, args.env, driver.models) if rows else None
+    return report
 
 
 def compare(reports, env_name):
     """The table of several policies on the same tracks."""
-    first = reports[0]["episodes"]
-    lines = [f"{'driver':10} {'mean ± std':>15} {'median':>6} {'worst':>6} {'laps':>7} "
-             f"{'missed':>6} {'steps':>6} {'plan ms':>7}   tracks {first[0]['track_seed']} to "
-             f"{first[-1]['track_seed']}, {env_name} env"]
+    tracks = [e["track_seed"] for r in reports for e in r["episodes"]]
+    wide = max(10, *(len(r["policy"]) for r in reports))
+    lines = [f"{'driver':{wide}} {'mean ± std':>15} {'median':>6} {'worst':>6} {'laps':>7} "
+             f"{'missed':>6} {'steps':>6} {'plan ms':>7}   tracks {min(tracks)} to "
+             f"{max(tracks)}, {env_name} env"]
     for r in reports:
         of = lambda key: np.mean([e[key] for e in r["episodes"]])
         laps = f"{r['laps_finished']}/{len(r['episodes'])}"
-        lines.append(f"{r['policy']:10} {r['mean']:7.1f} ± {r['std']:5.1f} {r['median']:6.1f} "
+        lines.append(f"{r['policy']:{wide}} {r['mean']:7.1f} ± {r['std']:5.1f} {r['median']:6.1f} "
                      f"{r['worst']:6.1f} {laps:>7} {of('tiles_missed'):6.1f} {of('steps'):6.0f} "
                      f"{of('plan_ms_p50'):7.1f}")
     lines += sorted({f"weights of {r['models']}" for r in reports if r["models"]})
     return "\n".join(lines)
 
 
+def drive_all(args, policies, film, window, stop):
+    """Drives every policy on every track -> {name: report} of those that ended an episode."""
+    loaded = {p: load_driver(args, args, p) for p in policies if p not in ("random", "expert")}
+    kept = Report(args.json, args, {p: driver for p, (driver, _) in loaded.items()})
+    reports = {}
+    for policy in policies:
+        name = row_name(policy, args)
+        driver, decoder = loaded.get(policy, (None, None))
+        view = film and LapView(window, film, name, decoder)
+        save = lambda report: kept.save(reports | {name: report})
+        report = run_policy(args, policy, driver, view, window, stop, kept.rows.get(name, {}), save)
+        reports |= {name: report} if report else {}
+        if stop or window.quit:
+            break
+    done = sum(len(r["episodes"]) for r in reports.values()) == len(policies) * args.episodes
+    if reports:
+        kept.save(reports, finished=done)
+    return reports
+
+
 def main():
     args = arguments()
-    if not args.save_data and {args.policy, *args.compare} - {"random", "expert"}:
+    policies = [p for p in POLICIES if p == args.policy or p in args.compare]
+    if not args.save_data and {*policies} - {"random", "expert"}:
         some_root(args.root)
-    visuals, stop = writable(args.root / "visuals"), Stop()
-    if args.json:
-        writable(args.json.parent)
-    film = None if args.no_video else Film(None, Window.open("TinyJEPA drives"))
-    reports = {}
-    for policy in POLICIES:
-        if (policy == args.policy or policy in args.compare) and not stop:
-            filmed = film if policy == args.policy else None
-            reports[policy] = run_policy(args, policy, filmed, stop)
-    reports = {p: r for p, r in reports.items() if r}
-    if not reports:
-        print("stopped before the first drive ended; nothing is kept")
-        return 130
-    print(compare(list(reports.values()), args.env))
-    if args.json and args.policy in reports:
-        body = reports[args.policy] | {"rows": reports}
-        replace_atomically(args.json, lambda f: f.write(json.dumps(body, indent=1).encode()))
-    if film is not None and film.frames:
-        name = "drive_mpc" if args.policy == "mpc" else f"drive_{args.policy}"
-        film.save(visuals / name)
-        print(f"{visuals / name}.mp4, .gif")
+    stop, film, window = Stop(), None, NoWindow()
+    stem = args.root / "visuals" / ("drive_mpc" if args.policy == "mpc" else f"drive_{args.policy}")
+    if not args.no_video:
+        writable(stem.parent)
+        film = VideoRecorder(VIDEO_FPS)
+        window = window if args.headless else open_window("TinyJEPA drives")
+    reports = window.run(lambda: drive_all(args, policies, film, window, stop))
+    left = stop or window.quit
+    if reports:
+        print(compare(list(reports.values()), args.env))
+    else:
+        print("no drive ended; there are no scores")
+    if film and (files := film.save(stem)):
+        print(", ".join(map(str, files)) + ": the drives so far" * bool(left))
     return 130 if stop else 0
 
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from car_env import OBS_SIZE, SCENE_H
 from support.cli import Parser, Refusal, command, fail, optional, run
-from support.files import git_commit, replace_atomically, versions, writable
+from support.files import git_commit, output_file, replace_atomically, versions
 from support.training import RANK, RANKS
 from vicreg import gather
 
@@ -883,18 +883,20 @@ def export_safetensors(path, out):
     about = {name: json.dumps({k: entry[k] for k in ("class", "args")})
              for name, entry in nets.items()}
     body = optional("safetensors.torch", "safetensors").save(weights, about)
-    replace_atomically(writable(out.parent) / out.name, lambda f: f.write(body))
+    replace_atomically(out, lambda f: f.write(body))
     print(f"{out}: {len(weights)} tensors of {', '.join(nets)}")
 
 
 def main():
     p = Parser(description="what a checkpoint holds")
     p.add_argument("files", nargs="+", type=Path, help="checkpoints to describe")
-    p.add_argument("--safetensors", type=Path, metavar="OUT",
+    p.add_argument("--safetensors", type=output_file, metavar="OUT",
                    help="write the weights of the one file to OUT instead")
     args = p.parse_args()
     if args.safetensors and len(args.files) > 1:
         p.error("--safetensors takes one file at a time")
+    if args.safetensors and args.safetensors.exists() and args.safetensors.samefile(args.files[0]):
+        p.error(f"--safetensors {args.safetensors}: is the checkpoint itself; choose another name")
     for path in args.files:
         if args.safetensors:
             export_safetensors(path, args.safetensors)

@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
 import time
 
-import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -34,10 +33,12 @@ from support.pictures import ornament, pyplot, save_figure, save_gif
 from support.progress import progress
 from support.training import (DTYPES, RANK, RANKS, RunLog, autocast, in_turn, name_of, only_run,
                               same_start, set_up, stopped_anywhere)
+from support.window import GRID, INK, PAPER, write
 
 SHOWN = (0, 1, 5, 10, 15)  # steps of a dream that the picture shows
 SWAPPED = "another episode's actions"
-GIF_SCALE = 4  # screen pixels a pixel
+GIF_SCALE = 3  # screen pixels a pixel
+GIF_GAP = 8  # screen pixels between two windows
 GIF_FPS = 8
 
 
@@ -201,25 +202,28 @@ def draw_dream(real, dreamt, names, path, seconds):
     save_figure(fig, path)
 
 
-def animate_dream(real, dreamt, names, path):
-    """The GIF: real above dreamt, all windows side by side under the names of their folders, a bar
-    counts the steps."""
+def animate_dream(real, dreamt, names, path, seconds):
+    """The GIF: real above dreamt, all windows side by side under the names of their folders; a bar
+    counts the steps, so many `seconds` each."""
+    n, steps, side = len(real), real.shape[1], 64 * GIF_SCALE
+    left, pitch, head, bar = 76, side + GIF_GAP, 30, 30  # px
     frames = []
-    for t in range(real.shape[1]):
-        rows = [np.concatenate(list(x[:, t]), axis=1) for x in (real, dreamt)]
-        picture = np.concatenate(rows, axis=0).repeat(GIF_SCALE, 0).repeat(GIF_SCALE, 1)
-        bar = np.full((8, picture.shape[1], 3), 40, np.uint8)
-        bar[:, :int(picture.shape[1] * t / (real.shape[1] - 1))] = 230
-        for i, word in enumerate(("real", "dreamt")):
-            cv2.putText(picture, word, (6, 64 * GIF_SCALE * i + 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5,
-                        (255, 255, 255), 1, cv2.LINE_AA)
-        head = np.full((28, picture.shape[1], 3), 40, np.uint8)
+    for t in range(steps):
+        canvas = np.full((head + bar + 2 * side, left + n * pitch, 3), PAPER, np.uint8)
+        for row, word, pictures in ((head, "real", real), (head + side + bar, "dreamt", dreamt)):
+            write(canvas, word, 8, row + side // 2 - 8)
+            for i in range(n):
+                x = left + i * pitch
+                canvas[row:row + side, x:x + side] = pictures[i, t].repeat(
+                    GIF_SCALE, 0).repeat(GIF_SCALE, 1)
         for i, name in enumerate(names):
-            cv2.putText(head, name, (6 + i * picture.shape[1] // len(names), 19),
-                        cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255), 1, cv2.LINE_AA)
-        frames.append(np.concatenate([head, picture[:64 * GIF_SCALE], bar,
-                                      picture[64 * GIF_SCALE:]]))
-    save_gif(path, [frames[0]] * 4 + frames + [frames[-1]] * 4, GIF_FPS)
+            write(canvas, name, left + i * n // len(names) * pitch, 8)
+        y, width, done = head + side, n * pitch - GIF_GAP, t / max(1, steps - 1)
+        write(canvas, f"{t * seconds:.2f} s", 8, y + 7)
+        canvas[y + 11:y + 19, left:left + width] = GRID
+        canvas[y + 11:y + 19, left:left + round(width * done)] = INK
+        frames.append(canvas)
+    save_gif(path, [frames[0]] * 4 + frames, GIF_FPS, last_s=0.7)
 
 
 # ------------------------------------------------------------------ main
@@ -265,7 +269,8 @@ def main():
                 draw_dream(real[::2], dreamt[::2], list(sources), sheet(),
                            encoder.repeat / FPS)  # one window of the two of each source
             with ornament(visuals / "output_dream.gif"):
-                animate_dream(real, dreamt, list(sources), visuals / "output_dream.gif")
+                animate_dream(real, dreamt, list(sources), visuals / "output_dream.gif",
+                              encoder.repeat / FPS)
 
     def write():
         save(newest(), nets, **state(), epochs=max(args.epochs, step // per_epoch),

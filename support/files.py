@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and where code and results come from. Needs no torch."""
 
+import argparse
 import atexit
 import errno
 import os
@@ -30,6 +31,24 @@ def writable(folder):
         fail(f"{folder}: cannot write there ({e.strerror}); choose another folder or mend its "
              "permissions")
     return folder
+
+
+def output_file(text):
+    """argparse type: the Path of a file to be written, in a folder that is made where it lacks;
+    refuses a folder, and a place where nothing can be written, before any work."""
+    path = Path(text)
+    try:
+        if path.is_dir() or text.endswith(("/", os.sep)):
+            fail(f"{text}: expected the name of a file, found a folder's")
+        path.exists()  # a name that is too long raises here
+        if not path.exists() or path.is_file():
+            writable(path.parent)
+        elif not os.access(path, os.W_OK):
+            fail(f"{text}: cannot be written to; mend its permissions")
+    except (OSError, ValueError) as e:
+        raise argparse.ArgumentTypeError(f"{text}: {e.strerror}" if isinstance(e, OSError)
+                                         else str(e))
+    return path
 
 
 def replace_atomically(path, write, patient=True):

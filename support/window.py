@@ -1,0 +1,341 @@
+"""A window for pictures that a script makes, with the same keys everywhere, and how to draw on them.
+
+The script's work runs in a thread beside the window, so that keys answer while it plans or loads.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections import deque
+from functools import lru_cache
+
+import cv2
+import numpy as np
+import pygame
+
+from support.cli import Stop
+
+VIEW, SIDE, LOWER = (600, 480), 360, 200  # px: the car, the column beside it, what is below both
+INK, DIM, PAPER, WARM = (235, 235, 235), (150, 150, 150), (24, 24, 28), (255, 170, 60)
+GRID = (62, 62, 68)
+TEXT = 22  # px, the height of a line: readable in a GIF of two thirds the size
+BAR, BAR_TEXT = 26, 20  # px, the line of keys below the picture, and its text
+SLACK = 0.2  # s that a picture may be late before the clock waits for it
+END_S = 2.0  # how long the last picture of a lap stands
+DRIVERS = ("x11", "wayland", "cocoa", "windows")  # of SDL, that show a window on a desktop
+KEYS = {"space": "pause", "s or right": "one step", "r": "next track", "v": "record on or off",
+        "f": "full screen", "h": "help", "q or Esc": "quit"}
+KEYS_BAR = "space pause   s step   r next track   v record   f full screen   h help   q quit"
+KEYS_LINE = "keys of the window: " + ", ".join(f"{key} ({what})" for key, what in KEYS.items())
+
+
+# ------------------------------------------------------------------ drawing
+
+@lru_cache(maxsize=1024)
+def letters(text, size):
+    """(h, w, 1) float32 in 0..1: how much the text covers of each pixel."""
+    pygame.font.init()
+    surface = pygame.font.Font(None, size).render(text, True, (255, 255, 255))
+    return pygame.surfarray.array_alpha(surface).T[..., None].astype(np.float32) / 255
+
+
+def write(canvas, text, x, y, color=INK, size=TEXT, center=False):
+    """Text with its upper left corner at (x, y), or its upper middle; cut at the canvas's edges.
+    Returns the x of its right end."""
+    cover = letters(text, size)
+    x = max(0, x - cover.shape[1] // 2) if center else x
+    spot = canvas[y:y + cover.shape[0], x:x + cover.shape[1]]
+    cover = cover[:spot.shape[0], :spot.shape[1]]
+    spot[:] = spot + (np.array(color, np.float32) - spot) * cover
+    return x + cover.shape[1]
+
+
+EMPTY = np.full((VIEW[1] + LOWER, VIEW[0] + SIDE, 3), PAPER, np.uint8)
+
+
+def blank():
+    """An empty picture (H, W, 3) uint8, of even height and width as films want it."""
+    return EMPTY.copy()  # 7 ms less than filling it
+
+
+def plot(canvas, box, series, colors, low, high, length):
+    """Lines of the series in box (x, y, w, h), scaled to low..high: equally many points each, the
+    newest at the right; `length` of them fill the box.
+    """
+    x, y, w, h = box
+    for values, color in zip(series, colors):
+        v = (np.clip(values, low, high) - low) / max(1e-6, high - low)
+        across = x + w * (np.arange(len(v)) + length - len(v)) / max(1, length - 1)
+        pts = np.stack([across, y + h - v * h], 1).round().astype(np.int32)
+        cv2.polylines(canvas, [pts], False, color, 2, cv2.LINE_AA)
+
+
+def log_axis(canvas, box, values):
+    """Lines and numbers of a logarithmic axis around positive values (n, k), left of and in box
+    (x, y, w, h) -> (low, high), the ends of the axis as log10."""
+    x, y, w, h = box
+    low, high = np.log10(values.min()), np.log10(values.max())
+    steps = (1, 2, 5) if high - low < 1.5 else (1,)
+    ticks = np.log10([m * 10.0**k for k in range(int(low) - 2, int(high) + 3) for m in steps])
+    ticks = ticks[max(0, np.searchsorted(ticks, low + 1e-9, "right") - 1):
+                  np.searchsorted(ticks, high - 1e-9) + 1]
+    low, high = ticks[0], ticks[-1]
+    for tick in ticks[::max(1, (len(ticks) + 3) // 5)]:
+        at = int(y + h - (tick - low) / (high - low) * h)
+        cv2.line(canvas, (x, at), (x + w, at), GRID, 1)
+        text = f"{10.0**tick:g}"
+        write(canvas, text, x - 6 - letters(text, TEXT).shape[1], at - 7, DIM)
+    return low, high
+
+
+def banner(canvas, *lines):
+    """A dark band with lines of text in the middle of the car's view."""
+    (w, h), height = VIEW, 34 * len(lines) + 18
+    top = (h - height) // 2
+    band = canvas[top:top + height, :w]
+    band[:] = band // 4
+    for i, line in enumerate(lines):
+        write(canvas, line, w // 2, top + 12 + 34 * i, INK, 36 if i == 0 else 28, center=True)
+
+
+def icon():
+    """A surface (32, 32): a bend of a road, and a car on it."""
+    surface = pygame.Surface((32, 32))
+    surface.fill((102, 204, 102))
+    pygame.draw.circle(surface, (105, 105, 105), (30, 30), 24, 12)
+    pygame.draw.rect(surface, (204, 0, 0), (8, 15, 8, 12))
+    return surface
+
+
+# ------------------------------------------------------------------ windows
+
+class NoWindow:
+    """Where nothing is shown, nobody waits: a window's methods without a window."""
+
+    visible = quit = False  # whether there is a window; whether the user left
+    recording = True  # whether pictures belong to the film
+
+    def run(self, work):
+        """work() -> its result."""
+        return work()
+
+    def show(self, picture, seconds):
+        """Shows the picture (H, W, 3) uint8 of a lap's so-manieth second -> "", "next" or "quit"."""
+        return ""
+
+    def record(self, on):
+        """Sets whether pictures belong to the film, where the user has not."""
+        self.recording = on
+
+
+class Window(NoWindow):
+    """A resizable window that keeps real time where the machine can; see KEYS.
+
+    `run` belongs to the main thread, as SDL wants it; the work in it calls `show`.
+    """
+
+    visible = True
+
+    def __init__(self, title):
+        """Raises pygame.error where there is no display."""
+        pygame.display.init()
+        pygame.display.set_caption(title)
+        pygame.display.set_icon(icon())
+        pygame.key.set_repeat(300, 60)  # ms
+        self.changed = threading.Condition()  # a picture came, or a key
+        self.screen = self.picture = self.size = None
+        self.open, self.dirty, self.full, self.help = True, False, False, False
+        self.paused, self.steps, self.next, self.chosen = False, 0, False, False
+        self.held = set()  # keys that are down
+        self.began, self.last, self.shown = None, 0.0, deque(maxlen=25)  # the clock of a lap
+
+    def run(self, work):
+        """work() in a thread, while the window lives -> its result."""
+        done = {}
+
+        def body():
+            try:
+                done["result"] = work()
+            except BaseException as e:  # raised again below
+                done["error"] = e
+
+        thread = threading.Thread(target=body, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            if self.open:
+                try:
+                    self._events()
+                    self._draw()
+                except pygame.error as e:  # the display went away
+                    print(f"the window is lost ({e}); goes on without it")
+                    self.close()
+            with self.changed:
+                self.changed.wait(1 / 60)
+        self.close()
+        if "error" in done:
+            raise done["error"]
+        return done["result"]
+
+    def show(self, picture, seconds):
+        with self.changed:
+            self.picture, self.dirty = picture, True
+            self.changed.notify_all()
+            if seconds < self.last:  # another lap
+                self._restart()
+            self.last = seconds
+            while self.open and not (self.next or Stop.requested):
+                now = time.monotonic()
+                if self.paused:
+                    self._restart()
+                    if self.steps:
+                        self.steps -= 1
+                        break
+                    self.changed.wait(0.1)
+                    continue
+                if self.began is None:
+                    self.began = now - seconds
+                early = self.began + seconds - now
+                if early <= 0:
+                    self.began = now - seconds if early < -SLACK else self.began
+                    self.shown.append((now, seconds))
+                    break
+                self.changed.wait(early)
+            command = "quit" if self.quit else "next" if self.next else ""
+            self.next = False
+            return command
+
+    def record(self, on):
+        if not self.chosen:
+            self.recording = on
+
+    def close(self):
+        with self.changed:
+            self.open = self.visible = False
+            self.changed.notify_all()
+        pygame.display.quit()
+
+    def _restart(self):
+        self.began = None
+        self.shown.clear()
+
+    def pace(self):
+        """Seconds of the lap in one second, over the last pictures; 1.0 is real time."""
+        if len(self.shown) < 5:
+            return None
+        (t0, s0), (t1, s1) = self.shown[0], self.shown[-1]
+        return (s1 - s0) / max(1e-6, t1 - t0)
+
+    # -------------------------------------------------------------- main thread
+
+    def _events(self):
+        for event in pygame.event.get():
+            with self.changed:
+                self.dirty = True
+                if event.type == pygame.KEYDOWN:
+                    self._key(event)
+                elif event.type == pygame.KEYUP:
+                    self.held.discard(event.key)
+                elif event.type == pygame.QUIT:
+                    self.quit = True
+                self.changed.notify_all()
+            if self.quit:
+                return self.close()
+
+    def _key(self, event):
+        key, again = event.key, event.key in self.held
+        self.held.add(event.key)
+        if 127 < key < 1 << 30:  # another alphabet: the letter that a Latin keyboard has there
+            key = ord("a") + event.scancode - pygame.KSCAN_A
+        if key in (pygame.K_s, pygame.K_RIGHT):
+            self.paused = True
+            self.steps = max(self.steps, 1) if again else self.steps + 1
+        elif again:
+            return
+        elif key == pygame.K_SPACE:
+            self.paused, self.steps = not self.paused, 0
+        elif key == pygame.K_r:
+            self.next = True
+        elif key == pygame.K_v:
+            self.recording, self.chosen = not self.recording, True
+        elif key == pygame.K_h:
+            self.help = not self.help
+        elif key == pygame.K_f:
+            self.size = self.size if self.full else self.screen and self.screen.get_size()
+            self.full = not self.full
+            self._open()
+        elif key in (pygame.K_q, pygame.K_ESCAPE):
+            self.quit = True
+
+    def _open(self):
+        if self.picture is None:
+            return  # nothing to show yet
+        if self.size is None:  # of the picture, or what fits on the screen
+            height, width = self.picture.shape[:2]
+            room = [0.9 * side for side in (pygame.display.get_desktop_sizes() or [(1e5, 1e5)])[0]]
+            scale = min(1, room[0] / width, room[1] / (height + BAR))
+            self.size = round(scale * width), round(scale * height) + BAR
+        if self.full:
+            self.screen = pygame.display.set_mode((0, 0), pygame.FULLSCREEN)
+        else:
+            self.screen = pygame.display.set_mode(self.size, pygame.RESIZABLE)
+
+    def _draw(self):
+        if not self.open or not self.dirty or self.picture is None:
+            return
+        self.dirty = False
+        if self.screen is None:
+            self._open()
+        self.screen = pygame.display.get_surface()  # of the size that the user gave it
+        (w, h), picture = self.screen.get_size(), self.picture
+        scale = max(min(w / picture.shape[1], (h - BAR) / picture.shape[0]), 0.05)
+        size = [max(1, round(scale * side)) for side in picture.shape[1::-1]]
+        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1
+                             else cv2.INTER_LINEAR) if scale != 1 else picture
+        if self.help:
+            picture = self._help(picture)
+        bar = np.full((BAR, w, 3), (44, 44, 50), np.uint8)
+        state = "paused" if self.paused else ""
+        if not self.paused and (pace := self.pace()):
+            state = f"{pace:.2f} x real time" if abs(pace - 1) > 0.05 else "real time"
+        state = "recording   " * self.recording + state
+        width = letters(state, BAR_TEXT).shape[1] if state else 0
+        roomy = letters(KEYS_BAR, BAR_TEXT).shape[1] + width + 24 <= w
+        write(bar, KEYS_BAR if roomy else "h help   q quit", 8, 6, DIM, BAR_TEXT)
+        if state:
+            write(bar, state, max(0, w - width - 8), 6, WARM if self.recording else INK, BAR_TEXT)
+        self.screen.fill(PAPER)
+        self._blit(picture, ((w - size[0]) // 2, max(0, (h - BAR - size[1]) // 2)))
+        self._blit(bar, (0, h - BAR))
+        pygame.display.flip()
+
+    def _blit(self, picture, at):
+        picture = np.ascontiguousarray(picture)
+        self.screen.blit(pygame.image.frombuffer(picture, picture.shape[1::-1], "RGB"), at)
+
+    @staticmethod
+    def _help(picture):
+        picture = picture // 4
+        for i, (key, what) in enumerate(KEYS.items()):
+            write(picture, key, 60, 50 + 40 * i, WARM, 32)
+            write(picture, what, 240, 50 + 40 * i, INK, 32)
+        return picture
+
+
+def open_window(title):
+    """A Window, or where there is no display a NoWindow; says why."""
+    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+            or sys.platform in ("darwin", "win32")):
+        print("no window (no display: README, \"Windows\"); files only")
+        return NoWindow()
+    try:
+        window = Window(title)
+    except pygame.error as e:
+        print(f"no window ({e}); files only")
+        return NoWindow()
+    driver = pygame.display.get_driver()
+    if driver not in DRIVERS:
+        window.close()
+        print(f"no window (SDL finds no desktop, only its driver \"{driver}\"); files only")
+        return NoWindow()
+    return window
