@@ -79,7 +79,7 @@ def log_axis(canvas, box, values):
     steps = (1, 2, 5) if high - low < 1.5 else (1,)
     ticks = np.log10([m * 10.0**k for k in range(int(low) - 2, int(high) + 3) for m in steps])
     ticks = ticks[max(0, np.searchsorted(ticks, low + 1e-9, "right") - 1):
-                  np.searchsorted(ticks, high - 1e-9) + 1]
+                  np.searchsorted(ticks, max(high, low + 1e-6) - 1e-9) + 1]
     low, high = ticks[0], ticks[-1]
     for tick in ticks[::max(1, (len(ticks) + 3) // 5)]:
         at = int(y + h - (tick - low) / (high - low) * h)
