@@ -31,7 +31,7 @@ from support.files import writable
 from support.pictures import VideoRecorder, ornament, pyplot, save_figure
 from support.progress import progress
 from support.training import autocast, set_up
-from support.window import (DIM, END_S, INK, KEYS_LINE, VIEW, WARM, NoWindow, banner, blank,
+from support.window import (DIM, END_S, INK, KEYS_TEXT, VIEW, WARM, NoWindow, banner, blank,
                             log_axis, open_window, plot, write)
 
 FUTURES = {"true": (90, 200, 120), "teleported": WARM, "random": (240, 90, 90)}  # name: colour
@@ -43,7 +43,7 @@ TRACE = 150  # judged futures that the graph shows
 
 def arguments():
     p = parser(__doc__, models=True)
-    p.epilog = KEYS_LINE
+    p.epilog = KEYS_TEXT
     g = p.add_argument_group("task")
     g.add_argument("--track_seed", type=track_number, default=100_000,
                    help="of the drive; key r goes on to the next one")

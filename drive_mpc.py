@@ -35,11 +35,11 @@ from networks import (DISCOUNT, Predictor, fingerprint, judged, latest, load_fro
                       models_of, need_nets, some_root, stack, unit_act)
 from support.cli import (Number, Stop, command, fail, fraction, parser, positive, run,
                          track_number)
-from support.files import git_commit, output_file, replace_atomically, versions, writable
+from support.files import git_commit, is_stream, output_file, replace_atomically, versions, writable
 from support.pictures import VideoRecorder
 from support.progress import progress
 from support.training import autocast, set_up
-from support.window import (DIM, END_S, GRID, INK, KEYS_LINE, VIEW, WARM, NoWindow, banner, blank,
+from support.window import (DIM, END_S, GRID, INK, KEYS_TEXT, VIEW, WARM, NoWindow, banner, blank,
                             log_axis, open_window, plot, write)
 from train_predictor import load_decoder
 
@@ -61,7 +61,7 @@ REPORT_KEYS = {"env_id", "policy", "versions", "episodes"}, {"settings", "finish
 
 def arguments():
     p = parser(__doc__, models=True)
-    p.epilog = KEYS_LINE
+    p.epilog = KEYS_TEXT
     g = p.add_argument_group("task")
     g.add_argument("--episodes", type=Number(int, 1, 100_000), default=3,
                    help="tracks, one episode each")
@@ -456,6 +456,7 @@ class Report:
         self.path, self.args, self.rows = path, args, {}
         if path is None:
             return
+        self.stream = is_stream(path)
         settings = {k: v for k, v in vars(args).items() if k not in OUTPUT_FLAGS}
         settings |= {"commit": git_commit(), "nets": {
             policy: {k: fingerprint(net) for k, net in driver.nets.items()}
@@ -477,8 +478,8 @@ class Report:
 
     def _read(self):
         """The report that is there, or {}."""
-        if not self.path.is_file() or not self.path.stat().st_size:
-            return {}  # none, an empty one, or a device
+        if self.stream or not self.path.exists() or not self.path.stat().st_size:
+            return {}
         try:
             known = json.loads(self.path.read_bytes())
         except ValueError:
@@ -488,13 +489,21 @@ class Report:
                  "another name")
         return known
 
-    def save(self, reports, finished=False):
-        """Writes {name: summary}; into a device or a pipe only once, at the end."""
-        if self.path is None or self.path.exists() and not self.path.is_file() and not finished:
+    def save(self, reports, last=False, finished=False):
+        """Writes {name: summary}; into a stream only the last one. Where that fails after a drive
+        it says so, for the drives are not lost yet."""
+        if self.path is None or self.stream and not last:
             return
         body = reports.get(row_name(self.args.policy, self.args), {}) | {
             "settings": self.settings, "finished": finished, "rows": reports}
-        replace_atomically(self.path, lambda f: f.write(json.dumps(body, indent=1).encode()))
+        text = json.dumps(body, indent=1) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_atomically(self.path, lambda f: f.write(text.encode()))
+        except OSError as e:
+            if last:
+                raise
+            tqdm.write(f"{self.path}: not written ({e.strerror}); tries again after the next drive")
 
 
 # ------------------------------------------------------------------ pictures
@@ -668,7 +677,8 @@ def compare(reports, env_name):
 
 
 def drive_all(args, policies, film, window, stop):
-    """Drives every policy on every track -> {name: report} of those that ended an episode."""
+    """Drives every policy on every track -> ({name: report} of those that ended an episode, Report).
+    """
     loaded = {p: load_driver(args, args, p) for p in policies if p not in ("random", "expert")}
     kept = Report(args.json, args, {p: driver for p, (driver, _) in loaded.items()})
     reports = {}
@@ -681,10 +691,7 @@ def drive_all(args, policies, film, window, stop):
         reports |= {name: report} if report else {}
         if stop or window.quit:
             break
-    done = sum(len(r["episodes"]) for r in reports.values()) == len(policies) * args.episodes
-    if reports:
-        kept.save(reports, finished=done)
-    return reports
+    return reports, kept
 
 
 def main():
@@ -698,14 +705,16 @@ def main():
         writable(stem.parent)
         film = VideoRecorder(VIDEO_FPS)
         window = window if args.headless else open_window("TinyJEPA drives")
-    reports = window.run(lambda: drive_all(args, policies, film, window, stop))
-    left = stop or window.quit
-    if reports:
-        print(compare(list(reports.values()), args.env))
-    else:
-        print("no drive ended; there are no scores")
-    if film and (files := film.save(stem)):
-        print(", ".join(map(str, files)) + ": the drives so far" * bool(left))
+    reports, kept = window.run(lambda: drive_all(args, policies, film, window, stop))
+    drives = sum(len(r["episodes"]) for r in reports.values())
+    print(compare(list(reports.values()), args.env) if reports else "no drive ended: no scores")
+    try:
+        if reports:
+            kept.save(reports, last=True, finished=drives == len(policies) * args.episodes)
+    finally:
+        if film and (files := film.save(stem)):
+            left = bool(stop or window.quit)
+            print(", ".join(map(str, files)) + ": the film ends where the drive was left" * left)
     return 130 if stop else 0
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -51,18 +52,34 @@ def output_file(text):
     return path
 
 
+def own_output(path):
+    """1 or 2 where `path` is what our own stdout or stderr writes to, a file too; or None."""
+    with suppress(OSError):  # nothing there
+        found = os.stat(path)
+        return next((fd for fd in (1, 2) if os.path.samestat(os.fstat(fd), found)), None)
+
+
+def is_stream(path):
+    """Whether `path` is written to as it is: a device, a pipe or our own output."""
+    path = Path(path)
+    return own_output(path) is not None or (path.exists() and not path.is_file()
+                                            and not path.is_dir())
+
+
 def replace_atomically(path, write, patient=True):
     """The file appears whole or not at all: `write(f)` fills a temporary dot-name in the same
     folder, which is flushed, fsync'd and renamed to `path`; then the folder is fsync'd. Where the
     disk is full it says so and tries again until there is room, or a stop is requested.
 
-    A link is followed; a device or a pipe, such as /dev/stdout, is written to as it is.
+    A link is followed; a device, a pipe or our own output, /dev/stdout, is written to as it is.
     """
-    path, said = Path(os.path.realpath(path)), False
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with open(path, "wb") as f:
+    if is_stream(path):
+        sys.stdout.flush()
+        fd = own_output(path)
+        with open(path if fd is None else os.dup(fd), "wb") as f:
             write(f)
         return
+    path, said = Path(os.path.realpath(path)), False
     name = path.name if len(os.fsencode(path.name)) < NAME_BYTES else path.name[-40:]
     tmp = path.with_name(f".{name}.{os.getpid()}.tmp")
     while True:

@@ -5,6 +5,7 @@ The script's work runs in a thread beside the window, so that keys answer while 
 
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections import deque
@@ -27,7 +28,8 @@ DRIVERS = ("x11", "wayland", "cocoa", "windows")  # of SDL, that show a window o
 KEYS = {"space": "pause", "s or right": "one step", "r": "next track", "v": "record on or off",
         "f": "full screen", "h": "help", "q or Esc": "quit"}
 KEYS_BAR = "space pause   s step   r next track   v record   f full screen   h help   q quit"
-KEYS_LINE = "keys of the window: " + ", ".join(f"{key} ({what})" for key, what in KEYS.items())
+KEYS_TEXT = textwrap.fill(
+    "keys of the window: " + ", ".join(f"{key} ({what})" for key, what in KEYS.items()), 98)
 
 
 # ------------------------------------------------------------------ drawing

@@ -283,7 +283,7 @@ def test_help_lists_the_keys(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", "--help"])
         with pytest.raises(SystemExit):
             module.arguments()
-        said = capsys.readouterr().out
+        said = " ".join(capsys.readouterr().out.split())
         assert all(f"{key} ({what})" in said for key, what in KEYS.items())
     readme = " ".join((REPO / "README.md").read_text().split())
     assert all(what in readme for what in KEYS.values())
@@ -361,7 +361,7 @@ def test_keys_in_a_real_window(tmp_path, name):
     with av.open(str(tmp_path / "visuals" / f"{stem}.mp4")) as found:
         assert sum(1 for _ in found.decode(video=0)) > 25
     if name == "drive_mpc.py":
-        assert "100000 left after" in out and "no drive ended" in out
+        assert "100000 left after" in out and "no drive ended" in out and "where the drive was left" in out
 
 
 # ------------------------------------------------------------------ scores
@@ -439,7 +439,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path, ca
                       (tmp_path / ("x" * 300), "File name too long"), ("/proc/s.json", "/proc")):
         assert why in refused(capsys, drive_mpc_args, "--json", str(path))
     assert drive_mpc_args("--json", str(tmp_path / "made" / "s.json")).json.parent.is_dir()
-    assert drive_mpc_args("--json", "/dev/stdout").json == Path("/dev/stdout")
+    assert drive_mpc_args("--json", "/dev/null").json == Path("/dev/null")
     for text in ("mine", "[1]", '{"a": 1}'):
         (tmp_path / "file").write_text(text)
         args = drive_mpc_args("--json", str(tmp_path / "file"))
@@ -483,6 +483,20 @@ def test_a_calm_expert_says_so_in_its_row(tmp_path):
     args = drive_mpc_args()
     assert args.pace == 1 and drive_mpc.row_name("expert", args) == "expert"
     assert drive_mpc.row_name("random", drive_mpc_args("--pace", "0.9")) == "random"
+
+
+@pytest.mark.parametrize("into", ["a pipe", "a file"])
+def test_scores_go_to_stdout_whatever_it_is(tmp_path, into):
+    with open(tmp_path / "out", "w") as file:
+        done = subprocess.run(
+            [sys.executable, REPO / "drive_mpc.py", *QUICK, "--no_video", "--policy", "random",
+             "--episodes", "1", "--json", "/dev/stdout", "--root", tmp_path], text=True, cwd=REPO,
+            stdout=subprocess.PIPE if into == "a pipe" else file, timeout=PATIENCE)
+    said = done.stdout if into == "a pipe" else (tmp_path / "out").read_text()
+    assert done.returncode == 0
+    report, end = json.JSONDecoder().raw_decode(said[said.index("{"):])
+    assert report["finished"] and len(report["episodes"]) == 1
+    assert "driver" in said and "100000" in said  # and all else that was printed
 
 
 @pytest.mark.slow
