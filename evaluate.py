@@ -645,18 +645,24 @@ def dreams(subject, train, spots, args):
     return out, error
 
 
-def draw_dreams(subject, spots, error, path):
-    """The sheet: of each source the window with the sharpest bend among moving ones (where it has
-    some) whose error at the last step shown is about the median, in the middle fifth."""
-    H, rows, moving = max(AHEAD), [], spots.state("speed") > MOVING
+def telling_rows(spots, error, H):
+    """Of each source the window with the sharpest bend among moving ones (where it has some) whose
+    `error` (n,) after H latents is about the median, in the middle fifth."""
+    rows, moving = [], spots.state("speed") > MOVING
     bend = np.abs([spots.state("curvature_20", k) for k in (0, H // 2, H)]).mean(axis=0)
     for source in dict.fromkeys(spots.source):
         own = np.flatnonzero(spots.source == source)
         own = own[moving[own]] if moving[own].any() else own
-        own = own[np.argsort(error[own, H - 1])]
+        own = own[np.argsort(error[own])]
         near = own[len(own) * 2 // 5:len(own) * 3 // 5 + 1]
         rows.append(near[np.argmax(bend[near])])
-    some = spots[np.array(rows)]
+    return np.array(rows)
+
+
+def draw_dreams(subject, spots, error, path):
+    """The sheet: a window of each source."""
+    H = max(AHEAD)
+    some = spots[telling_rows(spots, error[:, H - 1], H)]
     obs = some.frames(np.arange(1 - subject.encoder.history, H + 1))
     real, dreamt = dream(subject.encoder, subject.predictor, subject.decoder, obs, some.act(H),
                          subject.device)

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing as mp
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 
 from car_env import make_env, observe
 from conftest import script
-from drive_mpc import Disturbance, drive, load_driver, planning
+from drive_mpc import Disturbance, LapView, drive, load_driver, planning
+from networks import fingerprint
 from support.cli import parser
+from support.window import PAPER, VIEW, NoWindow
+from train_predictor import load_decoder
 from trials import wilson
 
 TRACK = 200_010
@@ -77,6 +81,37 @@ def test_disturbances_do_what_they_say():
     again = Disturbance("noise")
     again.reset(TRACK)
     assert np.array_equal(noise(frames[0]), again(frames[0]))  # the same on the same track
+
+
+def test_the_film_shows_zoom_dream_plan_and_end(driver):
+    class Film:
+        def __init__(self):
+            self.frames, self.last = [], None
+
+        def add(self, frame):
+            self.frames.append(frame.astype(int))
+
+        def hold(self, frame, seconds):
+            self.last = frame.astype(int), seconds
+
+    film = Film()
+    decoder = load_decoder(Path(driver.models), fingerprint(driver.encoder), driver.device)
+    view = LapView(NoWindow(), film, "mpc", decoder)
+    view.reset(TRACK)
+    drive(make_env("fast"), driver, TRACK, lambda *seen: view(*seen) and view.step < 70)
+    row = {"lap_finished": True, "return": 900.0, "steps": 70, "tiles_missed": 0}
+    view.finish(row)
+    zoom, after, (end, seconds) = film.frames[10], film.frames[-1], film.last
+    assert len(film.frames) == 35 and seconds == 2.0
+    dark = lambda frame: frame[230:250, :60].mean()  # of the band behind the words
+    assert dark(zoom) < 0.5 * dark(after) and dark(end) < 0.5 * dark(after)
+    w, h = VIEW
+    drawn = lambda frame, box: (frame[box] != PAPER).any()
+    curve, numbers = np.s_[h + 60:h + 180, 70:w], np.s_[h + 60:h + 180, :50]
+    plans, dreams = np.s_[h + 60:h + 180, w + 80:w + 300], np.s_[280:430, w + 14:w + 350]
+    for box in (curve, numbers, plans, dreams):
+        assert drawn(after, box) and not drawn(zoom, box)
+    assert drawn(zoom, np.s_[60:200, w + 14:w + 170])  # what the driver sees
 
 
 def test_its_own_episodes_are_data_to_learn_from(tmp_path):

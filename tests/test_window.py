@@ -18,8 +18,10 @@ import pytest
 
 import demo_energy
 import drive_mpc
+import train_predictor
 from car_env import make_env, picture
 from conftest import REPO
+from evaluate import telling_rows
 from networks import main as networks_main
 from support import window as windows
 from support.cli import Refusal
@@ -163,6 +165,35 @@ def test_an_axis_has_numbers_and_holds_all_values():
         low, high = log_axis(canvas, (100, 500, 400, 100), values)
         assert low <= np.log10(values.min()) and np.log10(values.max()) <= high and low < high
     assert (canvas[490:610, 20:95] != windows.PAPER).any()  # numbers left of the box
+
+
+def test_the_dream_has_gaps_names_and_seconds(tmp_path):
+    real, dreamt = np.full((2, 4, 6, 64, 64, 3), 200, np.uint8)
+    train_predictor.animate_dream(real, dreamt, ["a", "b", "c", "d"], tmp_path / "x.gif", 0.04)
+    from PIL import Image
+    gif = Image.open(tmp_path / "x.gif")
+    frames = [gif.seek(k) or np.asarray(gif.convert("RGB")).astype(int) for k in range(gif.n_frames)]
+    row = (frames[0][100] > 190).all(1)
+    assert np.diff(row.astype(int)).tolist().count(1) == 4  # four windows, apart
+    at = frames[0].shape[0] // 2
+    clock = [f[at - 15:at + 15, :70].sum() for f in frames]
+    assert len(set(clock)) == 6  # the seconds move
+    assert all((frames[0][:30, 76 + 200 * i:100 + 200 * i] > 150).any() for i in range(4))  # names
+
+
+def test_the_sheet_of_dreams_shows_bends():
+    class Spots:
+        source = np.array(["race"] * 50 + ["random"] * 50)
+        speed, bend = np.full(100, 60.0), np.zeros(100)
+
+        def state(self, name, ahead=0):
+            return {"speed": self.speed, "curvature_20": self.bend}[name]
+
+    spots, error = Spots(), np.tile(np.arange(50.0), 2)
+    spots.bend[[3, 22]], spots.bend[[70, 74, 99]] = 1.0, [-0.2, -0.5, 0.9]
+    spots.speed[:20] = 0  # of those that move 20 to 49, the middle fifth is 32 to 38
+    spots.bend[35] = 0.4
+    assert telling_rows(spots, error, 15).tolist() == [35, 74]
 
 
 # ------------------------------------------------------------------ windows
@@ -309,8 +340,10 @@ def test_the_demo_without_a_display_writes_its_files(tmp_path):
     assert sorted(p.name for p in (tmp_path / "visuals").iterdir()) == [
         "demo_energy.gif", "demo_energy.mp4", "demo_energy.png"]
     with av.open(str(tmp_path / "visuals" / "demo_energy.mp4")) as found:
-        frames = sum(1 for _ in found.decode(video=0))
-    assert frames == 75 // 2 + 1 + 50  # from the first second on, and the end for two
+        frames = [f.to_ndarray(format="gray")[200:280, :80].mean() for f in found.decode(video=0)]
+    assert len(frames) == 75 // 2 + 1 + 50  # from the first second on, and the end for two
+    band = np.array(frames) < 0.7 * frames[30]  # a dark one, with text
+    assert band[:25].all() and not band[25:38].any() and band[38:].all()
 
 
 @pytest.mark.skipif(not all(map(shutil.which, ("Xvfb", "xdotool", "import"))),
