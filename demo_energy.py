@@ -229,7 +229,7 @@ class Demo:
             action = driver.act(frame)
             judged = step >= ZOOM_STEPS and (step - ZOOM_STEPS) % e.repeat == 0
             if judged:
-                state = dict(zip(TELEMETRY, telemetry(env).tolist()))  # for the fakes, not the driver
+                state = dict(zip(TELEMETRY, telemetry(env).tolist()))  # for the fakes only
                 stacks = {"true": np.stack(recent),
                           "teleported": same.frames(state, actions, need, same.jump(MIN_JUMP)),
                           "random": other.frames(state, actions, need, other.jump())}

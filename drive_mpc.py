@@ -6,8 +6,8 @@ or where it has no encoder, the weights that come with the code; shows the drive
 there is a display, writes visuals/drive_mpc.mp4, .gif and, with --json, a file of scores, after
 each drive: the same command goes on with it. `--policy random`, `expert`, `no_model` (follows
 random plans while the energy of the present state falls) and `untrained` (a fresh predictor) give
-the rows to compare with, by the same code. The driver gets observations and remembers its own actions; scores
-and tiles are read from the simulator after the fact.
+the rows to compare with, by the same code. The driver gets observations and remembers its own
+actions; scores and tiles are read from the simulator after the fact.
 
     python drive_mpc.py --episodes 3 --track_seed 100000
 """
@@ -54,7 +54,8 @@ OWN = "data_mpc"  # folder of the episodes that --save_data writes
 POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
 VIDEO_FPS = 25
 WORST = 1e9  # energy of a future that overflowed
-OUTPUT_FLAGS = ("root", "models", "json", "no_video", "headless", "film", "device", "precision", "threads")
+OUTPUT_FLAGS = ("root", "models", "json", "no_video", "headless", "film", "device", "precision",
+                "threads")
 # that decide nothing about a score but by `arithmetic` and the nets, which reports hold
 REPORT_KEYS = {"env_id", "policy", "versions", "episodes"}, {"settings", "finished", "rows"}
 
@@ -677,8 +678,8 @@ def compare(reports, env_name):
 
 
 def drive_all(args, policies, film, window, stop):
-    """Drives every policy on every track -> ({name: report} of those that ended an episode, Report).
-    """
+    """Drives every policy on every track -> {name: report} of those that ended an episode, and the
+    Report that keeps them."""
     loaded = {p: load_driver(args, args, p) for p in policies if p not in ("random", "expert")}
     kept = Report(args.json, args, {p: driver for p, (driver, _) in loaded.items()})
     reports = {}

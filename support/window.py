@@ -1,4 +1,4 @@
-"""A window for pictures that a script makes, with the same keys everywhere, and how to draw on them.
+"""A window for pictures that a script makes, with the same keys everywhere; how to draw on them.
 
 The script's work runs in a thread beside the window, so that keys answer while it plans or loads.
 """
@@ -34,7 +34,7 @@ KEYS_TEXT = textwrap.fill(
 
 # ------------------------------------------------------------------ drawing
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def letters(text, size):
     """(h, w, 1) float32 in 0..1: how much the text covers of each pixel."""
     pygame.font.init()
@@ -123,7 +123,7 @@ class NoWindow:
         return work()
 
     def show(self, picture, seconds):
-        """Shows the picture (H, W, 3) uint8 of a lap's so-manieth second -> "", "next" or "quit"."""
+        """Shows the picture (H, W, 3) uint8 of a lap's second `seconds` -> "", "next" or "quit"."""
         return ""
 
     def record(self, on):

@@ -35,8 +35,8 @@ PATIENCE = 120  # s, far more than any of these takes
 
 def start(name, *args, root, env={}):
     """A script, started as a user does, with this environment on top of ours."""
-    return subprocess.Popen([sys.executable, str(REPO / name), *map(str, args), "--root", str(root)],
-                            env=os.environ | {"DISPLAY": "", "WAYLAND_DISPLAY": ""} | env,
+    command = [sys.executable, str(REPO / name), *map(str, args), "--root", str(root)]
+    return subprocess.Popen(command, env=os.environ | {"DISPLAY": "", "WAYLAND_DISPLAY": ""} | env,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO)
 
 
@@ -62,9 +62,9 @@ COLOURS = {"red": (200, 30, 40), "grass": (100, 200, 100), "road": (104, 104, 10
 def film(count=30):
     """A film of so many frames, of a third of each colour, at 25 frames a second."""
     recorder = VideoRecorder(25)
+    bands = np.array(list(COLOURS.values()), np.uint8)[:, None].repeat(32, 0).repeat(128, 1)
     for _ in range(count):
-        recorder.add(np.repeat(np.repeat(np.array(list(COLOURS.values()), np.uint8)[:, None], 32, 0),
-                               128, 1))
+        recorder.add(bands)
     recorder.hold(np.zeros((96, 128, 3), np.uint8), 2.0)
     return recorder
 
@@ -172,7 +172,7 @@ def test_the_dream_has_gaps_names_and_seconds(tmp_path):
     train_predictor.animate_dream(real, dreamt, ["a", "b", "c", "d"], tmp_path / "x.gif", 0.04)
     from PIL import Image
     gif = Image.open(tmp_path / "x.gif")
-    frames = [gif.seek(k) or np.asarray(gif.convert("RGB")).astype(int) for k in range(gif.n_frames)]
+    frames = [gif.seek(k) or np.asarray(gif.convert("RGB"), int) for k in range(gif.n_frames)]
     row = (frames[0][100] > 190).all(1)
     assert np.diff(row.astype(int)).tolist().count(1) == 4  # four windows, apart
     at = frames[0].shape[0] // 2
@@ -394,7 +394,8 @@ def test_keys_in_a_real_window(tmp_path, name):
     with av.open(str(tmp_path / "visuals" / f"{stem}.mp4")) as found:
         assert sum(1 for _ in found.decode(video=0)) > 25
     if name == "drive_mpc.py":
-        assert "100000 left after" in out and "no drive ended" in out and "where the drive was left" in out
+        assert "100000 left after" in out and "no drive ended" in out
+        assert "where the drive was left" in out
 
 
 # ------------------------------------------------------------------ scores
@@ -484,7 +485,8 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path, ca
 
 
 def test_a_checkpoint_is_not_exported_over_itself(tmp_path, monkeypatch, capsys):
-    path = shutil.copy(next((REPO / "models" / "pretrained").glob("predictor*")), tmp_path / "p.pth")
+    shipped = next((REPO / "models" / "pretrained").glob("predictor*"))
+    path = shutil.copy(shipped, tmp_path / "p.pth")
     before = Path(path).read_bytes()
     for out, why in ((path, "the checkpoint itself"), (tmp_path, "found a folder")):
         monkeypatch.setattr(sys, "argv", ["networks.py", str(path), "--safetensors", str(out)])
@@ -527,14 +529,14 @@ def test_scores_go_to_stdout_whatever_it_is(tmp_path, into):
             stdout=subprocess.PIPE if into == "a pipe" else file, timeout=PATIENCE)
     said = done.stdout if into == "a pipe" else (tmp_path / "out").read_text()
     assert done.returncode == 0
-    report, end = json.JSONDecoder().raw_decode(said[said.index("{"):])
+    report, _ = json.JSONDecoder().raw_decode(said[said.index("{"):])
     assert report["finished"] and len(report["episodes"]) == 1
     assert "driver" in said and "100000" in said  # and all else that was printed
 
 
 @pytest.mark.slow
 def test_the_film_of_a_drive_that_outlives_its_folder(tmp_path):
-    """Every lap that --film asks for, with the end for two seconds; visuals/ vanishes in between."""
+    """Every lap that --film asks for, with the end for two seconds; visuals/ vanishes meanwhile."""
     process = start("drive_mpc.py", *QUICK, "--headless", "--policy", "expert", "--episodes", "3",
                     "--film", "2", "--json", tmp_path / "s.json", root=tmp_path)
     wait_for(lambda: (tmp_path / "s.json").exists())
