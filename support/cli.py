@@ -95,6 +95,8 @@ def run(main):
 
 def refuse(message):
     """Prints the one line of a failure, below a progress bar too -> exit code 2."""
+    for bar in list(tqdm._instances):
+        bar.close()
     tqdm.write(f"error: {message}", file=sys.stderr)
     return 2
 

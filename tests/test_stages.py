@@ -48,9 +48,8 @@ def test_more_epochs_go_on_and_fewer_are_said_to_be_done(whole, tmp_path, stage)
     if stage == "encoder":  # the decoder's watcher does not end with the second any more
         assert not read(last)["done"] and last.stat().st_mtime_ns == before
     size = len(rows(root, stage))
-    for epochs in (3, 1):
-        again = Run(stage, root, "--epochs", epochs).wait()
-        assert again.code == 0 and "already trained" in again.said, again.said
+    again = Run(stage, root, "--epochs", 1).wait()
+    assert again.code == 0 and "already trained" in again.said, again.said
     assert "3 epochs, 1 were asked for" in again.said and len(rows(root, stage)) == size
     refused(Run(stage, root, "--epochs", 4, "--lr", 0.5), "--lr", "0.5", "--fresh")
 
@@ -142,10 +141,9 @@ def test_what_the_program_did_not_write_is_left_alone(given, tmp_path, stage):
     put_own(models)
     (models / "latents_0123456789abcdef-p2-bf16.f16").write_text("another encoder's")
     short = ["--steps", 2] if stage == "decoder" else ["--epochs", 2, "--steps_per_epoch", 2]
-    for more in ([], ["--fresh"]):
-        run = Run(stage, tmp_path, *short, *more).wait()
-        assert run.code == 0 and "Traceback" not in run.said, run.said
-        assert own_is_there(models)
+    run = Run(stage, tmp_path, *short, "--fresh").wait()
+    assert run.code == 0 and "Traceback" not in run.said, run.said
+    assert own_is_there(models)
     if stage in ("predictor", "cost_model"):
         assert not (models / "latents_0123456789abcdef-p2-bf16.f16").exists()  # that is its own
 
@@ -172,19 +170,19 @@ def test_lists_of_checkpoints_hold_exact_names(tmp_path):
 
 def test_training_goes_on_without_its_pictures(given, tmp_path):
     prepare(tmp_path, given, "predictor")
-    short = ["--steps_per_epoch", 20]
-    run = Run("predictor", tmp_path, "--epochs", 4, *short)
-    run.until(lambda: (tmp_path / "models" / "predictor_ep1.pth").exists())
-    shutil.rmtree(tmp_path / "visuals", ignore_errors=True)
-    assert run.wait().code == 0 and "Traceback" not in run.said, run.said
-    picture(tmp_path / "visuals" / "predictor_curves.png")  # the folder is made again
-    run = Run("predictor", tmp_path, "--epochs", 8, *short).until(
-        lambda: (tmp_path / "models" / "predictor_ep5.pth").exists())
-    shutil.rmtree(tmp_path / "visuals", ignore_errors=True)
-    (tmp_path / "visuals").write_text("in the way")
+    visuals = tmp_path / "visuals"
+    (tmp_path / "models" / "decoder_ep2.pth").write_text("garbage")  # is for pictures only
+    run = Run("predictor", tmp_path, "--epochs", 9, "--steps_per_epoch", 20)
+    run.until(lambda: (visuals / "predictor_curves.png").exists())
+    shutil.rmtree(visuals, ignore_errors=True)
+    run.until(lambda: (visuals / "predictor_curves.png").exists())  # the folder is made again
+    picture(visuals / "predictor_curves.png")
+    visuals.rename(tmp_path / "away")
+    visuals.write_text("in the way")
     assert run.wait().code == 0 and "Traceback" not in run.said, run.said
     assert "predictor_curves.png: not drawn" in run.said
-    assert read(tmp_path / "models" / "predictor_ep8.pth")["done"]
+    assert "skipped: " in run.said and "decoder_ep2.pth" in run.said
+    assert read(tmp_path / "models" / "predictor_ep9.pth")["done"]
 
 
 def test_models_that_vanish_are_made_again(given, tmp_path):
@@ -192,20 +190,14 @@ def test_models_that_vanish_are_made_again(given, tmp_path):
     models = tmp_path / "models"
     run = Run("predictor", tmp_path, "--epochs", 4, "--steps_per_epoch", 20).until(
         lambda: (models / "predictor_ep1.pth").exists())
-    shutil.rmtree(models)
+    models.rename(tmp_path / "away")
     assert run.wait().code == 0 and "Traceback" not in run.said, run.said
     assert f"{models}: was gone, is made again" in run.said
     assert read(models / "predictor_ep4.pth")["step"] == 80
     assert read(models / "predictor_resume.pth")["step"] == 80
 
 
-def test_a_damaged_decoder_stops_no_predictor(given, tmp_path):
-    prepare(tmp_path, given, "predictor")
-    (tmp_path / "models" / "decoder_ep2.pth").write_text("garbage")
-    run = Run("predictor", tmp_path, "--steps_per_epoch", 2).wait()
-    assert run.code == 0 and "skipped: " in run.said and "decoder_ep2.pth" in run.said, run.said
-
-
+@pytest.mark.slow
 def test_a_checkpoint_of_tomorrow_is_drawn_once(given, tmp_path):
     prepare(tmp_path, given, "predictor")  # one checkpoint
     path, tomorrow = tmp_path / "models" / "encoder_mixed_ep2.pth", time.time() + 86400
@@ -231,9 +223,6 @@ def test_a_second_run_in_one_root_is_refused(given, tmp_path, stage):
     assert first.process.is_alive()
     first.process.terminate()
     assert first.wait(60).code == 130
-    third = Run(stage, tmp_path, *slow).until(lambda: first.process.exitcode is not None)
-    third.process.terminate()
-    third.wait(60)
 
 
 # ------------------------------------------------------------------ what is read afterwards
