@@ -95,6 +95,8 @@ def run(main):
 
 def refuse(message):
     """Prints the one line of a failure, below a progress bar too -> exit code 2."""
+    for bar in list(tqdm._instances):
+        bar.close()
     tqdm.write(f"error: {message}", file=sys.stderr)
     return 2
 
@@ -185,7 +187,7 @@ class Number:
         self.kind, self.low, self.high, self.above = kind, low, high, above
 
     def __str__(self):
-        show = lambda x: f"{x:g}" if abs(x) > 1e6 else str(x)
+        show = lambda x: f"{x:g}" if self.kind is float and abs(x) > 1e6 else str(x)
         low = f"above {show(self.low)}, up" if self.above else f"from {show(self.low)}"
         return f"{low} to {show(self.high)}"
 
@@ -202,7 +204,7 @@ class Number:
 
 positive = Number(int, 1, 10**9)
 natural = Number(int, 0, 10**9)
-batch_number = Number(int, 1, 2**20)
+batch_number = Number(int, 1, 10**6)
 seed_number = Number(int, 0, 2**32 - 1)
 track_number = Number(int, 0, 2**63 - 10**10)  # what collectors draw, and sums with other seeds
 rate = Number(float, 0, 1e30, above=True)  # float32 can multiply with it

@@ -2,7 +2,7 @@
 there before stays."""
 
 import io
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import cv2
 import numpy as np
@@ -22,8 +22,9 @@ MOOV_BYTES = 64  # that one frame takes at most in the index of an MP4
 def ornament(path):
     """Around what draws `path`: makes its folder again where that has vanished; a picture that
     cannot be written costs a line, for what is trained and measured goes on without it."""
-    try:
+    with suppress(OSError):
         path.parent.mkdir(exist_ok=True)
+    try:
         yield
     except OSError as e:
         tqdm.write(f"{path}: not drawn ({e.strerror or e}); goes on without")

@@ -353,13 +353,18 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("command,words", [
-    ("collect_data.py --frames 0", ["--frames", "positive"]),
+    ("collect_data.py --frames 0", ["--frames", "from 1 to"]),
     ("train_encoder.py --mirror 2", ["--mirror"]),
     ("train_encoder.py --width 0", ["--width"]),
-    ("train_encoder.py --align -1", ["--align -1"]),
+    ("train_encoder.py --align -1", ["--align", "from 0 to", "-1"]),
+    ("train_encoder.py --dim 10", ["--dim 10 --gauges 8", "2 numbers"]),
+    ("train_encoder.py --batch_size 2", ["--batch_size 2", "data"]),
+    ("train_encoder.py --objective vicreg --batch_size 3", ["--batch_size 3", "4 or more"]),
+    ("train_encoder.py --targets 1 900", ["1800 steps", "longest has", "--targets"]),
+    ("train_predictor.py --horizon 900", ["1800 steps", "longest has", "--horizon", "--repeat"]),
     ("train_encoder.py --align 40 --bend 0", ["--align 40 --bend 0"]),
-    ("train_predictor.py --shares 0.5 0.5", ["--shares 0.5 0.5", "3 numbers"]),
-    ("train_cost_model.py --epochs 2", ["--epochs 1", "repeat its arguments"]),
+    ("train_predictor.py --shares 0.5 0.5", ["--shares 0.5 0.5", "3 numbers", "data_recovery"]),
+    ("train_cost_model.py --hidden 7", ["--hidden 256", "repeat its arguments"]),
     ("demo_energy.py --headless --steps 60", ["--steps 60", "step 61"]),
 ])
 def test_odd_arguments(chain, command, words):
