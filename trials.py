@@ -10,8 +10,8 @@ behaviours  the energies of lapping, and of what must cost more: standing on the
             the right one at the same speed.
 landscape   the energy of plans that hold steering and throttle, in four situations: what the
             planner sees when it looks for the lowest place. Axes and prints are actions: the
-            steering in rad (the joint stops at 0.4), gas and brake from 0 to 1. What --gas forbids
-            is left blank.
+            steering in rad (the joint stops at 0.4), gas and brake from 0 to 1. What is above the
+            limit of --gas is hatched.
 
 Takes the fast env and tracks for choosing; writes ROOT/visuals/trials.json and
 visuals/energy_landscape.png. Two minutes on a CPU with `--samples 256 --threads 1`.
@@ -262,6 +262,9 @@ def draw_landscape(ax, act, energy):
     ax.contourf(steer, pedals, np.log10(energy.T), 16, cmap="viridis_r")
     ax.plot(steer[i], pedals[j], "o", color="crimson", markersize=8, markeredgecolor="white",
             label="lowest energy", clip_on=False)
+    if pedals[-1] < 1:
+        ax.axhspan(pedals[-1], 1, facecolor="0.95", edgecolor="0.7", hatch="//", lw=0,
+                   label=f"gas above {pedals[-1]:g}: not allowed")
     ax.axhline(0, color="white", lw=0.5)
     ax.axvline(0, color="white", lw=0.5)
     ax.set(xlabel="steering held, rad: left to right", ylabel="brake (below 0), gas (above)",
