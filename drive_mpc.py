@@ -33,7 +33,7 @@ from collect_data import FIRST_SEED, origin
 from collect_race_data import Expert
 from networks import (DISCOUNT, Predictor, fingerprint, judged, latest, load_frozen, meanwhile,
                       models_of, need_nets, some_root, stack, unit_act)
-from support.cli import (Number, Stop, command, fail, fraction, parser, positive, run,
+from support.cli import (Number, Stop, command, fail, fraction, parser, run,
                          track_number)
 from support.files import git_commit, output_file, replace_atomically, versions, writable
 from support.pictures import VideoRecorder
@@ -112,7 +112,7 @@ def planning(p):
                    help="of a latent: distance to the expert's, with what is to come of it in "
                         "trouble, or without; or the classifier's logit")
     g.add_argument("--samples", type=Number(int, 2, 10**6), default=1000,
-                   help=f"futures dreamt in a round; icem dreams {DECAY} times fewer in each next one")
+                   help=f"futures dreamt in a round; icem: {DECAY} times fewer in each next one")
     g.add_argument("--horizon", type=Number(int, 1, MAX_STEPS), default=15,
                    help="latents in a future")
     g.add_argument("--rounds", type=Number(int, 1, 1000),
@@ -121,10 +121,9 @@ def planning(p):
     g.add_argument("--elites", type=Number(int, 1, 10**6), default=32,
                    help="best plans of a round, from which icem and mppi make the next")
     g.add_argument("--noise_kind", choices=list(NOISES), default="ar1",
-                   help="how the actions of a plan hang together in time: ar1, by --rho from step to "
-                        "step; powerlaw, by a spectrum that falls with frequency ** --beta, as "
-                        "iCEM's do. A horizon of 15 has 8 frequencies, 0 included: the two differ "
-                        "little there")
+                   help="how the actions of a plan hang together in time: ar1, by --rho from step "
+                        "to step; powerlaw, by a spectrum that falls with frequency ** --beta, as "
+                        "iCEM's do. A horizon of 15 has 8 frequencies, 0 included")
     g.add_argument("--rho", type=Number(float, 0, 0.9999), default=RHO,
                    help="ar1: correlation from step to step, variance kept")
     g.add_argument("--beta", type=Number(float, 0, 10), default=BETA,
@@ -132,9 +131,9 @@ def planning(p):
     g.add_argument("--noise", type=Number(float, 0, 100), nargs=2, default=list(NOISE),
                    metavar=("STEER", "THROTTLE"), help="standard deviation, in units of full")
     g.add_argument("--gas", type=fraction,
-                   help="at most, in a plan (default: what train_cost_model.py found best for these "
-                        "nets and stored with them; nets that trained for minutes may spin the car "
-                        "with more than 0.5)")
+                   help="at most, in a plan (default: the limit that train_cost_model.py stored "
+                        "with these nets, by how well they imagine; those that trained for minutes "
+                        "may spin the car with more than 0.5)")
 
 
 # ------------------------------------------------------------------ planner
@@ -151,9 +150,9 @@ def powerlaw_noise(white, beta):
     """White noise (N, H, 2) -> power-law noise of unit variance: power ~ frequency ** -beta (Timmer
     and Koenig 1995).
 
-    The frequencies are those of H steps, 0 to H // 2 periods of them; frequency 0, what a plan holds
-    throughout, has the power of one period. So the noise is periodic: a plan's end is correlated
-    with its beginning, where AR(1) noise has forgotten it.
+    The frequencies are those of H steps, 0 to H // 2 periods of them; frequency 0, what a plan
+    holds throughout, has the power of one period. So the noise is periodic: a plan's end is
+    correlated with its beginning, where AR(1) noise has forgotten it.
     """
     H = white.shape[1]
     periods = torch.fft.fftfreq(H, 1 / H, dtype=torch.float64).abs().clamp_min(1)
@@ -253,11 +252,11 @@ def plan(z, futures, previous, cfg, generator=None):
     `planning`; futures(z, act (N, H, 3)) gives energies (N,), as `Futures` does. When all futures
     cost the same the last plan goes on.
 
-    mppi: Williams et al. 2017. icem: Pinneri et al. 2020, arXiv:2008.06389: fewer candidates in each
-    round; a share of the elites is kept for the next round and, shifted, for the next plan; mean and
-    spread follow the elites with a momentum, the spread no less than LEAST_STD; the best elite is
-    followed. Its noise is --noise_kind powerlaw. Unlike theirs, the mean is a candidate in every
-    round, not in the last one only.
+    mppi: Williams et al. 2017. icem: Pinneri et al. 2020, arXiv:2008.06389: fewer candidates in
+    each round; a share of the elites is kept for the next round and, shifted, for the next plan;
+    mean and spread follow the elites with a momentum, the spread no less than LEAST_STD; the best
+    elite is followed. Its noise is --noise_kind powerlaw. Unlike theirs, the mean is a candidate in
+    every round, not in the last one only.
     """
     N, icem, last = cfg.samples, cfg.planner == "icem", previous.shifted()
     K = min(cfg.elites, N - 1)

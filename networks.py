@@ -329,8 +329,8 @@ class CostModel(nn.Module):
         z = z.double()
         cov = torch.cov(z.T).reshape(self.mu.numel(), -1)  # of one number torch makes a scalar
         if len(z) < 2 or not cov.diagonal().mean() > 0:
-            fail(f"the density: the {len(z)} latents of the expert are all alike; train the encoder "
-                 "on frames that differ")
+            fail(f"the density: the {len(z)} latents of the expert are all alike; train the "
+                 "encoder on frames that differ")
         cov = torch.from_numpy(shrunk_covariance(cov.cpu().numpy(), shrinkage)).to(z)
         self.mu.copy_(z.mean(dim=0))
         self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))  # white: (z - mu) @ it

@@ -22,6 +22,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from buffer import DEFAULT, chunk_files, load_sources, made_by, provenance
 from car_env import ZOOM_STEPS
@@ -125,8 +126,8 @@ def max_gas(predictor, held, device, dtype):
     rows = dream_errors(predictor, held, device, dtype)
     share = float(rows["predictor"][-1] / rows["copy-last"][-1])
     gas = 1.0 if share <= GOOD_DREAM else CAREFUL
-    print(f"gas up to {gas:g}: {len(rows['predictor'])} steps ahead the predictor's error is "
-          f"{share:.3f} of copy-last's, {'over' if gas < 1 else 'at most'} {GOOD_DREAM}")
+    tqdm.write(f"gas up to {gas:g}: {len(rows['predictor'])} steps ahead the predictor's error is "
+               f"{share:.3f} of copy-last's, {'over' if gas < 1 else 'at most'} {GOOD_DREAM}")
     return gas
 
 

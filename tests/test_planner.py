@@ -1,6 +1,7 @@
 """The planner on a problem whose answer is known, and the noise against its stated spectrum."""
 
 import argparse
+import json
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from conftest import script
 from sklearn.covariance import shrunk_covariance
 
 from benchmark import PlainFutures
-from drive_mpc import (BRAKE, DECAY, LEAST_STD, STEER, Futures, Plan, ar1_noise, draw_plans, limited,
-                       plan, planning, powerlaw_noise, take_gas, to_action)
+from drive_mpc import (BRAKE, DECAY, LEAST_STD, STEER, Futures, Plan, ar1_noise, draw_plans,
+                       limited, plan, planning, powerlaw_noise, take_gas, to_action)
 from networks import DISCOUNT, FORESIGHT, TROUBLE, CostModel, Predictor, judged
 from support.cli import Parser, Refusal
+from train_cost_model import max_gas
 
 
 def cart(z, act):
@@ -101,7 +103,8 @@ def test_icem_keeps_elites_and_shifts_them_into_the_next_plan():
 def test_icem_never_narrows_below_its_least_spread():
     """Even where the elites are all alike, it goes on looking around them."""
     cfg, seen = config("icem", rounds=12, samples=400, elites=4), []
-    flat = lambda z, act: (seen.append(act), (act[:, :, 0] ** 2).sum(1) + act[:, :, 1].sum(1) + 1)[1]
+    bowl = lambda act: (act[:, :, 0] ** 2).sum(1) + act[:, :, 1].sum(1) + 1
+    flat = lambda z, act: (seen.append(act), bowl(act))[1]
     plan(torch.zeros(1, 2), flat, Plan.none(6), cfg, torch.Generator().manual_seed(0))
     for act in seen[-3:]:
         assert (act[..., 0] / STEER).std() > 0.5 * LEAST_STD
@@ -242,6 +245,43 @@ def test_the_gas_limit_is_the_cost_models_unless_it_is_given(capsys):
         take_gas(cfg, payload)
         out = capsys.readouterr().out
         assert cfg.gas == gas and said in out and out.count("\n") == bool(said)
+
+
+def test_a_drive_without_the_flag_is_the_drive_with_the_stored_limit(chain, tmp_path):
+    payload = torch.load(chain[0] / "models" / "cost_model_final.pth", weights_only=True)
+    assert payload["max_gas"] == 0.5  # nets of 40 steps imagine little
+    assert "gas up to 0.5: 15 steps ahead" in chain[1]["train_cost_model.py"]
+    rows = {}
+    for flags in ((), ("--gas", 0.5), ("--gas", 0)):
+        path = tmp_path / "s.json"
+        path.unlink(missing_ok=True)
+        done = script("drive_mpc.py", "--env", "fast", "--episodes", 1, "--track_seed", 200_000,
+                      "--samples", 8, "--horizon", 3, "--no_video", "--threads", 1, "--json", path,
+                      *flags,
+                      root=chain[0])
+        assert done.returncode == 0, done.stderr
+        assert ("gas up to 0.5, stored with the cost model" in done.stdout) == (not flags)
+        report = json.loads(path.read_text())
+        rows[flags] = [(e["return"], e["steps"], e["tiles"]) for e in report["episodes"]]
+        assert report["settings"]["gas"] == (flags[1] if flags else 0.5)
+    stored, given, more = rows.values()
+    assert stored == given != more
+
+
+@pytest.mark.parametrize("error,gas", [(0.0, 1.0), (0.1, 1.0), (0.15, 0.5), (1.0, 0.5)])
+def test_full_gas_is_for_nets_whose_dreams_hold(error, gas, capsys):
+    """Of copy-last's error, `error` is left: a dream is so far from the truth."""
+    z = torch.randn(40, 6, 8, generator=torch.Generator().manual_seed(0)).cumsum(1)
+
+    class Dreamer(Predictor):
+        def rollout(self, z0, act):
+            return z[:, 1:] + error ** 0.5 * (z[:, :1] - z[:, 1:])
+
+    class Held:
+        swapped = staticmethod(lambda i: torch.zeros(40, 5, 3))
+        __call__ = staticmethod(lambda i: (z, torch.zeros(40, 5, 3)))
+    assert max_gas(Dreamer(8, 4, 4), Held(), torch.device("cpu"), torch.float32) == gas
+    assert f"is {error:.3f} of copy-last's" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags,word", [
