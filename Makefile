@@ -45,8 +45,8 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 320
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --hidden 256 --state 128 --epochs 3 --steps_per_epoch 700
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 3
-	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400 --gas 0.5
-	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --gas 0.5 --compare random no_model expert --json "$(ROOT)/visuals/drive_mpc.json"
+	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400
+	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --compare random no_model expert --json "$(ROOT)/visuals/drive_mpc.json"
 
 pretrained: ROOT = pretrained
 pretrained: .venv/installed  ## over two hours on two cores: weights like those that come with the code

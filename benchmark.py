@@ -19,8 +19,9 @@ train     the encoder's training loop, data and augmentation included, beside th
 scale     steps per second of the encoder's training, the batch shared by 1 and 2 processes of
           torchrun, from its own log; on CPUs also one process with 2 threads. Data as for train.
 plan      milliseconds of a plan as the driver makes it, encoding included, per plan and per
-          environment step; beside the same nets in a plain loop; for --root's nets or those that
-          come with the code.
+          environment step: with folded products and with a plain rollout of the same nets, and
+          with every third latent scored and with all of them, in turns; for --root's nets or those
+          that come with the code.
 paired    returns of the nets under --root in the official and in the fast env, track by track.
 """
 
@@ -52,8 +53,8 @@ import train_encoder
 from buffer import AHEAD, Loader, index, load_sources, read_chunk, some_chunks, write_chunk
 from car_env import (FPS, PLAYFIELD, TELEMETRY, ZOOM_STEPS, make_env, observe, place_car,
                      telemetry)
-from drive_mpc import colored_noise, limited, load_driver, planning, to_action
-from networks import latest, optimise
+from drive_mpc import Futures, load_driver, planning
+from networks import judged, latest, optimise
 from support.cli import Help, Number, Parser, fail, fraction, positive, run
 from support.training import autocast, keep_memory, set_up
 
@@ -89,8 +90,7 @@ def parse_args():
                    help="train, scale: the laptop's nets on a GPU too")
     p.add_argument("--tracks", type=Number(int, 2, 1000), default=20,
                    help="fidelity, paired: how many")
-    p.add_argument("--gas", type=fraction, default=1.0,
-                   help="paired: as in drive_mpc.py")
+    p.add_argument("--gas", type=fraction, help="paired: as in drive_mpc.py")
     return p.parse_args()
 
 
@@ -583,19 +583,23 @@ def training_rate(args, ranks, flags):
 # ---- plan ----------------------------------------------------------------------------------------
 
 
-def plain_loop(driver):
-    """The seeds' loop with the same nets: dream step by step, judge every step, take the best."""
-    cfg, nets, z = driver.cfg, driver.nets, driver.encode()
-    u = colored_noise(cfg.samples, cfg.horizon, cfg.rho, driver.generator, driver.device)
-    u = limited(u * u.new_tensor(cfg.noise), cfg.gas)
-    act, predictor = to_action(u), nets["predictor"]
-    h = predictor.lift(z)
-    rests, h = predictor.rests(z, h, cfg.horizon)[0], h.expand(cfg.samples, -1)
-    total = torch.zeros(cfg.samples, device=driver.device)
-    for t in range(cfg.horizon):
-        h = predictor.step(h, act[:, t])
-        total += nets["cost"].energy(predictor.read(h) + rests[t], cfg.energy)
-    return u[int(total.argmin()), 0].tolist()
+class PlainFutures:
+    """What `Futures` computes on the road, by the nets' own methods, step by step."""
+
+    def __init__(self, predictor, cost, kind, looks):
+        self.predictor, self.cost, self.kind, self.looks = predictor, cost, kind, looks
+
+    @torch.inference_mode()
+    def __call__(self, z, act):
+        N, H, _ = act.shape
+        h, looks = self.predictor.lift(z), self.looks(H)
+        rests, h = self.predictor.rests(z, h, H)[0], h.expand(N, -1)
+        total = torch.zeros(N, device=z.device)
+        for t in range(H):
+            h = self.predictor.step(h, act[:, t])
+            if t in looks:
+                total += self.cost.energy(self.predictor.read(h) + rests[t], self.kind)
+        return H / len(looks) * total
 
 
 def bench_plan(args):
@@ -607,25 +611,32 @@ def bench_plan(args):
     env = make_env("fast")
     env.reset(seed=CHOOSING)
     driver.reset(CHOOSING)
-    took = {"the planner": [], "a plain loop": []}
-    for step in range(ZOOM_STEPS + 2 * PLANS + WARM_UP):
+    ways = {f"{name}, {scored} scored": kind(driver.nets["predictor"], driver.nets["cost"],
+                                             cfg.energy, looks)
+            for scored, looks in (("all", range), ("every third", judged))
+            for name, kind in (("plain rollout", PlainFutures), ("folded products", Futures))}
+    took = {name: [] for name in ways}
+    for step in range(ZOOM_STEPS + WARM_UP + PLANS):
         driver.frames.append(env.step(follow(telemetry(env)))[0])
-        if step >= ZOOM_STEPS:
-            for name, work in (("the planner", driver.think), ("a plain loop",
-                                                               lambda: plain_loop(driver))):
-                start = time.perf_counter()
-                with torch.inference_mode():
-                    work()
-                driver.u.cpu()  # waits for the device
-                if step >= ZOOM_STEPS + WARM_UP:
-                    took[name].append(1000 * (time.perf_counter() - start))
+        if step < ZOOM_STEPS:
+            continue
+        order = list(ways)[step % len(ways):] + list(ways)[:step % len(ways)]
+        for name in order:  # each is the first as often as the others
+            driver.futures = ways[name]
+            start = time.perf_counter()
+            driver.think()
+            driver.u.cpu()  # waits for the device
+            if step >= ZOOM_STEPS + WARM_UP:
+                took[name].append(1000 * (time.perf_counter() - start))
     repeat = driver.encoder.repeat
     print(f"{cfg.samples} futures of {cfg.horizon} latents, {repeat} environment steps each, "
           f"{driver.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'ms':14s}{'p50':>8s}{'p99':>8s}   per environment step: {'p50':>6s}{'p99':>8s}")
+    print(f"{'ms':30s}{'p50':>8s}{'p99':>8s}   per environment step: {'p50':>6s}{'p99':>8s}")
     for name, ms in took.items():
         p50, p99 = np.percentile(ms, (50, 99))
-        print(f"{name:14s}{p50:8.1f}{p99:8.1f}{'':24s}{p50 / repeat:8.1f}{p99 / repeat:8.1f}")
+        driver_s = "   the driver's" * (ways[name] is list(ways.values())[-1])
+        print(f"{name:30s}{p50:8.1f}{p99:8.1f}{'':24s}{p50 / repeat:8.1f}{p99 / repeat:8.1f}"
+              f"{driver_s}")
 
 
 # ---- paired --------------------------------------------------------------------------------------
@@ -640,19 +651,21 @@ def bench_paired(args):
         for kind in ("official", "fast"):  # side by side, a core each
             command = [sys.executable, HERE / "drive_mpc.py", "--root", args.root, "--env", kind,
                        "--episodes", args.tracks, "--track_seed", CHOOSING, "--samples", 256,
-                       "--threads", 1, "--gas", args.gas, "--no_video",
-                       "--json", f"{tmp}/{kind}.json"]  # fmt: skip
+                       "--threads", 1, "--no_video", "--json", f"{tmp}/{kind}.json",
+                       *(() if args.gas is None else ("--gas", args.gas))]  # fmt: skip
             runs.append(subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL,
                                          env={**os.environ, "OMP_NUM_THREADS": "1"}))  # fmt: skip
         if any([process.wait() for process in runs]):
             sys.exit(1)
         for kind in ("official", "fast"):
             rows = json.loads(Path(tmp, f"{kind}.json").read_text())["episodes"]
-            scores[kind] = np.array([row["return"] for row in rows])
+            scores[kind] = {row["track_seed"]: row["return"] for row in rows}
+    tracks = sorted(scores["official"].keys() & scores["fast"].keys())
+    scores = {kind: np.array([found[t] for t in tracks]) for kind, found in scores.items()}
     gap = scores["fast"] - scores["official"]
     print("track     official    fast  difference")
-    for i, (a, b) in enumerate(zip(*scores.values())):
-        print(f"{CHOOSING + i:8d}{a:10.1f}{b:8.1f}{b - a:+12.1f}")
+    for track, a, b in zip(tracks, *scores.values()):
+        print(f"{track:8d}{a:10.1f}{b:8.1f}{b - a:+12.1f}")
     error = gap.std(ddof=1) / len(gap) ** 0.5
     print(f"{'mean':8s}{scores['official'].mean():10.1f}{scores['fast'].mean():8.1f}"
           f"{gap.mean():+12.1f} ± {error:.1f} (standard error), "

@@ -529,13 +529,13 @@ class Loader:
         return max(0, chunk.frames + 1 - self._span())
 
     def _read(self, s, episode):
-        """The arrays of an episode, or of the next one that is whole."""
+        """(Chunk, its arrays) of an episode, or of the next one that is whole."""
         chunks = self.sources[s]
         for k in range(len(chunks)):
             chunk = chunks[(episode + k) % len(chunks)]
             if self._windows(chunk):
                 try:
-                    return read_chunk(chunk.path, "obs", "act")
+                    return chunk, read_chunk(chunk.path, "obs", "act")
                 except Refusal as e:
                     self.damage[s].add(e)
 
@@ -552,7 +552,7 @@ class Loader:
             act[places] = data["act"][steps].reshape(-1, K - 1, R, 3).mean(axis=2)
 
     def _planned(self, start, pool):
-        """Endless (step, [(future of the arrays, windows)]) with the reading AHEAD of time."""
+        """Endless (step, [(source, future of `_read`, windows)]) with the reading AHEAD of time."""
         plans = [(s, stream.batches(start)) for s, stream in enumerate(self.streams)
                  if self.counts[s]]
         files, line = {}, deque()
@@ -563,7 +563,7 @@ class Loader:
                     if (s, visit) not in files and len(windows):
                         files[s, visit] = pool.submit(self._read, s, episode)
                     if len(windows):
-                        batch.append((files[s, visit], windows))
+                        batch.append((s, files[s, visit], windows))
                     if last:
                         files.pop((s, visit), None)
             line.append(batch)
@@ -571,10 +571,12 @@ class Loader:
                 yield start, line.popleft()
                 start += 1
 
-    def batches(self, start=0):
+    def batches(self, start=0, labels=False):
         """Endless (obs (B, L, 3, 64, 64) uint8, act (B, latents - 1, 3)) from step `start` on.
 
-        L = latents + history - 1. Closing the generator ends its threads.
+        L = latents + history - 1. Windows lie in a random order: with `labels` a third value says
+        where each is from, a list of B (index of the source, Chunk). Closing the generator ends
+        its threads.
         """
         import torch  # here, so that a machine that only collects needs none
         L, K, B = self.latents + self.history - 1, self.latents, sum(self.counts)
@@ -584,11 +586,14 @@ class Loader:
                 obs = torch.empty((B, L, *FRAME), dtype=torch.uint8, pin_memory=self.pinned)
                 act = torch.empty((B, K - 1, 3), pin_memory=self.pinned)
                 places = np.random.default_rng([self.seed, step]).permutation(B)
-                for data, windows in batch:
-                    n = len(windows)
-                    self._fill(data.result(), windows, places[:n], obs.numpy(), act.numpy())
+                names = [None] * B
+                for s, file, windows in batch:
+                    n, (chunk, data) = len(windows), file.result()
+                    self._fill(data, windows, places[:n], obs.numpy(), act.numpy())
+                    for i in places[:n] if labels else ():
+                        names[i] = s, chunk
                     places = places[n:]
-                yield obs.permute(0, 1, 4, 2, 3), act
+                yield (obs.permute(0, 1, 4, 2, 3), act, *([names] if labels else ()))
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -600,25 +605,27 @@ def triplets(batch):
 
 
 def sample_frames(chunks, history, repeat, count, seed=0, fields=("telemetry",), skip=0):
-    """A fixed sample for probes and pictures: (obs (count, history, 3, 64, 64), {field: rows}),
-    less what lies in damaged chunks.
+    """A fixed sample for probes and pictures: (obs (count, history, 3, 64, 64), {field: rows}), in
+    order of the chunks; fewer than `count` where the last chunks are damaged.
 
-    The frames are spread evenly over the chunks; those before `skip` (the zoom) are left out.
+    The frames are spread evenly over the chunks, a damaged one's come from the next; those before
+    `skip` (the zoom) are left out.
     """
     import torch  # here, so that a machine that only collects needs none
     rng = np.random.default_rng([seed, 7])
     chunks = [c for c in chunks if c.frames > skip + 1]
     per = np.diff(np.linspace(0, count, len(chunks) + 1).astype(int))
-    obs, rows, damage = [], {k: [] for k in fields}, Damage.of(chunks)
-    for chunk, n in zip(chunks, per):
+    obs, rows, n = [], {k: [] for k in fields}, 0
+    for chunk, share in zip(chunks, per):
+        n += share
         if n == 0:
             continue
         try:
             data = read_chunk(chunk.path, "obs", *fields)
         except Refusal as e:
-            damage.add(e)
+            Damage.of([c for c in chunks if c.path.parent == chunk.path.parent]).add(e)
             continue
-        t = np.sort(rng.integers(skip, chunk.frames, size=n))
+        t, n = np.sort(rng.integers(skip, chunk.frames, size=n)), 0
         back = repeat * np.arange(1 - history, 1)
         obs.append(data["obs"][np.maximum(t[:, None] + back, 0)])
         for k in fields:

@@ -1,6 +1,6 @@
 """Day 4: model predictive control. The car minimises energy in its imagination, from pixels alone.
 
-Every `repeat` steps: encode the last frames, dream --samples futures of colored-noise actions over
+Every `repeat` steps: encode the last frames, dream --samples futures of correlated actions over
 --horizon latents, sum the energy of each, act. Drives the official CarRacing-v3. Reads ROOT/models,
 or where it has no encoder, the weights that come with the code; shows the drives in a window where
 there is a display, writes visuals/drive_mpc.mp4, .gif and, with --json, a file of scores, after
@@ -15,11 +15,11 @@ actions; scores and tiles are read from the simulator after the fact.
 if __name__ == "__main__":
     import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
-import argparse
 import json
 import secrets
 import time
 from collections import deque
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -33,9 +33,9 @@ from collect_data import FIRST_SEED, origin
 from collect_race_data import Expert
 from networks import (DISCOUNT, Predictor, fingerprint, judged, latest, load_frozen, meanwhile,
                       models_of, need_nets, some_root, stack, unit_act)
-from support.cli import (Number, Stop, command, fail, fraction, parser, positive, run,
-                         track_number)
-from support.files import git_commit, is_stream, output_file, replace_atomically, versions, writable
+from support.cli import Number, Stop, command, fail, fraction, parser, run, track_number
+from support.files import (git_commit, is_stream, output_file, replace_atomically, versions,
+                           writable)
 from support.pictures import VideoRecorder
 from support.progress import progress
 from support.training import autocast, set_up
@@ -46,7 +46,8 @@ from train_predictor import load_decoder
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
-RHO = 0.8  # correlation of the noise of a plan from step to step
+RHO = 0.8  # correlation of the AR(1) noise of a plan from step to step
+BETA = 2.0  # exponent of the power-law noise: power falls with frequency ** BETA
 NOISE = 0.4, 0.5  # its standard deviation in units of full steering, full throttle
 DISTURBANCES = ["none", "colours", "noise", "late"]
 GRAIN, LATE = 10, 2  # grey levels, standard deviation of noise; steps that late frames lie back
@@ -54,6 +55,8 @@ OWN = "data_mpc"  # folder of the episodes that --save_data writes
 POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
 VIDEO_FPS = 25
 WORST = 1e9  # energy of a future that overflowed
+ROUNDS = {"shooting": 1, "icem": 3, "mppi": 1}  # of refinement, unless --rounds says otherwise
+DECAY, REUSED, MOMENTUM, LEAST_STD = 1.25, 0.3, 0.1, 0.1  # of iCEM; three are the paper's
 OUTPUT_FLAGS = ("root", "models", "json", "no_video", "headless", "film", "device", "precision",
                 "threads")
 # that decide nothing about a score but by `arithmetic` and the nets, which reports hold
@@ -100,51 +103,74 @@ def arguments():
     return args
 
 
-def several(text):
-    """argparse type: an integer > 1."""
-    if int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text}: at least 2 futures are needed to choose")
-    return int(text)
-
-
-def correlation(text):
-    """argparse type: a number in [0, 1)."""
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return float(text)
-
-
 def planning(p):
     """The flags of planner and energy, the same wherever a plan is made."""
     g = p.add_argument_group("planner")
     g.add_argument("--planner", choices=["shooting", "icem", "mppi"], default="mppi",
-                   help="shooting: the plan of lowest energy; icem: elites refine mean and spread; "
-                        "mppi: the elites' mean weighted by energy")
+                   help="shooting: the plan of lowest energy; icem: elites refine mean and spread, "
+                        "and are kept for the next plan; mppi: the elites' mean weighted by energy")
     g.add_argument("--energy", choices=["value", "density", "classifier"], default="value",
                    help="of a latent: distance to the expert's, with what is to come of it in "
                         "trouble, or without; or the classifier's logit")
-    g.add_argument("--samples", type=several, default=1000, help="futures dreamt in a round")
-    g.add_argument("--horizon", type=positive, default=15, help="latents in a future")
-    g.add_argument("--rounds", type=positive, default=1, help="of refinement (icem, mppi)")
-    g.add_argument("--elites", type=positive, default=32,
+    g.add_argument("--samples", type=Number(int, 2, 10**6), default=1000,
+                   help=f"futures dreamt in a round; icem: {DECAY} times fewer in each next one")
+    g.add_argument("--horizon", type=Number(int, 1, MAX_STEPS), default=15,
+                   help="latents in a future")
+    g.add_argument("--rounds", type=Number(int, 1, 1000),
+                   help=f"of refinement (default: icem {ROUNDS['icem']}, mppi {ROUNDS['mppi']}; "
+                        "shooting has one)")
+    g.add_argument("--elites", type=Number(int, 1, 10**6), default=32,
                    help="best plans of a round, from which icem and mppi make the next")
-    g.add_argument("--rho", type=correlation, default=RHO,
-                   help="correlation of the noise from step to step (AR(1), variance kept)")
-    g.add_argument("--noise", type=float, nargs=2, default=list(NOISE),
+    g.add_argument("--noise_kind", choices=list(NOISES), default="ar1",
+                   help="how the actions of a plan hang together in time: ar1, by --rho from step "
+                        "to step; powerlaw, by a spectrum that falls with frequency ** --beta, as "
+                        "iCEM's do. A horizon of 15 has 8 frequencies, 0 included")
+    g.add_argument("--rho", type=Number(float, 0, 0.9999), default=RHO,
+                   help="ar1: correlation from step to step, variance kept")
+    g.add_argument("--beta", type=Number(float, 0, 10), default=BETA,
+                   help="powerlaw: 0 is white noise, 1 pink, 2 red")
+    g.add_argument("--noise", type=Number(float, 0, 100), nargs=2, default=list(NOISE),
                    metavar=("STEER", "THROTTLE"), help="standard deviation, in units of full")
-    g.add_argument("--gas", type=fraction, default=1.0,
-                   help="at most, in a plan: nets that trained for minutes spin the car with more "
-                        "than 0.5")
+    g.add_argument("--gas", type=fraction,
+                   help="at most, in a plan (default: the limit that train_cost_model.py stored "
+                        "with these nets, by how well they imagine; those that trained for minutes "
+                        "may spin the car with more than 0.5)")
 
 
 # ------------------------------------------------------------------ planner
 
-def colored_noise(N, H, rho, generator=None, device="cpu"):
-    """Stationary AR(1) noise (N, H, 2) of unit variance: correlation rho ** lag, at every step."""
+def ar1_noise(white, rho):
+    """White noise (N, H, 2) -> stationary AR(1) noise of unit variance: correlation rho ** lag."""
+    H = white.shape[1]
     lag = (torch.arange(H)[:, None] - torch.arange(H)).abs()
-    root = torch.linalg.cholesky(float(rho) ** lag.double()).float().to(device)
-    white = torch.randn(N, H, 2, generator=generator, device=device)
+    root = torch.linalg.cholesky(float(rho) ** lag.double()).float().to(white.device)
     return torch.einsum("ts,nsa->nta", root, white)
+
+
+def powerlaw_noise(white, beta):
+    """White noise (N, H, 2) -> power-law noise of unit variance: power ~ frequency ** -beta (Timmer
+    and Koenig 1995).
+
+    The frequencies are those of H steps, 0 to H // 2 periods of them; frequency 0, what a plan
+    holds throughout, has the power of one period. So the noise is periodic: a plan's end is
+    correlated with its beginning, where AR(1) noise has forgotten it.
+    """
+    H = white.shape[1]
+    periods = torch.fft.fftfreq(H, 1 / H, dtype=torch.float64).abs().clamp_min(1)
+    gain = periods ** (-beta / 2)
+    gain = (gain / gain.square().mean().sqrt())[:H // 2 + 1, None].float().to(white.device)
+    return torch.fft.irfft(torch.fft.rfft(white, dim=1) * gain, n=H, dim=1)
+
+
+NOISES = {"ar1": lambda white, cfg: ar1_noise(white, cfg.rho),
+          "powerlaw": lambda white, cfg: powerlaw_noise(white, cfg.beta)}
+
+
+def draw_plans(N, mean, std, cfg, generator=None):
+    """N random plans (N, H, 2) around mean (H, 2), within what can be done; `std` (H, 2) or (2,)
+    scales the noise of cfg."""
+    white = torch.randn(N, len(mean), 2, generator=generator, device=mean.device)
+    return limited(mean + std * NOISES[cfg.noise_kind](white, cfg), cfg.gas)
 
 
 def limited(u, gas):
@@ -164,10 +190,11 @@ class Futures:
     `(z (1, D), act (N, H, 3)) -> (N,)`: CostModel.judge of `predictor.rollout`. For the density,
     Predictor.step, read and CostModel.energy are folded: of the dreams only the predictor's
     coordinates are written, in place, and the judge is one product for each that it looks at.
+    `looks(H)` says which those are.
     """
 
-    def __init__(self, predictor, cost, kind):
-        self.predictor, self.cost, self.kind = predictor, cost, kind
+    def __init__(self, predictor, cost, kind, looks=judged):
+        self.predictor, self.cost, self.kind, self.looks = predictor, cost, kind, looks
         self.into, self.out = (layer.weight.T.contiguous()
                                for layer in (predictor.into, predictor.out))
         self.judge = predictor.read.weight.T @ cost.whiten  # (S, D)
@@ -184,7 +211,7 @@ class Futures:
         bias = (rests - cost.mu) @ cost.whiten
         x = torch.cat([h.expand(N, -1), a[0]], dim=1)  # coordinates and action
         y, off = x.new_empty(N, p.into.out_features), x.new_empty(N, p.dim)
-        norm, total, looks = x.new_empty(N), x.new_zeros(N), judged(H)
+        norm, total, looks = x.new_empty(N), x.new_zeros(N), self.looks(H)
         for t in range(H):
             x[:, p.state:] = a[t]
             torch.addmm(p.into.bias, x, self.into, out=y)
@@ -201,41 +228,67 @@ class Futures:
         return total
 
 
+class Plan(NamedTuple):
+    """What the planner remembers from one plan to the next."""
+    u: torch.Tensor  # (H, 2) the plan that is followed
+    mean: torch.Tensor  # (H, 2) around which plans were drawn last: of icem not the one followed
+    elites: torch.Tensor  # (K, H, 2) the best plans that were drawn, in order of their energy
+
+    @staticmethod
+    def none(H, device="cpu"):
+        """Before the first one: coasting straight on."""
+        u = torch.zeros(H, 2, device=device)
+        return Plan(u, u, u[None])
+
+    def shifted(self):
+        """The same a step later, with the last action going on."""
+        return Plan(*(torch.cat([u[..., 1:, :], u[..., -1:, :]], dim=-2) for u in self))
+
+
 @torch.inference_mode()
 def plan(z, futures, previous, cfg, generator=None):
-    """The next plan: (u (H, 2), energies (N,) of the candidates).
+    """The next Plan, and the energies (N,) of the candidates of its last round.
 
-    z (1, D) is the present latent, `previous` (H, 2) the last plan, not yet shifted; cfg has the
-    fields of `planning`; futures(z, act (N, H, 3)) gives energies (N,), as `Futures` does. When
-    all futures cost the same the last plan goes on. Colored noise: Pinneri et al. 2020 (iCEM);
-    mppi: Williams et al. 2017.
+    z (1, D) is the present latent, `previous` the last Plan, not yet shifted; cfg has the fields of
+    `planning`; futures(z, act (N, H, 3)) gives energies (N,), as `Futures` does. When all futures
+    cost the same the last plan goes on.
+
+    mppi: Williams et al. 2017. icem: Pinneri et al. 2020, arXiv:2008.06389: fewer candidates in
+    each round; a share of the elites is kept for the next round and, shifted, for the next plan;
+    mean and spread follow the elites with a momentum, the spread no less than LEAST_STD; the best
+    elite is followed. Its noise is --noise_kind powerlaw. Unlike theirs, the mean is a candidate in
+    every round, not in the last one only.
     """
-    N, H = cfg.samples, len(previous)
-    last = torch.cat([previous[1:], previous[-1:]])
-    mean, std = last, torch.tensor(cfg.noise, device=z.device).expand(H, 2)
-    kept = None
-    for _ in range(1 if cfg.planner == "shooting" else cfg.rounds):
-        u = limited(mean + std * colored_noise(N, H, cfg.rho, generator, z.device), cfg.gas)
-        u[0] = mean
-        if kept is not None:
-            u[-len(kept):] = kept
-        energies = futures(z, to_action(u)).nan_to_num(nan=WORST, posinf=WORST)  # (N,)
+    N, icem, last = cfg.samples, cfg.planner == "icem", previous.shifted()
+    K = min(cfg.elites, N - 1)
+    (u, mean, elites), std = last, torch.tensor(cfg.noise, device=z.device).expand_as(last.mean)
+    for i in range(1 if cfg.planner == "shooting" else cfg.rounds or ROUNDS[cfg.planner]):
+        n = min(N, max(int(N / DECAY**i), 2 * K)) if icem else N
+        drawn = draw_plans(n, mean, std, cfg, generator)
+        drawn[0] = mean
+        if icem:
+            kept = elites[:max(1, int(REUSED * K))]
+            steps = len(mean) - (i == 0)  # the last action of a shifted elite is drawn anew
+            drawn[n - len(kept):, :steps] = kept[:, :steps]
+        elif i > 0:
+            drawn[-K:] = elites
+        energies = futures(z, to_action(drawn)).nan_to_num(nan=WORST, posinf=WORST)  # (n,)
         if energies.min() >= WORST:
             fail("every dreamt future has an energy that is not a number; use --precision fp32, or "
                  "train the predictor again")
-        low, order = energies.topk(min(cfg.elites, N - 1), largest=False)
+        low, order = energies.topk(K, largest=False)
         if not energies.max() > energies.min():
-            return mean, energies  # in the first round the last plan
-        if cfg.planner == "shooting":
-            return u[order[0]], energies
-        kept = u[order]
-        if cfg.planner == "mppi":
+            return Plan(u, mean, elites), energies  # in the first round the last plan
+        elites = drawn[order]
+        if icem:
+            u, mean = elites[0], torch.lerp(elites.mean(dim=0), mean, MOMENTUM)
+            std = torch.lerp(elites.std(dim=0, correction=0), std, MOMENTUM).clamp_min(LEAST_STD)
+        elif cfg.planner == "mppi":
             weights = torch.softmax((low.min() - low) / (low.std(correction=0) + 1e-9), dim=0)
-            mean = torch.einsum("n,nta->ta", weights, kept)
+            u = mean = torch.einsum("n,nta->ta", weights, elites)
         else:
-            mean = kept.mean(dim=0)
-            std = kept.std(dim=0, correction=0).clamp_min(0.1)
-    return (kept[0] if cfg.planner == "icem" else mean), energies
+            u = mean = elites[0]
+    return Plan(u, mean, elites), energies
 
 
 class Driver:
@@ -252,7 +305,8 @@ class Driver:
         e = self.encoder
         self.generator.manual_seed(self.seed + track_seed)
         self.frames = deque(maxlen=(e.history - 1) * e.repeat + 1)
-        self.u = torch.zeros(self.cfg.horizon, 2, device=self.device)
+        self.planned = Plan.none(self.cfg.horizon, self.device)
+        self.u = self.planned.u  # (H, 2) what is followed
         self.t, self.ms, self.energies = 0, [], None
         self.action = np.array([0, START_GAS, 0], np.float32)
 
@@ -279,7 +333,9 @@ class Driver:
     def think(self):
         """Encodes, dreams, judges: sets the plan."""
         self.z = self.encode()
-        self.u, self.energies = plan(self.z, self.futures, self.u, self.cfg, self.generator)
+        self.planned, self.energies = plan(self.z, self.futures, self.planned, self.cfg,
+                                           self.generator)
+        self.u = self.planned.u
 
     @torch.inference_mode()
     def dream(self):
@@ -299,13 +355,21 @@ class NoModelDriver(Driver):
         self.now = float(self.nets["cost"].energy(self.z, self.cfg.energy))
         self.u = torch.cat([self.u[1:], self.u[-1:]])
         if before is None or self.now > before:
-            noise = colored_noise(1, self.cfg.horizon, self.cfg.rho, self.generator, self.device)
-            self.u = limited(noise[0] * noise.new_tensor(self.cfg.noise), self.cfg.gas)
+            self.u = draw_plans(1, torch.zeros_like(self.u), self.u.new_tensor(self.cfg.noise),
+                                self.cfg, self.generator)[0]
+
+
+def take_gas(cfg, of_cost):
+    """Where --gas was not given, sets it to the limit in a cost model's payload, and says so."""
+    if cfg.gas is None:
+        cfg.gas = of_cost.get("max_gas", 1.0)
+        print(f"gas up to {cfg.gas:g}, " + ("stored with the cost model" if "max_gas" in of_cost
+                                            else "for the cost model stores no limit"))
 
 
 def load_driver(args, cfg, policy="mpc"):
     """(driver, decoder or None): the nets of ROOT/models, or those that come with the code, checked
-    to belong together."""
+    to belong together; sets cfg.gas to their own limit where it is None."""
     device, dtype = set_up(args)
     models = models_of(args.root, getattr(args, "models", None))
     need_nets(models, args.root)
@@ -329,6 +393,7 @@ def load_driver(args, cfg, policy="mpc"):
         predictor = Predictor(**predictor.args).to(device).eval().requires_grad_(False)
     nets = {"encoder": encoder, "predictor": predictor, "cost": cost}
     kind = NoModelDriver if policy == "no_model" else Driver
+    take_gas(cfg, of_cost)
     driver = kind(nets, cfg, device, dtype, args.seed)
     driver.models = str(models)
     return driver, load_decoder(models, key, device)

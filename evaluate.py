@@ -67,7 +67,7 @@ from collect_data import FIRST_SEED, make_random, run_episode
 from collect_race_data import PACES as RACE_PACES, Expert, make_expert
 from collect_recovery_data import PACES as RECOVERY_PACES, make_faulty
 from demo_energy import MIN_JUMP, Elsewhere
-from drive_mpc import Futures, colored_noise, limited, plan, planning, to_action
+from drive_mpc import Futures, Plan, draw_plans, plan, planning, take_gas, to_action
 from networks import (Predictor, cosine, fingerprint, latest, load_frozen, meanwhile, models_of,
                       optimise, some_root, stack, unit_act)
 from support.cli import Number, Refusal, batch_number, command, fail, natural, parser, run, weight
@@ -355,11 +355,14 @@ class Subject:
         self.path = args.checkpoint or latest(self.models, "encoder_mixed")
         self.encoder, _ = load_frozen(self.path, "encoder", self.device, "train_encoder.py")
         self.key = fingerprint(self.encoder)
+        self.payloads = {}
         self.predictor = self._matching(args, latest(self.models, "predictor"), "predictor",
                                         "train_predictor.py", encoder=self.key)
         keys = {"predictor": fingerprint(self.predictor)} if self.predictor else {}
         self.cost = self._matching(args, self.models / "cost_model_final.pth", "cost",
                                    "train_cost_model.py", encoder=self.key, **keys)
+        if self.cost:
+            take_gas(args, self.payloads["cost"])
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
             self.twin = self.encoder.untrained().eval()
@@ -378,6 +381,7 @@ class Subject:
                 print(f"no {name}: {path} was trained on another {on} than "
                       f"{self.path if on == 'encoder' else latest(self.models, on)}")
                 return None
+        self.payloads[name] = payload
         return net
 
     def encode(self, encoder, obs):
@@ -977,11 +981,10 @@ def taught_outcome(subject, train, env, args):
     return lambda z: worth(z).reshape(z.shape[:2]).sum(axis=1)
 
 
-def candidates(previous, cfg, generator, device):
-    """Plans u (N, H, 2) around the last one, shifted: those of the planner's first round."""
-    mean = torch.cat([previous[1:], previous[-1:]])
-    noise = colored_noise(cfg.samples, cfg.horizon, cfg.rho, generator, device)
-    u = limited(mean + noise.new_tensor(cfg.noise) * noise, cfg.gas)
+def candidates(previous, cfg, generator):
+    """Plans u (N, H, 2) around those of the last Plan, shifted: as in the planner's first round."""
+    mean = previous.shifted().mean
+    u = draw_plans(cfg.samples, mean, mean.new_tensor(cfg.noise), cfg, generator)
     u[0] = mean
     return u
 
@@ -993,11 +996,11 @@ def judge_plans(subject, episode, k, seed, cfg):
     futures, blank = (Futures(p, subject.cost, cfg.energy)
                       for p in (subject.predictor, subject.blank))
     z = episode.z[OWN].to(device)
-    u = torch.zeros(cfg.horizon, 2, device=device)
+    last = Plan.none(cfg.horizon, device)
     for i in range(max(0, k - WARM_UP), k):
-        u = plan(z[i:i + 1], futures, u, cfg, generator.manual_seed(seed + i))[0]
-    act = to_action(candidates(u, cfg, generator.manual_seed(seed + k), device))
-    chosen = plan(z[k:k + 1], futures, u, cfg, generator.manual_seed(seed + k))[0]
+        last = plan(z[i:i + 1], futures, last, cfg, generator.manual_seed(seed + i))[0]
+    act = to_action(candidates(last, cfg, generator.manual_seed(seed + k)))
+    chosen = plan(z[k:k + 1], futures, last, cfg, generator.manual_seed(seed + k))[0].u
     energies = {name: judge(z[k:k + 1], act).cpu().numpy()
                 for name, judge in (("this model", futures), ("untrained", blank))}
     return act.cpu().numpy(), energies, to_action(chosen).cpu().numpy()

@@ -322,12 +322,16 @@ class CostModel(nn.Module):
 
     @torch.no_grad()
     def fit_density(self, z, chaos, shrinkage=0.05):
-        """Mean and covariance of expert latents (N, D), shrunk to a round one (Ledoit-Wolf); what
-        energy the latents of random driving have, chaos (M, D), in the median."""
+        """Mean and covariance of expert latents (N, D), of which a fixed share, `shrinkage`, is a
+        round one of the same trace; what energy the latents of random driving have, chaos (M, D),
+        in the median."""
+        from sklearn.covariance import shrunk_covariance
         z = z.double()
-        cov = torch.cov(z.T)
-        cov *= 1 - shrinkage
-        cov += shrinkage / (1 - shrinkage) * cov.diagonal().mean() * torch.eye(len(cov)).to(cov)
+        cov = torch.cov(z.T).reshape(self.mu.numel(), -1)  # of one number torch makes a scalar
+        if len(z) < 2 or not cov.diagonal().mean() > 0:
+            fail(f"the density: the {len(z)} latents of the expert are all alike; train the "
+                 "encoder on frames that differ")
+        cov = torch.from_numpy(shrunk_covariance(cov.cpu().numpy(), shrinkage)).to(z)
         self.mu.copy_(z.mean(dim=0))
         self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))  # white: (z - mu) @ it
         self.chaos.copy_(self.energy(chaos).median())

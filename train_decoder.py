@@ -102,15 +102,19 @@ def reconstruct(encoder, decoder, obs, device, dtype):
 
 
 def draw_sheet(real, painted, names, epoch, path):
-    """The sheet: real above reconstructed, PICTURES columns a source, errors in grey levels."""
+    """The sheet: real above reconstructed, errors in grey levels; `names` says which source each
+    frame is from, and each source has two rows, PICTURES columns wide."""
     plt = pyplot()
     error = (real - painted).abs().mean(dim=(1, 2, 3)) * 255
-    n = len(names)
+    sources = list(dict.fromkeys(names))
+    n = len(sources)
     fig, axes = plt.subplots(2 * n, PICTURES, figsize=(1.75 * PICTURES, 3.7 * n),
                              layout="constrained")
-    for i, name in enumerate(names):
-        for k in range(PICTURES):
-            j = i * PICTURES + k
+    for i, name in enumerate(sources):
+        own = [j for j, source in enumerate(names) if source == name]
+        for ax in axes[2 * i:2 * i + 2, len(own):].flat:
+            ax.axis("off")
+        for k, j in enumerate(own[:PICTURES]):
             for row, frame in ((2 * i, real[j]), (2 * i + 1, painted[j])):
                 axes[row, k].imshow(frame.permute(1, 2, 0).numpy(), interpolation="nearest")
                 axes[row, k].set(xticks=[], yticks=[])
@@ -212,8 +216,9 @@ def main():
         if i + 1 < args.steps:
             break  # stopped and saved: the same command goes on here
         decoder.eval()
-        obs = torch.cat([sample_frames(s[1], encoder.history, encoder.repeat, PICTURES, 3,
-                                       fields=(), skip=ZOOM_STEPS)[0] for s in sources.values()])
+        shown = {name: sample_frames(s[1], encoder.history, encoder.repeat, PICTURES, 3, fields=(),
+                                     skip=ZOOM_STEPS)[0] for name, s in sources.items()}
+        obs, names = torch.cat(list(shown.values())), [n for n, own in shown.items() for _ in own]
         painted = reconstruct(encoder, decoder, obs, device, dtype)
         refuse_nan(painted.sum(), f"step {args.steps} on epoch {epoch}, held out")
         made = models / f"decoder_ep{epoch}.pth"
@@ -224,7 +229,7 @@ def main():
         error = float((real - painted).abs().mean() * 255)
         log.log(epoch * args.steps, val_error=error)
         with ornament(sheet):
-            draw_sheet(real, painted, list(sources), epoch, sheet)
+            draw_sheet(real, painted, names, epoch, sheet)
         for path in (made, sheet):  # what came to the checkpoint's name meanwhile is drawn too
             with suppress(OSError):
                 os.utime(path, ns=(found[0], found[0]))

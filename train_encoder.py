@@ -476,7 +476,9 @@ def main():
     if not saved and RANK == 0:
         if args.gauges:
             nets["encoder"].fit_gauges(stack(probe.parts[0][0], args.history))
-        print("untrained:", table(probe(nets["encoder"], device, dtype)))
+        untrained = probe(nets["encoder"], device, dtype)
+        print("untrained:", table(untrained))
+        log.log(0, **{k.replace("val_", "untrained_"): v for k, v in untrained.items()})
     loss_of = over_ranks(loss_fn, nets)
     if args.compile:
         nets["encoder"].body.compile()

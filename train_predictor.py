@@ -17,6 +17,7 @@ if __name__ == "__main__":
     import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import time
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ class Sampler:
 
     def __init__(self, latents, sources, part, batch_size, horizon, shares=None, seed=0, rank=0,
                  ranks=1):
-        self.latents, self.K, self.seed = latents, horizon + 1, seed
+        self.latents, self.sources, self.K, self.seed = latents, sources, horizon + 1, seed
         self.part = slice(rank, None, ranks)
         self.starts = [latents.starts(split[part], self.K) for split in sources.values()]
         for split, starts in zip(sources.values(), self.starts):
@@ -104,10 +105,32 @@ class Sampler:
 
     def __call__(self, step):
         """(z (B, K, D), act (B, K - 1, 3)) of this step; sources, in each episodes, in order."""
+        return self.latents.windows(np.concatenate(self._starts(step))[self.part], self.K)
+
+    def _starts(self, step):
+        """The rows at which the windows of this step begin, an array a source."""
         rng = np.random.default_rng([self.seed, step])
-        starts = [np.sort(s[rng.integers(len(s), size=n)])
-                  for s, n in zip(self.starts, self.counts)]
-        return self.latents.windows(np.concatenate(starts)[self.part], self.K)
+        return [np.sort(s[rng.integers(len(s), size=n)])
+                for s, n in zip(self.starts, self.counts)]
+
+    @cached_property
+    def _every(self):
+        """The rows at which windows of both parts can begin, in order, an array a source."""
+        return [np.sort(self.latents.starts(train + held, self.K))
+                for train, held in self.sources.values()]
+
+    def swapped(self, step):
+        """act (B, K - 1, 3) for the windows of this step: of another episode of the same source,
+        which may be one to train on, for a source may have a single held-out episode."""
+        rng = np.random.default_rng([self.seed, step, 1])
+        begins = np.sort([a for a, *_ in self.latents.rows.values()] + [len(self.latents.z)])
+        others = []
+        for starts, every in zip(self._starts(step), self._every):
+            after = np.searchsorted(begins, starts, "right")  # the episode behind each window's
+            first, end = (np.searchsorted(every, begins[k]) for k in (after - 1, after))
+            pick = rng.integers(len(every) - (end - first))  # of the windows before and behind it
+            others.append(every[np.where(pick < first, pick, pick + end - first)])
+        return self.latents.windows(np.concatenate(others)[self.part], self.K)[1]
 
 
 def loss_fn(nets, z, act):
@@ -126,8 +149,7 @@ def evaluate(predictor, sampler, device, dtype, batches=4):
     rows = {}
     for i in range(batches):
         z, act = (x.to(device) for x in sampler(i))
-        other = torch.cat([a.roll(len(a) // 2, dims=0)  # in order: of another episode of the source
-                           for a in act.split(sampler.counts.tolist())])
+        other = sampler.swapped(i).to(device)
         with autocast(device, dtype):
             dreams = {"predictor": predictor.rollout(z[:, 0], act),
                       "copy-last": z[:, :1].expand_as(z[:, 1:]),
@@ -165,13 +187,15 @@ def load_decoder(models, key, device):
 
 
 def dream_windows(sources, encoder, horizon, seed=0):
-    """Held-out windows to dream, the same every time: obs (n, H + history, 3, 64, 64), act."""
+    """Held-out windows to dream, the same every time: obs (n, H + history, 3, 64, 64), act, and the
+    name of the source that each is from; two of each source, in order of the sources."""
     held = [s[1] for s in sources.values()]
     stream = Loader(held, 2 * len(held), horizon + 1, encoder.history, encoder.repeat,
-                    seed=seed + 5).batches()
-    obs, act = next(stream)
+                    seed=seed + 5).batches(labels=True)
+    obs, act, labels = next(stream)
     stream.close()
-    return obs, act
+    order = sorted(range(len(labels)), key=lambda i: labels[i][0])
+    return obs[order], act[order], [list(sources)[labels[i][0]] for i in order]
 
 
 @torch.no_grad()
@@ -203,8 +227,8 @@ def draw_dream(real, dreamt, names, path, seconds):
 
 
 def animate_dream(real, dreamt, names, path, seconds):
-    """The GIF: real above dreamt, all windows side by side under the names of their folders; a bar
-    counts the steps, so many `seconds` each."""
+    """The GIF: real above dreamt, all windows side by side, each under the name of its folder; a
+    bar counts the steps, so many `seconds` each."""
     n, steps, side = len(real), real.shape[1], 64 * GIF_SCALE
     left, pitch, head, bar = 76, side + GIF_GAP, 30, 30  # px
     frames = []
@@ -217,7 +241,7 @@ def animate_dream(real, dreamt, names, path, seconds):
                 canvas[row:row + side, x:x + side] = pictures[i, t].repeat(
                     GIF_SCALE, 0).repeat(GIF_SCALE, 1)
         for i, name in enumerate(names):
-            write(canvas, name, left + i * n // len(names) * pitch, 8)
+            write(canvas, name, left + i * pitch, 8)
         y, width, done = head + side, n * pitch - GIF_GAP, t / max(1, steps - 1)
         write(canvas, f"{t * seconds:.2f} s", 8, y + 7)
         canvas[y + 11:y + 19, left:left + width] = GRID
@@ -239,7 +263,7 @@ def main():
     sampler = Sampler(latents, sources, 0, args.batch_size, args.horizon, args.shares, args.seed,
                       RANK, RANKS)
     held = Sampler(latents, sources, 1, 512, args.horizon, seed=args.seed)
-    windows = dream_windows(sources, encoder, args.horizon)
+    *windows, names = dream_windows(sources, encoder, args.horizon)
 
     predictor = Predictor(encoder.dim, args.hidden, args.state, args.dropout).to(device)
     nets = {"predictor": predictor}
@@ -265,11 +289,11 @@ def main():
         decoder = load_decoder(models, key, device)
         if decoder is not None:
             real, dreamt = dream(encoder, predictor.eval(), decoder, *windows, device)
+            some = [names.index(name) for name in sources]  # of each source the first
             with ornament(sheet()):
-                draw_dream(real[::2], dreamt[::2], list(sources), sheet(),
-                           encoder.repeat / FPS)  # one window of the two of each source
+                draw_dream(real[some], dreamt[some], list(sources), sheet(), encoder.repeat / FPS)
             with ornament(visuals / "output_dream.gif"):
-                animate_dream(real, dreamt, list(sources), visuals / "output_dream.gif",
+                animate_dream(real, dreamt, names, visuals / "output_dream.gif",
                               encoder.repeat / FPS)
 
     def write():

@@ -9,7 +9,9 @@ behaviours  the energies of lapping, and of what must cost more: standing on the
             along it, driving the wrong way round, circling on the grass. Beside the wrong way,
             the right one at the same speed.
 landscape   the energy of plans that hold steering and throttle, in four situations: what the
-            planner sees when it looks for the lowest place.
+            planner sees when it looks for the lowest place. Axes and prints are actions: the
+            steering in rad (the joint stops at 0.4), gas and brake from 0 to 1. What is above the
+            limit of --gas is hatched.
 
 Takes the fast env and tracks for choosing; writes ROOT/visuals/trials.json and
 visuals/energy_landscape.png. Two minutes on a CPU with `--samples 256 --threads 1`.
@@ -30,7 +32,7 @@ import torch
 from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, make_env, place_beside,
                      telemetry)
 from collect_race_data import PACES, WIDTH, Expert
-from drive_mpc import Blind, limited, load_driver, planning, to_action
+from drive_mpc import BRAKE, STEER, Blind, load_driver, planning, to_action
 from networks import some_root, stack
 from support.cli import Number, parser, run, track_number
 from support.files import replace_atomically, versions, writable
@@ -252,12 +254,33 @@ def energies_of(driver, z, held):
     return driver.futures(z, to_action(u)).view(held.shape[:2]).cpu().numpy()
 
 
+def draw_landscape(ax, act, energy):
+    """Draws energies (G, G) over the actions act (G, G, 3), steering by pedals, that were held ->
+    the action of lowest energy."""
+    steer, pedals = act[:, 0, 0], act[0, :, 1] - act[0, :, 2]  # the brake below zero
+    i, j = np.unravel_index(energy.argmin(), energy.shape)
+    ax.contourf(steer, pedals, np.log10(energy.T), 16, cmap="viridis_r")
+    ax.plot(steer[i], pedals[j], "o", color="crimson", markersize=8, markeredgecolor="white",
+            label="lowest energy", clip_on=False)
+    if pedals[-1] < 1:
+        ax.axhspan(pedals[-1], 1, facecolor="0.95", edgecolor="0.7", hatch="//", lw=0,
+                   label=f"gas above {pedals[-1]:g}: not allowed")
+    ax.axhline(0, color="white", lw=0.5)
+    ax.axvline(0, color="white", lw=0.5)
+    ax.set(xlabel="steering held, rad: left to right", ylabel="brake (below 0), gas (above)",
+           xlim=(-STEER, STEER), ylim=(-BRAKE, 1))
+    ax.set_title(f"energy {energy.min():.1f} (yellow) to {energy.max():.0f} (violet), log",
+                 fontsize=8)
+    return {**dict(zip(("steer", "gas", "brake"), act[i, j].tolist())),
+            "energy": float(energy.min()), "highest": float(energy.max())}
+
+
 def landscape(args, driver):
-    """Draws visuals/energy_landscape.png -> {situation: best steering and throttle}."""
+    """Draws visuals/energy_landscape.png -> {situation: the actions of lowest energy}."""
     env, rng = make_env("fast"), np.random.default_rng(args.seed)
     curvature = on_track(env, args.track_seed)
-    grid = torch.linspace(-1, 1, GRID)
-    held = torch.stack(torch.meshgrid(grid, grid, indexing="ij"), dim=-1)  # steer, throttle
+    held = torch.stack(torch.meshgrid(
+        torch.linspace(-1, 1, GRID), torch.linspace(-1, args.gas, GRID), indexing="ij"), dim=-1)
     plt = pyplot()
     places, out = situations(env, curvature, rng), {}
     fig, axes = plt.subplots(2, len(places), figsize=(3.2 * len(places), 5.6),
@@ -268,29 +291,16 @@ def landscape(args, driver):
         for _ in range(driver.frames.maxlen):  # it rolls on while the history fills
             driver.frames.append(frame)
             frame = env.unwrapped.step(np.array([0, 0.1, 0], np.float32))[0]
-        energy = energies_of(driver, driver.encode(), limited(held, args.gas))
-        i, j = np.unravel_index(energy.argmin(), energy.shape)
-        steer, gas, brake = to_action(held[i, j]).tolist()
-        out[name] = {"steer": steer, "gas": gas, "brake": brake,
-                     "energy": float(energy.min()), "highest": float(energy.max())}
+        energy = energies_of(driver, driver.encode(), held)
         eye.imshow(driver.frames[-1], interpolation="nearest")
         eye.set(title=name, xticks=[], yticks=[])
-        log = np.log10(energy.T)
-        ax.contourf(grid, grid, log, 16, cmap="viridis_r")
-        ax.plot(grid[i], grid[j], "o", color="crimson", markersize=8, markeredgecolor="white",
-                label="lowest energy")
-        ax.axhline(0, color="white", lw=0.5)
-        ax.axvline(0, color="white", lw=0.5)
-        ax.set(xlabel="steering held: left to right", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
-        ax.set_yticklabels(("brake", "coast", "gas"))
-        ax.set_title(f"energy {energy.min():.1f} (yellow) to {energy.max():.0f} (violet), log",
-                     fontsize=8)
+        out[name] = draw_landscape(ax, to_action(held).double().numpy().round(6), energy)
     axes[1, 0].legend(loc="lower left", fontsize=8)
     save_figure(fig, args.root / "visuals" / "energy_landscape.png")
     env.close()
     print("\nplans that hold steering and throttle: the one of lowest energy")
     for name, best in out.items():
-        print(f"{name:34} steer {best['steer']:+.2f}  gas {best['gas']:.2f}  "
+        print(f"{name:34} steer {best['steer']:+.2f} rad  gas {best['gas']:.2f}  "
               f"brake {best['brake']:.2f}  energy {best['energy']:8.1f} of up to "
               f"{best['highest']:.0f}")
     return out

@@ -326,11 +326,12 @@ class RunLog:
         return values
 
     def curves(self):
-        """Redraws the picture: one panel a quantity, `val_x` over `x`."""
+        """Redraws the picture: one panel a quantity, `val_x` over `x`, and `untrained_x`, what a
+        net had before its training, as a dashed line: the one to beat."""
         rows = self.rows()
         names = [k for k in dict.fromkeys(k for r in rows for k in r)
                  if k not in ("step", "seconds")]
-        panels = dict.fromkeys(n.removeprefix("val_") for n in names)
+        panels = dict.fromkeys(n.removeprefix("val_").removeprefix("untrained_") for n in names)
         if not panels:
             return
         plt = pyplot()
@@ -347,18 +348,36 @@ class RunLog:
                 pts = np.array([(r["step"], r[key]) for r in rows if key in r])
                 if len(pts):
                     ax.plot(*pts.T, **style)
-            pts = np.array([r[k] for r in rows for k in (name, "val_" + name) if k in r])
-            if (pts > 0).all() and pts.max() > 50 * pts.min():
+            for untrained in [r["untrained_" + name] for r in rows if "untrained_" + name in r][-1:]:
+                ax.axhline(untrained, color="tab:gray", ls="--", lw=1.2, label="untrained")
+            pts = np.array([r[k] for r in rows
+                            for k in (name, "val_" + name, "untrained_" + name) if k in r])
+            pts = pts[np.isfinite(pts)]
+            if len(pts) and (pts > 0).all() and pts.max() > 50 * pts.min():
                 ax.set_yscale("log")
+            elif len(pts):
+                ax.set_ylim(*span(name, pts.min(), pts.max()))
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.set_title(name, fontsize=9)
             ax.tick_params(labelsize=7)
             ax.grid(alpha=0.3)
         shown = {label: line for ax in axes.flat for line, label in zip(
             *ax.get_legend_handles_labels())}
-        fig.legend(shown.values(), shown.keys(), loc="outside upper right", ncols=2, fontsize=8)
+        fig.legend(shown.values(), shown.keys(), loc="outside upper right", ncols=3, fontsize=8)
         fig.supxlabel("step", fontsize=8)
         save_figure(fig, self.png)
+
+
+def span(name, low, high):
+    """The ends of a linear axis for values from low to high, so wide that noise does not look like
+    learning: R² and AUC up to 1, from 0.9 and 0.5 or below; else a tenth of the values at least."""
+    if name.startswith("r2_"):
+        return min(0.9, low - 0.05 * (1 - low)), 1.0
+    if name.startswith("auc_"):
+        return max(0.0, min(0.5, low - 0.02)), 1.0
+    middle, half = (low + high) / 2, max(0.55 * (high - low), 0.05 * max(abs(low), abs(high)), 1e-9)
+    bottom = middle - half
+    return (bottom if low < 0 else max(0.0, bottom)), middle + half
 
 
 def summary_writer(args, stage, rows):

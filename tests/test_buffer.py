@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import buffer
-from buffer import Loader, index, read_chunk, triplets, write_chunk
+from buffer import Loader, index, read_chunk, sample_frames, triplets, write_chunk
 from support.cli import Refusal
 from support.latents import Latents
 
@@ -235,6 +235,56 @@ def test_the_stream_is_a_function_of_seed_and_step(folders):
     assert not torch.equal(straight[0], next(c)[0])
     for stream in (a, b, c):
         stream.close()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_labels_say_where_each_window_is_from_and_change_nothing(folders, seed):
+    loader = Loader(folders, 7, latents=2, history=2, seed=seed)
+    plain, labelled = loader.batches(start=3), loader.batches(start=3, labels=True)
+    for _ in range(12):
+        obs, act, labels = next(labelled)
+        assert all(torch.equal(x, y) for x, y in zip(next(plain), (obs, act), strict=True))
+        numbers = where(obs)[0][:, 0].tolist()
+        assert ["ab"[n // 10] for n in numbers] == ["ab"[s] for s, _ in labels]
+        assert [f"{'ab'[n // 10]}{n % 10}" for n in numbers] == [c.meta["uid"] for _, c in labels]
+    plain.close(), labelled.close()
+
+
+def test_a_window_of_an_understudy_bears_its_own_name(tmp_path):
+    for i in range(4):
+        make(tmp_path / "a", f"a{i}", 20, i)
+    chunks = index(tmp_path / "a")[0]
+    for i in (0, 2):  # damaged after the index was made
+        whole = chunks[i].path.read_bytes()
+        chunks[i].path.write_bytes(whole[:400] + bytes(40) + whole[440:])
+    loader = Loader([chunks], 5, latents=2)
+    loader.damage[0].total = 10_000
+    stream = loader.batches(labels=True)
+    seen = set()
+    for _ in range(12):
+        obs, _, labels = next(stream)
+        for n, (source, chunk) in zip(where(obs)[0][:, 0].tolist(), labels):
+            assert (source, chunk.meta["uid"]) == (0, f"a{n}")
+            seen.add(n)
+    stream.close()
+    assert seen == {1, 3}
+
+
+def test_frames_of_a_damaged_chunk_come_from_the_next_and_the_folder_is_named(tmp_path, capsys):
+    for name, first in (("a", 0), ("b", 10)):
+        for i in range(4):
+            make(tmp_path / name, f"{name}{i}", 20, first + i)
+    args = argparse.Namespace(root=tmp_path, data=["a", "b"])
+    chunks = [c for name in args.data for c in index(tmp_path / name)[0]]
+    whole = chunks[5].path.read_bytes()
+    chunks[5].path.write_bytes(whole[:400] + bytes(40) + whole[440:])
+    for name in args.data:
+        buffer.Damage.folders[tmp_path / name] = buffer.Damage(1000)
+    obs, rows = sample_frames(chunks, 2, 1, 16)
+    assert where(obs)[0][:, 0].tolist() == [*np.repeat([0, 1, 2, 3, 10, 12, 12, 13], 2)]
+    assert len(rows["telemetry"]) == 16
+    assert len(buffer.Damage.folders[tmp_path / "b"].lines) == 1
+    assert not buffer.Damage.folders[tmp_path / "a"].lines
 
 
 def test_a_closed_loader_leaves_no_thread(folders):

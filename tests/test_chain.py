@@ -397,7 +397,7 @@ def test_a_last_file_that_is_gone_or_damaged_is_written_anew(chain, tmp_path):
         ours, was = (torch.load(f / "models" / last, weights_only=True)
                      for f in (tmp_path, chain[0]))
         assert ours.keys() == was.keys()
-        for key in ("step", "epoch", "epochs", "done", "data_key", "frames_seen", "auc"):
+        for key in ("step", "epoch", "epochs", "done", "data_key", "frames_seen", "auc", "max_gas"):
             assert ours.get(key) == was.get(key), key
         for net, entry in was["nets"].items():
             assert all(torch.equal(ours["nets"][net]["weights"][k], v)

@@ -1,7 +1,9 @@
 """What goes into the encoder: stacked windows and photometric views, against plain references."""
 
 import argparse
+import json
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -276,3 +278,69 @@ def test_mirrored_windows_are_mirrored_as_a_whole_and_so_is_their_steering():
     for (obs, act), (o, a) in zip(stream(3), stream(0)[3:]):  # resumed
         assert torch.equal(obs, o) and torch.equal(act, a)
     assert all((a.numpy() == b).all() for (_, a), b in zip(stream(0, share=0.0), acts))
+
+
+# ------------------------------------------------------------------ curves
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """drawn(rows) -> {panel: its axes} of a log of these rows, {step, values...}."""
+    from support import training
+
+    def draw(rows):
+        args = argparse.Namespace(root=tmp_path, log_every=5, tensorboard=False)
+        log = training.RunLog(args, "encoder")
+        for row in rows:
+            log.log(**row)
+        kept = []
+        with monkeypatch.context() as m:
+            m.setattr(training, "save_figure", lambda fig, path: kept.append(fig))
+            training.RunLog(args, "encoder", resumed=True).curves()  # as a resumed run draws it
+        log.curves()
+        assert cv2.imread(str(log.png)).std() > 5
+        return {ax.get_title(): ax for ax in kept[0].axes}
+    return draw
+
+
+def test_axes_of_curves_do_not_turn_noise_into_learning(drawn):
+    noise = np.random.default_rng(0).normal(0, 1e-4, 40)
+    axes = drawn([{"step": i, "val_r2_speed": 0.9976 + e, "val_r2_heading_error": 0.6 + i / 200,
+                   "val_auc_density": 0.9999, "val_auc_classifier": 0.4, "val_std": 0.5 + e,
+                   "loss": 2 - i / 30, "lr": 0.0, "val_rank": 40 + e}
+                  for i, e in enumerate(noise)])
+    ends = {name: ax.get_ylim() for name, ax in axes.items()}
+    assert ends["r2_speed"] == (0.9, 1.0)
+    assert 0.5 < ends["r2_heading_error"][0] < 0.6 and ends["r2_heading_error"][1] == 1
+    assert ends["auc_density"] == (0.5, 1.0)
+    assert 0.3 < ends["auc_classifier"][0] < 0.4 and ends["auc_classifier"][1] == 1
+    for name, value in (("std", 0.5), ("rank", 40)):
+        low, high = ends[name]
+        assert high - low >= 0.0999 * value and low < value < high
+    low, high = ends["loss"]
+    assert 0.5 < low < 0.7 and 2 < high < 2.2  # what really moves fills its panel
+
+
+def test_the_untrained_net_is_a_dashed_line_with_its_name(drawn):
+    axes = drawn([{"step": 0, "untrained_r2_speed": 0.98, "untrained_rank": 80.0},
+                  {"step": 0, "loss": 3.0},
+                  *({"step": i, "loss": 3 - i, "val_r2_speed": 0.99, "val_rank": 50.0}
+                    for i in (1, 2))])
+    assert set(axes) == {"r2_speed", "rank", "loss"}
+    for name, value in (("r2_speed", 0.98), ("rank", 80)):
+        line, = [line for line in axes[name].lines if line.get_linestyle() == "--"]
+        assert list(line.get_ydata()) == [value] * 2 and line.get_label() == "untrained"
+        low, high = axes[name].get_ylim()
+        assert low < value < high
+    assert not [line for line in axes["loss"].lines if line.get_linestyle() == "--"]
+    assert "untrained" in [t.get_text() for t in axes["loss"].figure.legends[0].get_texts()]
+
+
+def test_the_probe_of_the_untrained_net_is_logged_once(chain):
+    rows = [json.loads(x) for x in (chain[0] / "models" / "encoder.jsonl").read_text().splitlines()]
+    first = [row for row in rows if any(k.startswith("untrained_") for k in row)]
+    assert len(first) == 1 and first[0]["step"] == 0
+    last = next(row for row in reversed(rows) if "val_r2_speed" in row)
+    assert {k.removeprefix("untrained_") for k in first[0]} - {"step", "seconds"} == {
+        k.removeprefix("val_") for k in last if k.startswith(("val_r2", "val_rank", "val_spread"))}
+    said = next(x for x in chain[1]["train_encoder.py"].splitlines() if x.startswith("untrained:"))
+    assert f"R² speed {first[0]['untrained_r2_speed']:.3f}" in said

@@ -57,8 +57,10 @@ def test_the_card_says_what_made_it(card):
     tracks = [t for source in SOURCES for t in report["tracks"][source]]
     assert tracks == list(range(200_000, 200_006))  # for choosing, a track an episode
     for words in ("What the latent knows", "How long dreams hold", "Impossible futures",
-                  "match the world", "report_dreams.png"):
+                  "match the world", "report_dreams.png",
+                  "gas up to 0.5, stored with the cost model"):
         assert words in said
+    assert report["args"]["gas"] == "0.5"
 
 
 @pytest.mark.slow

@@ -1,13 +1,20 @@
 """The planner on a problem whose answer is known, and the noise against its stated spectrum."""
 
 import argparse
+import json
 
 import numpy as np
 import pytest
 import torch
+from conftest import script
+from sklearn.covariance import shrunk_covariance
 
-from drive_mpc import BRAKE, STEER, Futures, colored_noise, limited, plan, to_action
-from networks import DISCOUNT, FORESIGHT, TROUBLE, CostModel, Predictor
+from benchmark import PlainFutures
+from drive_mpc import (BRAKE, DECAY, LEAST_STD, STEER, Futures, Plan, ar1_noise, draw_plans,
+                       limited, plan, planning, powerlaw_noise, take_gas, to_action)
+from networks import DISCOUNT, FORESIGHT, TROUBLE, CostModel, Predictor, judged
+from support.cli import Parser, Refusal
+from train_cost_model import max_gas
 
 
 def cart(z, act):
@@ -30,50 +37,141 @@ def futures(z, act):
     return ((x - GOAL) ** 2 + 0.1 * v**2).sum(1)
 
 
-def config(planner, rounds=1, **kw):
-    return argparse.Namespace(**{**dict(planner=planner, rounds=rounds, samples=512, elites=32,
-                                        rho=0.8, noise=[0.4, 0.5], gas=1.0,
-                                        energy="density"), **kw})
+def config(planner, rounds=None, **kw):
+    """The flags as they are by default, but for these."""
+    p = Parser()
+    planning(p)
+    args = p.parse_args(["--planner", planner, "--samples", "512", "--gas", "1"])
+    return argparse.Namespace(**{**vars(args), "rounds": rounds, **kw})
 
 
-@pytest.mark.parametrize("planner,rounds", [("shooting", 1), ("icem", 3), ("mppi", 1), ("mppi", 2)])
-def test_the_planner_reaches_a_known_goal(planner, rounds):
+@pytest.mark.parametrize("noise", ["ar1", "powerlaw"])
+@pytest.mark.parametrize("planner,rounds", [("shooting", None), ("icem", None), ("icem", 1),
+                                            ("mppi", None), ("mppi", 2)])
+def test_the_planner_reaches_a_known_goal(planner, rounds, noise):
     generator = torch.Generator().manual_seed(0)
-    z, u = torch.zeros(1, 2), torch.zeros(15, 2)
+    z, last, cfg = torch.zeros(1, 2), Plan.none(15), config(planner, rounds, noise_kind=noise)
     for _ in range(40):
-        u, energies = plan(z, futures, u, config(planner, rounds), generator)
-        assert u.shape == (15, 2) and u.abs().max() <= 1
-        z = cart(z, to_action(u[:1])[None])[:, 0]
+        last, energies = plan(z, futures, last, cfg, generator)
+        assert last.u.shape == (15, 2) and last.u.abs().max() <= 1
+        z = cart(z, to_action(last.u[:1])[None])[:, 0]
     assert abs(float(z[0, 0]) - GOAL) < 0.25, z
-    assert energies.shape == (512,)
+    assert len(energies) == (int(512 / DECAY**2) if planner == "icem" and not rounds else 512)
+
+
+def test_icem_by_default_is_more_than_shooting():
+    """Summed over a drive, its plans cost less than those of shooting with as many futures."""
+    costs = {}
+    for planner, samples in (("shooting", 156), ("icem", 64)):  # 64 + 64 (twice the elites) + ...
+        cfg = config(planner, samples=samples, elites=10)
+        generator, z, last, seen = torch.Generator().manual_seed(1), torch.zeros(1, 2), Plan.none(
+            15), []
+        told = lambda z, act: (seen.append(len(act)), futures(z, act))[1]
+        costs[planner] = 0.0
+        for _ in range(30):
+            last, _ = plan(z, told, last, cfg, generator)
+            costs[planner] += float(futures(z, to_action(last.u[None])))
+            z = cart(z, to_action(last.u[:1])[None])[:, 0]
+        assert sum(seen) / 30 == (64 + 51 + 40 if planner == "icem" else 156)
+    assert costs["icem"] < 0.97 * costs["shooting"], costs
+
+
+def test_icem_keeps_elites_and_shifts_them_into_the_next_plan():
+    cfg, seen = config("icem", samples=100, elites=20, noise_kind="powerlaw"), []
+    told = lambda z, act: (seen.append(act), futures(z, act))[1]
+    generator = torch.Generator().manual_seed(0)
+    first, energies = plan(torch.zeros(1, 2), told, Plan.none(15), cfg, generator)
+    assert [len(act) for act in seen] == [100, 80, 64]  # decayed by 1.25
+    many = config("icem", rounds=9, samples=100, elites=20)
+    assert len(plan(torch.zeros(1, 2), futures, first, many)[1]) == 40  # twice the elites
+    assert len(first.elites) == 20
+    costs = futures(torch.zeros(1, 2), to_action(first.elites))
+    assert torch.equal(costs, costs.sort()[0]) and torch.equal(costs[0], energies.min())
+    assert torch.equal(first.u, first.elites[0]) and not torch.equal(first.u, first.mean)
+    of = lambda plans, n: {tuple(p.flatten().tolist()) for p in plans[:, :n]}
+    for earlier, later in zip(seen, seen[1:]):  # 30 % of the elites of the round before
+        best = earlier[futures(torch.zeros(1, 2), earlier).argsort()[:6]]
+        assert of(best, 15) <= of(later, 15)
+    seen.clear()
+    plan(torch.zeros(1, 2), told, first, cfg, generator)
+    assert torch.equal(seen[0][0], to_action(first.shifted().mean))
+    assert of(to_action(first.elites[:6, 1:]), 14) <= of(seen[0], 14)  # a step later
+    ends = to_action(first.elites[:6, -1:]).squeeze(1)
+    assert not (seen[0][-6:, -1] == ends).all(dim=1).any()  # the last action is drawn anew
+
+
+def test_icem_never_narrows_below_its_least_spread():
+    """Even where the elites are all alike, it goes on looking around them."""
+    cfg, seen = config("icem", rounds=12, samples=400, elites=4), []
+    bowl = lambda act: (act[:, :, 0] ** 2).sum(1) + act[:, :, 1].sum(1) + 1
+    flat = lambda z, act: (seen.append(act), bowl(act))[1]
+    plan(torch.zeros(1, 2), flat, Plan.none(6), cfg, torch.Generator().manual_seed(0))
+    for act in seen[-3:]:
+        assert (act[..., 0] / STEER).std() > 0.5 * LEAST_STD
+
+
+@pytest.mark.parametrize("samples,elites,horizon", [(2, 32, 15), (3, 1, 1), (8, 100, 2)])
+@pytest.mark.parametrize("planner", ["shooting", "icem", "mppi"])
+def test_few_samples_and_short_horizons_plan_too(planner, samples, elites, horizon):
+    for noise in ("ar1", "powerlaw"):
+        cfg, last = config(planner, samples=samples, elites=elites, noise_kind=noise), Plan.none(
+            horizon)
+        for _ in range(3):
+            last, _ = plan(torch.zeros(1, 2), futures, last, cfg)
+        assert last.u.shape == (horizon, 2) and last.u.isfinite().all()
+
+
+def test_mppi_is_the_mean_of_its_elites_weighted_by_energy():
+    """The default planner against plain loops, over three plans."""
+    cfg, last, u = config("mppi", samples=64), Plan.none(5), torch.zeros(5, 2)
+    root = torch.linalg.cholesky(0.8 ** (torch.arange(5)[:, None] - torch.arange(5)).abs().double())
+    g, h, z = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0), torch.zeros(1, 2)
+    for _ in range(3):
+        last, energies = plan(z, futures, last, cfg, g)
+        mean, noise = torch.cat([u[1:], u[-1:]]), torch.randn(64, 5, 2, generator=h)
+        drawn = torch.stack([(mean + torch.tensor([0.4, 0.5]) * (root.float() @ n)).clamp(-1, 1)
+                             for n in noise])
+        drawn[0] = mean
+        cost = futures(z, to_action(drawn))
+        best = cost.argsort()[:32]
+        weights = torch.softmax(-(cost[best] - cost.min()) / cost[best].std(correction=0), 0)
+        u = sum(w * plan for w, plan in zip(weights, drawn[best]))
+        assert torch.allclose(energies, cost, rtol=1e-4) and torch.allclose(last.u, u, atol=1e-5)
+        assert last.u is last.mean
 
 
 def test_warm_start_pays():
     """With few samples, shifting the last plan finds lower energies than starting from nothing."""
     lows = []
     for warm in (True, False):
-        generator, z, u, low = torch.Generator().manual_seed(1), torch.zeros(1, 2), torch.zeros(
-            15, 2), 0.0
+        generator, z, last, low = torch.Generator().manual_seed(1), torch.zeros(1, 2), Plan.none(
+            15), 0.0
         for _ in range(25):
-            u, e = plan(z, futures, u if warm else torch.zeros(15, 2), config("mppi", samples=48),
-                        generator)
-            z, low = cart(z, to_action(u[:1])[None])[:, 0], low + float(e.min())
+            last, e = plan(z, futures, last if warm else Plan.none(15), config("mppi", samples=48),
+                           generator)
+            z, low = cart(z, to_action(last.u[:1])[None])[:, 0], low + float(e.min())
         lows.append(low)
     assert lows[0] < lows[1]
 
 
 @pytest.mark.parametrize("planner", ["shooting", "icem", "mppi"])
 def test_when_all_futures_cost_the_same_the_last_plan_goes_on(planner):
-    last = torch.linspace(-1, 1, 30).view(15, 2)
-    u, energies = plan(torch.zeros(1, 2), lambda z, act: torch.ones(len(act)), last,
-                       config(planner))
-    assert torch.equal(u[:-1], last[1:]) and energies.std() == 0
+    u = torch.linspace(-1, 1, 30).view(15, 2)
+    last = Plan(u, 0.5 * u, u[None])
+    now, energies = plan(torch.zeros(1, 2), lambda z, act: torch.ones(len(act)), last,
+                         config(planner))
+    assert torch.equal(now.u[:-1], u[1:]) and energies.std() == 0
+    assert torch.equal(now.mean[:-1], 0.5 * u[1:])
+
+
+def white(N, H):
+    return torch.randn(N, H, 2, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.8, 0.95])
-def test_colored_noise_keeps_variance_and_has_its_spectrum(rho):
+def test_ar1_noise_keeps_variance_and_has_its_spectrum(rho):
     H = 15
-    x = colored_noise(20_000, H, rho, torch.Generator().manual_seed(0)).double()
+    x = ar1_noise(white(20_000, H), rho).double()
     assert x.std(dim=0).sub(1).abs().max() < 0.03  # at each step: nothing is lost at either end
     for lag in (1, 3, 7):
         assert float((x[:, lag:] * x[:, :-lag]).mean()) == pytest.approx(rho**lag, abs=0.02)
@@ -83,6 +181,32 @@ def test_colored_noise_keeps_variance_and_has_its_spectrum(rho):
     expected = [(rho ** abs(lag) * np.cos(2 * np.pi * f * lag / H)).sum() / H
                 for f in range(H // 2 + 1)]
     assert np.allclose(power.numpy(), expected, rtol=0.05)
+
+
+@pytest.mark.parametrize("H", [1, 2, 15, 16, 200])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0, 3.5])
+def test_powerlaw_noise_has_unit_variance_and_the_slope_of_its_exponent(beta, H):
+    x = powerlaw_noise(white(20_000, H), beta).double()
+    assert x.shape == (20_000, H, 2)
+    assert x.var(dim=0).sub(1).abs().max() < 0.06 and x.mean(dim=0).abs().max() < 0.03
+    power = torch.fft.rfft(x, dim=1).abs().pow(2).mean(dim=(0, 2))
+    if H > 2:
+        k = np.arange(1, len(power))
+        slope = np.polyfit(np.log(k), np.log(power[1:].numpy()), 1)[0]
+        assert slope == pytest.approx(-beta, abs=0.03)
+        assert power[0] / power[1] == pytest.approx(1, abs=0.05)  # a plan may hold what it does
+    if beta == 0:
+        assert (x[:, 1:] * x[:, :-1]).mean().abs() < 0.02 or H == 1
+
+
+@pytest.mark.parametrize("kind", ["ar1", "powerlaw"])
+def test_plans_are_drawn_with_the_noise_that_the_flags_ask_for(kind):
+    cfg = config("mppi", noise_kind=kind, rho=0.5, beta=1.5, noise=[0.1, 0.2])
+    drawn = draw_plans(4000, torch.full((15, 2), 0.1), torch.tensor(cfg.noise), cfg,
+                       torch.Generator().manual_seed(0))
+    noise = ar1_noise(white(4000, 15), 0.5) if kind == "ar1" else powerlaw_noise(
+        white(4000, 15), 1.5)
+    assert torch.allclose(drawn, (0.1 + noise * torch.tensor([0.1, 0.2])).clamp(-1, 1))
 
 
 def test_actions_cover_full_lock_and_braking():
@@ -100,9 +224,77 @@ def test_no_plan_has_more_gas_than_it_may():
     assert torch.equal(kept[inside], u[inside])
     z, seen = torch.zeros(1, 2), []
     told = lambda z, act: (seen.append(act), futures(z, act))[1]
-    for _ in range(5):
-        plan(z, told, torch.zeros(12, 2), config("mppi", gas=0.4), torch.Generator().manual_seed(0))
-    assert 0.39 < max(act[..., 1].max() for act in seen) <= 0.4
+    for planner in ("shooting", "icem", "mppi"):
+        for noise in ("ar1", "powerlaw"):
+            cfg, last = config(planner, gas=0.4, noise_kind=noise), Plan.none(12)
+            for seed in range(3):
+                last, _ = plan(z, told, last, cfg, torch.Generator().manual_seed(seed))
+            assert 0.39 < max(act[..., 1].max() for act in seen) <= 0.4
+            assert last.u[:, 1].max() <= 0.4
+            seen.clear()
+
+
+def test_the_gas_limit_is_the_cost_models_unless_it_is_given(capsys):
+    for flags, payload, gas, said in (((), {"max_gas": 0.5}, 0.5, "gas up to 0.5, stored with"),
+                                      (("--gas", "0.7"), {"max_gas": 0.5}, 0.7, ""),
+                                      ((), {}, 1.0, "stores no limit")):
+        p = Parser()
+        planning(p)
+        cfg = p.parse_args(list(flags))
+        take_gas(cfg, payload)
+        take_gas(cfg, payload)
+        out = capsys.readouterr().out
+        assert cfg.gas == gas and said in out and out.count("\n") == bool(said)
+
+
+def test_a_drive_without_the_flag_is_the_drive_with_the_stored_limit(chain, tmp_path):
+    payload = torch.load(chain[0] / "models" / "cost_model_final.pth", weights_only=True)
+    assert payload["max_gas"] == 0.5  # nets of 40 steps imagine little
+    assert "gas up to 0.5: 15 steps ahead" in chain[1]["train_cost_model.py"]
+    rows = {}
+    for flags in ((), ("--gas", 0.5), ("--gas", 0)):
+        path = tmp_path / "s.json"
+        path.unlink(missing_ok=True)
+        done = script("drive_mpc.py", "--env", "fast", "--episodes", 1, "--track_seed", 200_000,
+                      "--samples", 8, "--horizon", 3, "--no_video", "--threads", 1, "--json", path,
+                      *flags,
+                      root=chain[0])
+        assert done.returncode == 0, done.stderr
+        assert ("gas up to 0.5, stored with the cost model" in done.stdout) == (not flags)
+        report = json.loads(path.read_text())
+        rows[flags] = [(e["return"], e["steps"], e["tiles"]) for e in report["episodes"]]
+        assert report["settings"]["gas"] == (flags[1] if flags else 0.5)
+    stored, given, more = rows.values()
+    assert stored == given != more
+
+
+@pytest.mark.parametrize("error,gas", [(0.0, 1.0), (0.1, 1.0), (0.15, 0.5), (1.0, 0.5)])
+def test_full_gas_is_for_nets_whose_dreams_hold(error, gas, capsys):
+    """Of copy-last's error, `error` is left: a dream is so far from the truth."""
+    z = torch.randn(40, 6, 8, generator=torch.Generator().manual_seed(0)).cumsum(1)
+
+    class Dreamer(Predictor):
+        def rollout(self, z0, act):
+            return z[:, 1:] + error ** 0.5 * (z[:, :1] - z[:, 1:])
+
+    class Held:
+        swapped = staticmethod(lambda i: torch.zeros(40, 5, 3))
+        __call__ = staticmethod(lambda i: (z, torch.zeros(40, 5, 3)))
+    assert max_gas(Dreamer(8, 4, 4), Held(), torch.device("cpu"), torch.float32) == gas
+    assert f"is {error:.3f} of copy-last's" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags,word", [
+    ("--samples 1", "from 2"), ("--rho 1", "to 0.9999"), ("--beta -1", "from 0"),
+    ("--gas 1.5", "to 1"), ("--noise nan 1", "from 0"), ("--rounds 0", "from 1"),
+    ("--noise_kind pink", "powerlaw")])
+def test_flags_of_the_planner_have_stated_ranges(flags, word, capsys):
+    p = Parser()
+    planning(p)
+    with pytest.raises(SystemExit) as end:
+        p.parse_args(flags.split())
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and word in said
 
 
 def test_density_is_the_mahalanobis_distance():
@@ -115,6 +307,24 @@ def test_density_is_the_mahalanobis_distance():
     expected = torch.einsum("ni,ij,nj->n", d, inverse, d) / 2 / 6
     assert torch.allclose(cost.energy(z[:50]).double(), expected, rtol=1e-3)
     assert cost.energy(z).mean() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 6])
+@pytest.mark.parametrize("shrinkage", [0.05, 0.5, 1.0])
+def test_the_densitys_covariance_is_shrunk_by_a_fixed_share(dim, shrinkage):
+    torch.manual_seed(0)
+    z, cost = torch.randn(60, dim) @ torch.randn(dim, dim), CostModel(dim, 4)
+    cost.fit_density(z, 3 * z, shrinkage)
+    cov = shrunk_covariance(np.cov(z.numpy().T).reshape(dim, dim), shrinkage)
+    d = z.double().numpy() - z.double().numpy().mean(axis=0)
+    expected = np.einsum("ni,ij,nj->n", d, np.linalg.inv(cov), d) / 2 / dim
+    assert np.allclose(cost.energy(z), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("z", [torch.ones(9, 3), torch.randn(1, 3)])
+def test_a_density_of_latents_that_are_all_alike_is_refused(z):
+    with pytest.raises(Refusal, match="all alike"):
+        CostModel(3).fit_density(z, z)
 
 
 @pytest.fixture
@@ -158,6 +368,28 @@ def test_futures_cost_what_their_dreams_cost(nets, kind, H, far):
     futures = Futures(**nets, kind=kind)
     for _ in range(2):  # nothing is left of the first
         assert torch.allclose(futures(z, act), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("looks", [range, judged])
+@pytest.mark.parametrize("kind", ["value", "density"])
+def test_the_benchmarks_plain_rollout_computes_what_folded_products_do(nets, kind, looks):
+    z, act = nets["cost"].mu[None] + 0.01, torch.randn(32, 15, 3)
+    plain, folded = (F(**nets, kind=kind, looks=looks)(z, act) for F in (PlainFutures, Futures))
+    assert torch.allclose(plain, folded, rtol=1e-4)
+    every = nets["cost"].energy(nets["predictor"].rollout(z.expand(32, -1), act))
+    expected = every if looks is range else 15 / len(judged(15)) * every[:, list(judged(15))]
+    assert torch.allclose(plain, expected.sum(1), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_benchmark_times_both_changes_apart(tmp_path):
+    done = script("benchmark.py", "plan", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("plain rollout", "folded products"):
+        for scored in ("all", "every third"):
+            line = next(x for x in done.stdout.splitlines() if x.startswith(f"{name}, {scored} "))
+            assert float(line.split()[4 + (scored != "all")]) > 0
+    assert "the driver's" in line
 
 
 def test_value_is_the_density_on_the_road_and_looks_further_in_trouble(nets):
