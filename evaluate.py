@@ -72,7 +72,7 @@ from networks import (Predictor, cosine, fingerprint, latest, load_frozen, meanw
                       optimise, some_root, stack, unit_act)
 from support.cli import Number, Refusal, batch_number, command, fail, natural, parser, run, weight
 from support.files import git_commit, replace_atomically, versions, writable
-from support.pictures import ornament, pyplot, save_figure
+from support.pictures import ornament, plain, pyplot, save_figure
 from support.progress import progress
 from support.training import autocast, set_up
 from train_encoder import features_of, jitter_
@@ -1245,7 +1245,7 @@ def draw_page(pages, title, path):
         else:
             ax.axis("off")
             ax.text(0.5, 0.5, f"{name}: left out", ha="center", color="grey")
-    fig.suptitle(title, fontsize=10)
+    fig.suptitle(plain(title), fontsize=10)
     save_figure(fig, path)
 
 

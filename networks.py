@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from car_env import OBS_SIZE, SCENE_H
 from support.cli import Parser, Refusal, command, fail, optional, run
-from support.files import git_commit, output_file, replace_atomically, versions
+from support.files import git_commit, lock, output_file, replace_atomically, versions
 from support.training import RANK, RANKS
 from vicreg import gather
 
@@ -559,7 +559,8 @@ def hold(path):
     """The checkpoint as an open file, which `rotate` spares while it is open; None: it is gone."""
     with suppress(OSError):
         f = open(path, "rb")
-        fcntl.flock(f, fcntl.LOCK_SH)
+        with suppress(OSError):  # a file system without locks: then rotation asks its age alone
+            fcntl.flock(f, fcntl.LOCK_SH)
         return f
 
 
@@ -579,8 +580,8 @@ def rotate(folder, prefix, spared=()):
         with suppress(OSError), open(path, "rb") as f:
             if (epoch % KEPT_EVERY and epoch not in spared
                     and time.time() - os.fstat(f.fileno()).st_mtime > YOUNG_S):
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError where it is held
-                path.unlink()
+                if lock(f, wait=False):  # not where it is held
+                    path.unlink()
     for path in folder.glob(".*.pth.*.tmp"):
         with suppress(OSError):
             if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > YOUNG_S:

@@ -29,7 +29,7 @@ from car_env import ZOOM_STEPS
 from networks import (FORESIGHT, CostModel, already_trained, arithmetic_of, cosine, fingerprint,
                       latest, load_frozen, optimise, refuse_nan, resume_run, save, save_run, so_far)
 from support.cli import Number, Stop, fail, optimisation, parser, run, stopped
-from support.pictures import ornament, pyplot, save_figure
+from support.pictures import ornament, plain, pyplot, save_figure
 from support.progress import progress
 from support.training import RunLog, autocast, only_run, set_up
 from train_predictor import Sampler as DreamSampler, evaluate as dream_errors, load_latents
@@ -144,7 +144,7 @@ def draw_energies(energies, auc, path):
                             max(e.max() for e in rows.values()), 60)
         for name, e in rows.items():
             ax.hist(e, edges, histtype="stepfilled", alpha=0.45, density=True,
-                    label=names.get(name, name))
+                    label=plain(names.get(name, name)))
         ax.set_title(f"{kind}: AUC {auc[kind]:.3f}, random over expert", fontsize=9)
         ax.set_xlabel("energy (logit)" if kind == "classifier" else "log10 of the energy")
         ax.set_ylabel("density of held-out frames")

@@ -27,7 +27,7 @@ from networks import (TinyDecoder, arithmetic_of, build, epoch_of, fingerprint, 
                       save, save_run, set_aside, so_far, stack)
 from support.cli import (Number, Refusal, Stop, batch_number, command, fail, parser, positive, rate,
                          run, stopped)
-from support.pictures import ornament, pyplot, save_figure
+from support.pictures import ornament, plain, pyplot, save_figure
 from support.progress import progress
 from support.training import RunLog, autocast, on_device, only_run, set_up
 
@@ -119,7 +119,7 @@ def draw_sheet(real, painted, names, epoch, path):
                 axes[row, k].imshow(frame.permute(1, 2, 0).numpy(), interpolation="nearest")
                 axes[row, k].set(xticks=[], yticks=[])
             axes[2 * i + 1, k].set_xlabel(f"off by {error[j]:.1f} of 255", fontsize=7)
-        axes[2 * i, 0].set_ylabel(f"{name}\nheld out", fontsize=8)
+        axes[2 * i, 0].set_ylabel(f"{plain(name)}\nheld out", fontsize=8)
         axes[2 * i + 1, 0].set_ylabel("reconstructed", fontsize=8)
     fig.suptitle(f"encoder epoch {epoch}: mean error {error.mean():.2f} of 255", fontsize=9)
     save_figure(fig, path)

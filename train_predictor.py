@@ -30,7 +30,7 @@ from networks import (Predictor, already_trained, arithmetic_of, build, cosine, 
                       refuse_nan, resume_run, rotate, save, save_run, so_far, stack)
 from support.cli import Number, Refusal, Stop, command, fail, optimisation, parser, run, stopped
 from support.latents import Latents
-from support.pictures import ornament, pyplot, save_figure, save_gif
+from support.pictures import ornament, plain, pyplot, save_figure, save_gif
 from support.progress import progress
 from support.training import (DTYPES, RANK, RANKS, RunLog, autocast, in_turn, name_of, only_run,
                               same_start, set_up, stopped_anywhere)
@@ -222,7 +222,7 @@ def draw_dream(real, dreamt, names, path, seconds):
                 ax.set(xticks=[], yticks=[])
                 if row == 0:
                     ax.set_title(f"step {t} ({t * seconds:.2f} s)", fontsize=8)
-            axes[row, 0].set_ylabel(f"{name}\n{what}", fontsize=8)
+            axes[row, 0].set_ylabel(f"{plain(name)}\n{what}", fontsize=8)
     save_figure(fig, path)
 
 

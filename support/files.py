@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -129,8 +130,13 @@ def lock(file, wait=True):
     except OSError as e:
         if e.errno not in UNSUPPORTED:
             raise
-        tqdm.write(f"{file.name}: this file system has no locks; start nothing twice there")
+        _say_no_locks(Path(file.name).parent)
     return True
+
+
+@lru_cache
+def _say_no_locks(folder):
+    tqdm.write(f"{folder}: this file system has no locks; start nothing twice there")
 
 
 def lock_file(path, busy):

@@ -38,6 +38,11 @@ def pyplot():
     return plt
 
 
+def plain(name):
+    """A folder's or file's name as matplotlib shows it: between two $ it would read a formula."""
+    return str(name).replace("$", r"\$")
+
+
 def save_figure(fig, path):
     """A matplotlib figure as PNG, whole or not at all."""
     try:
