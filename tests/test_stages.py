@@ -94,19 +94,28 @@ def test_without_a_cost_model_the_demo_is_driven_by_the_expert(chain, tmp_path):
 
 def test_what_lacks_nets_says_so_and_how_to_drive_meanwhile(chain, tmp_path):
     eye = without(tmp_path / "eye", chain[0] / "models", "encoder_mixed")
-    lost = without(tmp_path / "lost", chain[0] / "models", "encoder_mixed", "predictor_ep")
-    for name in ("drive_mpc.py", "demo_energy.py"):
-        refused_script(script(name, root=eye), "predictor_ep1.pth and", "cost_model_final.pth",
-                       f"train_predictor.py --root {eye}", "train_cost_model.py", "--models")
-    refused_script(script("trials.py", root=lost), "cost_model_final.pth", "train_cost_model.py",
-                   "--models models/pretrained")
-    done = script("evaluate.py", "--parts", "plans", root=lost)
-    assert done.returncode == 2 and "--models models/pretrained" in done.stdout
-    done = script("demo_energy.py", "--models", "models/pretrained", "--headless", "--steps", 75,
-                  "--samples", 8, "--threads", 1, root=eye)
-    assert done.returncode == 0 and done.stdout.count("AUROC") == 4, done.stderr
+    refused_script(script("drive_mpc.py", root=eye), "predictor_ep1.pth and",
+                   "cost_model_final.pth", f"train_predictor.py --root {eye}",
+                   f"train_cost_model.py --root {eye}", "--models models/pretrained")
     refused_script(script("drive_mpc.py", "--models", tmp_path, root=eye), f"--models {tmp_path}",
                    "encoder_mixed_ep*.pth")
+
+
+@pytest.mark.slow
+def test_models_of_a_folder_are_driven_and_judged(chain, tmp_path):
+    eye = without(tmp_path / "eye", chain[0] / "models", "encoder_mixed")
+    for name in ("demo_energy.py", "trials.py"):
+        refused_script(script(name, root=eye), "cost_model_final.pth", "train_cost_model.py",
+                       "--models models/pretrained")
+    done = script("evaluate.py", "--parts", "plans", root=eye)
+    assert done.returncode == 2 and "--models models/pretrained" in done.stdout
+    shipped = ["--models", "models/pretrained", "--samples", 8, "--threads", 1]
+    done = script("demo_energy.py", *shipped, "--headless", "--steps", 75, root=eye)
+    assert done.returncode == 0 and done.stdout.count("AUROC") == 4, done.stderr
+    done = script("drive_mpc.py", *shipped, "--env", "fast", "--episodes", 1, "--no_video",
+                  "--json", tmp_path / "s.json", root=eye)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "s.json").read_text())["models"] == "models/pretrained"
 
 
 # ------------------------------------------------------------------ files of the user's own
