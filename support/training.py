@@ -347,7 +347,7 @@ class RunLog:
                                                     label="held out"))):
                 pts = np.array([(r["step"], r[key]) for r in rows if key in r])
                 if len(pts):
-                    ax.plot(*pts.T, **style)
+                    ax.plot(*pts.T, **style, clip_on=False)  # an AUC of 1 lies on the edge
             for untrained in [r["untrained_" + name] for r in rows if "untrained_" + name in r][-1:]:
                 ax.axhline(untrained, color="tab:gray", ls="--", lw=1.2, label="untrained")
             pts = np.array([r[k] for r in rows
