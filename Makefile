@@ -46,7 +46,7 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --hidden 256 --state 128 --epochs 3 --steps_per_epoch 700
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 3
 	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400
-	$(PY) drive_mpc.py $(LAPTOP) --episodes 3 --track_seed 100000 --compare random no_model expert --json "$(ROOT)/visuals/drive_mpc.json"
+	$(PY) drive_mpc.py $(LAPTOP) --headless --episodes 3 --track_seed 100000 --compare random no_model expert --json "$(ROOT)/visuals/drive_mpc.json"
 
 pretrained: ROOT = pretrained
 pretrained: .venv/installed  ## over two hours on two cores: weights like those that come with the code
@@ -76,6 +76,6 @@ all: .venv/installed  ## the whole plan at full scale: 5.8 million frames, a GPU
 	$(PY) train_cost_model.py
 	$(PY) evaluate.py
 	$(PY) demo_energy.py --headless
-	$(PY) drive_mpc.py --episodes 100 --track_seed 100000 --compare random no_model untrained expert --json visuals/drive_mpc.json
+	$(PY) drive_mpc.py --headless --episodes 100 --track_seed 100000 --compare random no_model untrained expert --json visuals/drive_mpc.json
 
 .PHONY: other-torch help install demo pretrained test test-all all
