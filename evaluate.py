@@ -70,7 +70,7 @@ from demo_energy import MIN_JUMP, Elsewhere
 from drive_mpc import Futures, Plan, draw_plans, plan, planning, take_gas, to_action
 from networks import (Predictor, cosine, fingerprint, latest, load_frozen, meanwhile, models_of,
                       optimise, some_root, stack, unit_act)
-from support.cli import Number, Refusal, batch_number, command, fail, natural, parser, run, weight
+from support.cli import Number, Refusal, batch_number, command, fail, natural, parser, run
 from support.files import git_commit, replace_atomically, versions, writable
 from support.pictures import ornament, plain, pyplot, save_figure
 from support.progress import progress
@@ -134,7 +134,7 @@ def arguments():
     g.add_argument("--ceiling_batch", type=batch_number, default=96, help="frames in such a step")
     g.add_argument("--bootstrap", type=Number(int, 2, 10**5), default=200,
                    help="resamples of the tracks behind each interval")
-    g.add_argument("--off_road", type=weight, default=17.0,
+    g.add_argument("--off_road", type=Number(float, 0, 1e6), default=17.0,
                    help="tiles that a second with all wheels off the road costs a plan; 17 is what "
                         "the expert makes in a second")
     planning(p)

@@ -842,6 +842,7 @@ def describe(path):
     payload = read(path)
     print(path)
     nets, args = payload.pop("nets"), payload.pop("args", {})
+    args = args if isinstance(args, dict) else {}  # a foreign file may hold anything
     for name, entry in nets.items():
         size = sum(t.numel() for t in entry["weights"].values())
         print(f"{name:12} {entry['class']} {size / 1e6:.2f}M {entry['args']}")
