@@ -196,10 +196,10 @@ def stock_rate(steps=600):
     env = make_env("official")
     actions = drive(7, steps)
     env.reset(seed=7)
-    start = time.time()
+    start = time.monotonic()
     for action in actions:
         env.step(action)
-    return len(actions) / (time.time() - start)
+    return len(actions) / (time.monotonic() - start)
 
 
 def collecting(root, script, frames, workers, watch=lambda pid: None):
@@ -316,10 +316,10 @@ def bench_loader(args):
         for latents, size, n in ((1, 256, 1500), (16, 32, 500)):
             stream = Loader(sources, size, latents=latents).batches()
             next(stream)
-            start = time.time()
+            start = time.monotonic()
             for _ in range(n):
                 next(stream)
-            rate = n * size * latents / (time.time() - start)
+            rate = n * size * latents / (time.monotonic() - start)
             stream.close()
             print(f"batches of {size} windows of {latents}: {rate:,.0f} frames/s")
         mixing(sources)
@@ -371,14 +371,14 @@ def mixing(sources, size=256):
 
 def memory_of_the_loader(sources, batches):
     """Prints this process's private memory, torch included, while batches go by."""
-    stream, rows, start = Loader(sources, 256).batches(), [], time.time()
+    stream, rows, start = Loader(sources, 256).batches(), [], time.monotonic()
     for i in range(1, batches + 1):
         next(stream)
         if i * 8 % batches < 8:
             rows.append(f"{private_mib(os.getpid()):.0f} after {i:,}")
     stream.close()
     print(f"private MiB over batches of 256: {', '.join(rows)} "
-          f"({batches * 256 / (time.time() - start):,.0f} frames/s)")  # fmt: skip
+          f"({batches * 256 / (time.monotonic() - start):,.0f} frames/s)")  # fmt: skip
 
 
 def opening(root, chunks, count, length=20):
@@ -390,11 +390,11 @@ def opening(root, chunks, count, length=20):
     for i in range(count):
         part["reward"] = np.full(length, i, np.float32)
         write_chunk(folder, {**chunks[0].meta, "uid": f"small-{i:06d}", "track_seed": i}, **part)
-    start = time.time()
+    start = time.monotonic()
     stream = Loader([load_sources(argparse.Namespace(root=root, data=["many"]))["many"][0]],
                     256).batches()  # fmt: skip
     next(stream)
-    print(f"first batch of a folder of {count:,} chunks: {time.time() - start:.1f} s")
+    print(f"first batch of a folder of {count:,} chunks: {time.monotonic() - start:.1f} s")
     stream.close()
 
 

@@ -718,7 +718,7 @@ def export_minari(folders, out, name):
             action_space=gymnasium.spaces.Box(np.float32([-1, 0, 0]), np.float32([1, 1, 1])),
             description="gymnasium's CarRacing-v3 in 64x64 pixels, collected by TinyJEPA",
             requirements=["gymnasium[box2d]"])
-        (out / name).parent.mkdir(exist_ok=True)  # a name may have a namespace
+        (out / name).parent.mkdir(parents=True, exist_ok=True)  # a name may have a namespace
         os.rename(tmp / name, out / name)
     finally:
         shutil.rmtree(tmp)

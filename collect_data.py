@@ -189,7 +189,7 @@ def collect(args, source, make_policy):
         return 0
     need_room(folder, args.frames - have)
     crew, stop, done, error = Crew(make_job(args, source, folder, make_policy)), Stop(), [], None
-    start = time.time()
+    start = time.monotonic()
     bar = progress(total=args.frames, initial=have, unit="frame", unit_scale=True, desc=source)
     try:
         while have < args.frames and not stop and not error:
@@ -205,7 +205,7 @@ def collect(args, source, make_policy):
     finally:
         bar.close()
         crew.dismiss()
-    report(done, time.time() - start)
+    report(done, time.monotonic() - start)
     if error:
         fail(error)
     return 130 if stop else 0

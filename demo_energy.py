@@ -279,11 +279,11 @@ def main():
     film = VideoRecorder(VIDEO_FPS)
     window = NoWindow() if args.headless else open_window("TinyJEPA: the energy of futures")
     demo = window.run(lambda: run_demo(args, film, window, stop))
+    files = film.save(stem)
     if demo.energy:
         demo.report()
     else:
         print("ended before the first futures were judged")
-    files = film.save(stem)
     if len(demo.energy) > 1:
         with ornament(png := stem.with_suffix(".png")):
             draw_summary(np.array(demo.energy), np.array(demo.seconds), png, demo.ahead_s)

@@ -16,6 +16,7 @@ if __name__ == "__main__":
     import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import json
+import os
 import secrets
 import time
 from collections import deque
@@ -34,13 +35,13 @@ from collect_race_data import Expert
 from networks import (DISCOUNT, Predictor, fingerprint, judged, latest, load_frozen, meanwhile,
                       models_of, need_nets, some_root, stack, unit_act)
 from support.cli import Number, Stop, command, fail, fraction, parser, run, track_number
-from support.files import (git_commit, is_stream, output_file, replace_atomically, versions,
+from support.files import (code_key, is_stream, lock_file, output_file, replace_atomically, versions,
                            writable)
 from support.pictures import VideoRecorder
 from support.progress import progress
 from support.training import autocast, set_up
 from support.window import (DIM, END_S, GRID, INK, KEYS_TEXT, VIEW, WARM, NoWindow, banner, blank,
-                            log_axis, open_window, plot, write)
+                            linear_axis, log_axis, open_window, plot, write)
 from train_predictor import load_decoder
 
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little
@@ -524,36 +525,51 @@ class Report:
             return
         self.stream = is_stream(path)
         settings = {k: v for k, v in vars(args).items() if k not in OUTPUT_FLAGS}
-        settings |= {"commit": git_commit(), "nets": {
+        settings |= {"code": code_key(), "nets": {
             policy: {k: fingerprint(net) for k, net in driver.nets.items()}
             for policy, driver in drivers.items()}}
         self.settings = json.loads(json.dumps(settings, default=str))
         self.settings |= {"versions": versions()}
-        known = self._read()
-        if known.get("finished", True):
+        if self.stream:
             return
+        known = self._read()
+        if not known:
+            return
+        if known.get("finished", True):
+            return self._set_aside("finished")
         now, then = ({k: json.dumps(v) for k, v in x.items()} for x in (self.settings,
                                                                        known["settings"]))
         other = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
         if other:
-            print(f"{path}: unfinished, with other {', '.join(other)}; drives anew")
-            return
+            return self._set_aside(f"unfinished, with other {', '.join(other)}")
         self.rows = {name: {e["track_seed"]: e for e in r["episodes"]}
                      for name, r in known["rows"].items()}
         print(f"{path}: goes on behind {sum(map(len, self.rows.values()))} drives")
 
     def _read(self):
         """The report that is there, or {}."""
-        if self.stream or not self.path.exists() or not self.path.stat().st_size:
+        if not self.path.exists() or not self.path.stat().st_size:
             return {}
         try:
             known = json.loads(self.path.read_bytes())
-        except ValueError:
-            known = None
-        if not isinstance(known, dict) or not any(keys <= known.keys() for keys in REPORT_KEYS):
+            if not any(keys <= known.keys() for keys in REPORT_KEYS):
+                raise ValueError("other keys")
+            if not known.get("finished", True):
+                for report in known["rows"].values():
+                    summary(report["policy"], report["episodes"])
+                    [e["track_seed"] for e in report["episodes"]]
+                known["settings"].keys()
+        except (ValueError, LookupError, TypeError, AttributeError):
             fail(f"--json {self.path}: is there already and no report of drive_mpc.py; choose "
                  "another name")
         return known
+
+    def _set_aside(self, what):
+        """Gives the report that is there another name: no score is lost to a new drive."""
+        aside = self.path.with_name(
+            f"{self.path.stem}-{time.strftime('%Y%m%d-%H%M%S')}{self.path.suffix}")
+        os.replace(self.path, aside)
+        print(f"{self.path}: {what}; it is {aside.name} now, drives anew")
 
     def save(self, reports, last=False, finished=False):
         """Writes {name: summary}; into a stream only the last one. Where that fails after a drive
@@ -599,7 +615,7 @@ class LapView:
             return not self.window.quit
         if getattr(driver, "energies", None) is not None:
             e = driver.energies.float()
-            self.trace.append((max(float(e.min()), 1e-6), max(float(e.median()), 1e-6)))
+            self.trace.append((float(e.min()), float(e.median())))
         self.picture = self.compose(env, frame, driver, total)
         if self.window.recording:
             self.film.add(self.picture)
@@ -638,8 +654,10 @@ class LapView:
             x = write(canvas, "median", x + 12, LOW, INK)
             write(canvas, "lowest", x + 12, LOW, WARM)
             box, t = (60, LOW + 24, w - 72, 118), np.array(self.trace)
-            low, high = log_axis(canvas, box, t)
-            plot(canvas, box, np.log10(t[:, ::-1]).T, (INK, WARM), low, high, self.TRACE)
+            logs = t.min() > 0  # a classifier's energies are logits
+            low, high = (log_axis if logs else linear_axis)(canvas, box, t)
+            t = np.log10(t) if logs else t
+            plot(canvas, box, t[:, ::-1].T, (INK, WARM), low, high, self.TRACE)
         return canvas
 
     def draw_plan(self, canvas, driver):
@@ -694,35 +712,34 @@ def run_policy(args, policy, driver, view, window, stop, kept, save):
     driver = driver or Blind(env, policy, args.pace, args.seed)
     print(f"{name:>9}: {'track':>7} {'return':>7} {'steps':>5} {'tiles':>5} {'missed':>6} "
           f"{'lap':>4} {'plan ms p50':>11} {'p99':>6}")
-    rows, report = [], None
+    done = dict(kept)
     tracks = range(args.track_seed, args.track_seed + args.episodes)
+    score = lambda: summary(name, [done[s] for s in sorted(done)], args.env, driver.models)
     for i, seed in enumerate(progress(tracks, desc=name, unit="track", leave=False)):
-        r = kept.get(seed)
-        if r is None:
-            watch = lambda *seen: not stop
-            if view:
-                view.reset(seed)
-                window.record(policy == args.policy and i < args.film)
-                watch = lambda *seen: view(*seen) and not stop
-            r = drive(env, driver, seed, watch, disturbance, tape)
+        if stop or window.quit:
+            break
+        if seed in kept:
+            continue
+        watch = lambda *seen: not stop
+        if view:
+            view.reset(seed)
+            window.record(policy == args.policy and i < args.film)
+            watch = lambda *seen: view(*seen) and not stop
+        r = drive(env, driver, seed, watch, disturbance, tape)
         if r is None and (stop or window.quit):
             break
         if r is None:
             tqdm.write(f"{'':10} {seed:7} left after {view.step} steps, not counted")
             continue
-        rows.append(r)
+        done[seed] = r
         tqdm.write(f"{'':10} {seed:7} {r['return']:7.1f} {r['steps']:5} {r['tiles']:5} "
                    f"{r['tiles_missed']:6} {'yes' if r['lap_finished'] else 'no':>4} "
                    f"{r['plan_ms_p50']:11.1f} {r['plan_ms_p99']:6.1f}")
-        report = summary(name, rows, args.env, driver.models)
-        if seed not in kept:
-            save(report)
-            if view:
-                view.finish(r)
-        if stop or window.quit:
-            break
+        save(score())
+        if view:
+            view.finish(r)
     env.close()
-    return report
+    return score() if done else None
 
 
 def compare(reports, env_name):
@@ -747,7 +764,8 @@ def drive_all(args, policies, film, window, stop):
     Report that keeps them."""
     loaded = {p: load_driver(args, args, p) for p in policies if p not in ("random", "expert")}
     kept = Report(args.json, args, {p: driver for p, (driver, _) in loaded.items()})
-    reports = {}
+    reports = {name: summary(name, list(rows.values()), args.env)
+               for name, rows in kept.rows.items()}  # until its policy has its turn
     for policy in policies:
         name = row_name(policy, args)
         driver, decoder = loaded.get(policy, (None, None))
@@ -767,6 +785,11 @@ def main():
         some_root(args.root)
     stop, film, window = Stop(), None, NoWindow()
     stem = args.root / "visuals" / ("drive_mpc" if args.policy == "mpc" else f"drive_{args.policy}")
+    if args.json and args.json.resolve() in (stem.with_suffix(s).resolve() for s in (".mp4", ".gif")):
+        fail(f"--json {args.json}: the film has that name; choose another")
+    if args.json and not is_stream(args.json):
+        lock_file(args.json.with_name(f".{args.json.name}.lock"),
+                  f"--json {args.json}: another drive_mpc.py writes there; choose another name")
     if not args.no_video:
         writable(stem.parent)
         film = VideoRecorder(VIDEO_FPS)

@@ -1311,7 +1311,7 @@ def evaluate(subject, parts, train, test, spots, args):
 
 
 def main():
-    args, began = arguments(), time.time()
+    args, began = arguments(), time.monotonic()
     subject = Subject(args)
     visuals = writable(args.root / "visuals")
     parts = possible(subject, args)
@@ -1319,7 +1319,7 @@ def main():
     if "dreams" in parts:
         subject.decoder = load_decoder(subject.models, subject.key, subject.device)
     found, pages = evaluate(subject, parts, train, test, spots, args)
-    minutes = (time.time() - began) / 60
+    minutes = (time.monotonic() - began) / 60
     report = {"command": shlex.join(sys.argv), "commit": git_commit(), "versions": versions(),
               "args": {k: str(v) for k, v in vars(args).items()}, "checkpoint": str(subject.path),
               "encoder": {"key": subject.key, **subject.encoder.args},
@@ -1330,7 +1330,7 @@ def main():
     body = json.dumps(report, indent=1, allow_nan=False).encode()
     ran = [part for part in PARTS if part in parts]
     name = "report" if len(ran) == len(PARTS) else "report_only_" + "_".join(ran)
-    replace_atomically(visuals / f"{name}.json", lambda f: f.write(body))
+    replace_atomically(writable(visuals) / f"{name}.json", lambda f: f.write(body))
     with ornament(visuals / f"{name}.png"):
         draw_page(pages, f"{subject.path}, tracks {test[0].track} to {test[-1].track}",
                   visuals / f"{name}.png")

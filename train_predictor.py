@@ -82,8 +82,11 @@ def load_latents(args, device, dtype, sources, stop, resume, predictor=None):
     with in_turn():
         there = [name for name in (name_of(dtype), *DTYPES)  # whatever they were encoded in
                  if (models / f"latents_{stem}-{name}.json").is_file()]
-        latents = Latents(args.root, f"{stem}-{(there or [name_of(dtype)])[0]}", encoder.dim,
-                          encoder.history, encoder.repeat, encode, chunks, bar, stop, device)
+        encoded_in = (there or [name_of(dtype)])[0]
+        if encoded_in != name_of(dtype):
+            print(f"takes the latents that are there, encoded in {encoded_in}")
+        latents = Latents(args.root, f"{stem}-{encoded_in}", encoder.dim, encoder.history,
+                          encoder.repeat, encode, chunks, bar, stop, device)
     return latents, encoder, key
 
 

@@ -36,7 +36,7 @@ from drive_mpc import BRAKE, STEER, Blind, load_driver, planning, to_action
 from networks import some_root, stack
 from support.cli import Number, parser, run, track_number
 from support.files import replace_atomically, versions, writable
-from support.pictures import pyplot, save_figure
+from support.pictures import ornament, pyplot, save_figure
 from support.progress import progress
 from support.training import autocast
 
@@ -259,7 +259,8 @@ def draw_landscape(ax, act, energy):
     the action of lowest energy."""
     steer, pedals = act[:, 0, 0], act[0, :, 1] - act[0, :, 2]  # the brake below zero
     i, j = np.unravel_index(energy.argmin(), energy.shape)
-    ax.contourf(steer, pedals, np.log10(energy.T), 16, cmap="viridis_r")
+    logs = energy.min() > 0  # a classifier's energies are logits
+    ax.contourf(steer, pedals, np.log10(energy.T) if logs else energy.T, 16, cmap="viridis_r")
     ax.plot(steer[i], pedals[j], "o", color="crimson", markersize=8, markeredgecolor="white",
             label="lowest energy", clip_on=False)
     if pedals[-1] < 1:
@@ -269,8 +270,8 @@ def draw_landscape(ax, act, energy):
     ax.axvline(0, color="white", lw=0.5)
     ax.set(xlabel="steering held, rad: left to right", ylabel="brake (below 0), gas (above)",
            xlim=(-STEER, STEER), ylim=(-BRAKE, 1))
-    ax.set_title(f"energy {energy.min():.1f} (yellow) to {energy.max():.0f} (violet), log",
-                 fontsize=8)
+    ax.set_title(f"energy {energy.min():.1f} (yellow) to {energy.max():.0f} (violet)"
+                 + ", log" * bool(logs), fontsize=8)
     return {**dict(zip(("steer", "gas", "brake"), act[i, j].tolist())),
             "energy": float(energy.min()), "highest": float(energy.max())}
 
@@ -296,7 +297,8 @@ def landscape(args, driver):
         eye.set(title=name, xticks=[], yticks=[])
         out[name] = draw_landscape(ax, to_action(held).double().numpy().round(6), energy)
     axes[1, 0].legend(loc="lower left", fontsize=8)
-    save_figure(fig, args.root / "visuals" / "energy_landscape.png")
+    with ornament(path := args.root / "visuals" / "energy_landscape.png"):
+        save_figure(fig, path)
     env.close()
     print("\nplans that hold steering and throttle: the one of lowest energy")
     for name, best in out.items():
@@ -313,12 +315,13 @@ def main():
     args = arguments()
     visuals = writable(some_root(args.root) / "visuals")
     driver, _ = load_driver(args, args)
-    found = {name: PARTS[name](args, driver) for name in PARTS if name in args.parts}
     body = {"models": driver.models, "versions": versions(), "track_seed": args.track_seed,
-            "tracks": args.tracks, **found}
-    replace_atomically(visuals / "trials.json",
-                       lambda f: f.write(json.dumps(body, indent=1).encode()))
-    print(f"{visuals}/trials.json" + ", energy_landscape.png" * ("landscape" in found))
+            "tracks": args.tracks}
+    for name in (name for name in PARTS if name in args.parts):
+        body[name] = PARTS[name](args, driver)
+        text = json.dumps(body, indent=1).encode()
+        replace_atomically(writable(visuals) / "trials.json", lambda f: f.write(text))
+    print(f"{visuals}/trials.json" + ", energy_landscape.png" * ("landscape" in body))
     return 0
 
 

@@ -34,7 +34,7 @@ class Output:
     """
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
+        self.stream, self.lost = stream or open(os.devnull, "w"), False
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="replace")
 
@@ -49,6 +49,7 @@ class Output:
         try:
             what(*args)
         except OSError as e:
+            self.lost = True
             if e.errno in (*FULL, errno.EAGAIN):  # EAGAIN: a pipe that is full and does not wait
                 return
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
@@ -89,6 +90,9 @@ def run(main):
         code = refuse("out of memory; lower --batch_size, --samples or --workers")
     except KeyboardInterrupt:
         code = 130
+    sys.stdout.flush()
+    if not code and not Stop.installed and getattr(sys.stdout, "lost", False):
+        code = refuse("standard output: no room for all of it")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop
     sys.exit(code)
 

@@ -178,6 +178,13 @@ def git_commit():
         return "unknown"
 
 
+def code_key():
+    """16 hex digits that change with any line of the code."""
+    import hashlib
+    files = sorted([*REPO.glob("*.py"), *REPO.glob("support/*.py")])
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
+
+
 def versions():
     """Versions that decide what a run computes: a dict of str."""
     from importlib.metadata import PackageNotFoundError, version

@@ -1,7 +1,6 @@
 """The latents of all frames, encoded once and kept on disk."""
 
 import json
-import os
 import re
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 
 from buffer import made_by, read_ahead
 from support.cli import fail
-from support.files import lock, replace_atomically, versions, writable
+from support.files import lock, replace_atomically, sync, versions, writable
 from support.training import encoded_at_once
 
 OURS = re.compile(r"latents_[0-9a-f]{16}-p[0-9]+-(bf16|fp16|fp32)\.(f16|json)")  # what it writes
@@ -53,7 +52,7 @@ class Latents:
                 end += len(z)
             if missing:
                 f.flush()
-                os.fsync(f.fileno())  # before the index that promises the rows
+                sync(f.fileno())  # before the index that promises the rows
                 body = json.dumps({"dim": dim, "versions": versions(), "rows": self.rows}).encode()
                 replace_atomically(self.index_path, lambda f: f.write(body))
         if stop:

@@ -26,8 +26,9 @@ def ornament(path):
         path.parent.mkdir(exist_ok=True)
     try:
         yield
-    except OSError as e:
-        tqdm.write(f"{path}: not drawn ({e.strerror or e}); goes on without")
+    except Exception as e:  # of a drawing library, or the system
+        line = getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0]
+        tqdm.write(f"{path}: not drawn ({line}); goes on without")
 
 
 def pyplot():
@@ -35,6 +36,7 @@ def pyplot():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    plt.rcParams["text.usetex"] = False  # a user's own setting asks for LaTeX
     return plt
 
 

@@ -21,6 +21,8 @@ class Lines(tqdm):
     def __init__(self, *args, **kw):
         self.printed = -LINE_S if kw.get("leave", True) else time.monotonic()
         super().__init__(*args, **kw, ascii=True, maxinterval=2 * LINE_S)
+        self._time = time.monotonic  # a clock that nobody sets
+        self.start_t = self.last_print_t = self._time()
 
     def display(self, msg=None, pos=None):
         if time.monotonic() - self.printed >= LINE_S:

@@ -11,13 +11,16 @@ def _explain(kind, error, trace):
     """sys.excepthook while a script imports: a missing package or library in one line."""
     if not issubclass(kind, ImportError):
         return sys.__excepthook__(kind, error, trace)
-    if ".so" in str(error):
-        mend = ("a library of the system is missing; OpenCV without windows needs none: `pip "
-                "uninstall opencv-python`, `pip install --force-reinstall opencv-python-headless`")
+    if "libGL" in str(error) or "libgthread" in str(error):
+        mend = ("OpenCV's windows need it; the one without windows does not: `pip uninstall "
+                "opencv-python`, `pip install --force-reinstall opencv-python-headless`")
+    elif ".so" in str(error):
+        mend = "a library of the system is missing"
     else:
         mend = (f"{sys.executable} lacks a package; `make install` makes .venv with all of them, "
                 "then use .venv/bin/python")
-    print(f"error: {error}; {mend}", file=sys.stderr)
+    print(f"error: {error}; {mend}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # support.cli.run takes it back

@@ -4,6 +4,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -67,8 +68,10 @@ def why_no_gpu(dev=Path("/dev")):
     amd, nvidia = dev / "kfd", dev / "nvidia0"
     if torch.cuda.is_available() or not (amd.exists() or nvidia.exists()):
         return ""
-    maker, node, kind, built = (("AMD", amd, "ROCm", torch.version.hip) if amd.exists() else
-                                ("NVIDIA", nvidia, "CUDA", torch.version.cuda))
+    choices = [(("AMD", amd, "ROCm", torch.version.hip)), ("NVIDIA", nvidia, "CUDA",
+                                                           torch.version.cuda)]
+    choices = [c for c in choices if c[1].exists()]  # a processor's own graphics may be one
+    maker, node, kind, built = next((c for c in choices if c[3]), choices[-1])
     found = f"; the machine has an {maker} GPU ({node}), but {torch_build()}"
     if not built:
         return (f"{found} cannot use it: `make install TORCH_INDEX=URL` with pytorch's index for "
@@ -106,8 +109,8 @@ def hardware_precisions(device):
         about = torch.cuda.get_device_properties(device)
         if torch.version.hip:
             arch = about.gcnArchName.split(":")[0]
-            has_bf16 = not arch.startswith("gfx10") and arch not in ("gfx900", "gfx906")
-            has_fp16 = True  # RDNA2 and Vega report bf16 and emulate it
+            has_bf16 = bool(re.match("gfx(908|90a|94|95|11|12)", arch))  # others emulate it
+            has_fp16 = True
         else:
             arch, has_bf16 = f"compute capability {about.major}.{about.minor}", about.major >= 8
             has_fp16 = about.major >= 7  # before, fp16 is slower than fp32

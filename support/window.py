@@ -38,6 +38,7 @@ KEYS_TEXT = textwrap.fill(
 def letters(text, size):
     """(h, w, 1) float32 in 0..1: how much the text covers of each pixel."""
     pygame.font.init()
+    text = text.encode("utf-8", "replace").decode()  # of a folder whose name is no text
     surface = pygame.font.Font(None, size).render(text, True, (255, 255, 255))
     return pygame.surfarray.array_alpha(surface).T[..., None].astype(np.float32) / 255
 
@@ -76,19 +77,34 @@ def plot(canvas, box, series, colors, low, high, length):
 def log_axis(canvas, box, values):
     """Lines and numbers of a logarithmic axis around positive values (n, k), left of and in box
     (x, y, w, h) -> (low, high), the ends of the axis as log10."""
-    x, y, w, h = box
     low, high = np.log10(values.min()), np.log10(values.max())
     steps = (1, 2, 5) if high - low < 1.5 else (1,)
     ticks = np.log10([m * 10.0**k for k in range(int(low) - 2, int(high) + 3) for m in steps])
     ticks = ticks[max(0, np.searchsorted(ticks, low + 1e-9, "right") - 1):
                   np.searchsorted(ticks, max(high, low + 1e-6) - 1e-9) + 1]
     low, high = ticks[0], ticks[-1]
-    for tick in ticks[::max(1, (len(ticks) + 3) // 5)]:
+    _draw_ticks(canvas, box, ticks[::max(1, (len(ticks) + 3) // 5)], low, high,
+                lambda tick: f"{10.0**tick:g}")
+    return low, high
+
+
+def linear_axis(canvas, box, values):
+    """The same of a linear axis around any values (n, k) -> (low, high), the ends of the axis."""
+    low, high = values.min(), values.max()
+    step = 10.0 ** np.floor(np.log10(max(high - low, 1e-6)))
+    low, high = np.floor(low / step) * step, (np.floor(high / step) + 1) * step
+    ticks = np.arange(low, high + step / 2, step)
+    _draw_ticks(canvas, box, ticks[::max(1, (len(ticks) + 3) // 5)], low, high, "{:g}".format)
+    return low, high
+
+
+def _draw_ticks(canvas, box, ticks, low, high, name):
+    x, y, w, h = box
+    for tick in ticks:
         at = int(y + h - (tick - low) / (high - low) * h)
         cv2.line(canvas, (x, at), (x + w, at), GRID, 1)
-        text = f"{10.0**tick:g}"
-        write(canvas, text, x - 6 - letters(text, TEXT).shape[1], at - 7, DIM)
-    return low, high
+        text = name(round(tick, 9))
+        write(canvas, text, max(0, x - 6 - letters(text, TEXT).shape[1]), at - 7, DIM)
 
 
 def banner(canvas, *lines):

@@ -244,6 +244,10 @@ def test_a_gpu_that_torch_does_not_see_is_explained(monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
     assert "NVIDIA" in training.why_no_gpu(tmp_path) and "CUDA" in training.why_no_gpu(tmp_path)
     (tmp_path / "kfd").touch()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")  # and a processor's own graphics
+    assert "NVIDIA" in training.why_no_gpu(tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (tmp_path / "nvidia0").unlink()
     said = training.why_no_gpu(tmp_path)
     assert "AMD GPU" in said and "built for CPUs only" in said and "TORCH_INDEX=" in said
     monkeypatch.setattr(torch.version, "hip", "6.4")

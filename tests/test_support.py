@@ -22,6 +22,7 @@ from buffer import index, read_meta, write_chunk
 from networks import read
 from support.cli import Number, Refusal, command, cores
 from support.files import git_commit, lock_file, replace_atomically
+from support.pictures import ornament
 
 ENCODER = REPO / "models" / "pretrained" / "encoder_mixed_ep8.pth"
 UNPRIVILEGED = 65534  # the user id of nobody
@@ -100,6 +101,7 @@ def test_a_training_whose_output_is_cut_off_is_saved(chain, tmp_path):
 
 
 def test_closed_and_full_streams_lose_no_data(tmp_path):
+    assert shell(f"$PY networks.py '{ENCODER}' > /dev/full").returncode == 2  # its result is lost
     for n, streams in enumerate((">&-", "2>&-", "<&- >&- 2>&-", "> /dev/full 2>&1")):
         done = shell(f"$PY collect_data.py --frames 300 --workers 1 --root '{tmp_path}/{n}' {streams}")
         assert done.returncode == 0, (streams, done.stdout)
@@ -222,6 +224,14 @@ def test_a_lock_is_for_one_process(tmp_path):
         lock_file(tmp_path / "lock", "busy")
     first.close()
     lock_file(tmp_path / "lock", "busy").close()
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_line(tmp_path, capsys):
+    with ornament(tmp_path / "gone" / "x.png"):
+        raise RuntimeError("latex could not be found\nand more")
+    assert (tmp_path / "gone").is_dir()
+    assert capsys.readouterr().out == (f"{tmp_path}/gone/x.png: not drawn (latex could not be found)"
+                                       "; goes on without\n")
 
 
 def test_outputs_go_into_devices_and_through_links(tmp_path):

@@ -26,7 +26,7 @@ from networks import main as networks_main
 from support import window as windows
 from support.cli import Refusal
 from support.pictures import VideoRecorder, ornament
-from support.window import KEYS, KEYS_BAR, Window, log_axis, open_window
+from support.window import KEYS, KEYS_BAR, NoWindow, Window, log_axis, open_window
 
 av = pytest.importorskip("av")
 QUICK = ["--env", "fast", "--threads", "1"]
@@ -157,6 +157,14 @@ def test_the_car_looks_alike_in_both_environments(steps):
     for found in pictures:
         assert np.abs(found.astype(int) - full).mean() < 4
         assert (np.abs(found[330:400, 270:330].astype(int) - (204, 0, 0)).sum(-1) < 60).sum() > 100
+
+
+def test_energies_below_zero_have_a_linear_axis():
+    for values in ([[-57.0, 3.0], [0.5, 37.0]], [[-2.0, -2.0]], [[0.0, 1e-9]]):
+        low, high = windows.linear_axis(canvas := windows.blank(), (60, 540, 500, 110),
+                                       np.array(values))
+        assert low <= np.min(values) and np.max(values) <= high and low < high
+        assert (canvas[530:660, :56] != windows.PAPER).any()  # it has numbers
 
 
 def test_an_axis_has_numbers_and_holds_all_values():
@@ -449,6 +457,34 @@ def test_scores_of_other_nets_are_not_taken(tmp_path):
     report.save({"mpc": drive_mpc.summary("mpc", [row])})
     assert drive_mpc.Report(args.json, args, {}).rows == {"mpc": {5: row}}
     assert drive_mpc.Report(args.json, args, {"mpc": Driver}).rows == {}
+
+
+def test_no_score_is_lost_to_a_stop_or_to_a_new_drive(tmp_path, monkeypatch):
+    flags = ["--policy", "random", "--compare", "expert", "--env", "fast", "--no_video",
+             "--episodes", "2", "--root", str(tmp_path), "--json", str(tmp_path / "s.json")]
+    args, path = drive_mpc_args(*flags), tmp_path / "s.json"
+    row = {"steps": 9, "tiles": 3, "tiles_missed": 0, "lap_finished": True, "plan_ms_p50": 1.0,
+           "plan_ms_p99": 1.0}
+    report = drive_mpc.Report(path, args, {})
+    kept = {name: drive_mpc.summary(name, [row | {"track_seed": 100_000 + i, "return": 1.0 * i}
+                                           for i in range(n)])
+            for name, n in (("random", 2), ("expert", 1))}
+    report.save(kept)
+    reports, again = drive_mpc.drive_all(args, ["random", "expert"], None, NoWindow(), stop=True)
+    again.save(reports, last=True)  # stopped before the first drive
+    assert scores(path) == {"random": [0.0, 1.0], "expert": [0.0]}
+    report.save(kept, finished=True)
+    assert drive_mpc.Report(path, args, {}).rows == {} and not path.exists()
+    aside, = tmp_path.glob("s-*.json")
+    assert scores(aside) == {"random": [0.0, 1.0], "expert": [0.0]}
+    path.write_text(json.dumps({"env_id": 1, "policy": 2, "versions": 3, "episodes": 4,
+                                "finished": False}))
+    with pytest.raises(Refusal, match="no report of drive_mpc.py"):
+        drive_mpc.Report(path, args, {})
+    film = flags[:-1] + [str(tmp_path / "visuals" / "drive_random.mp4")]
+    monkeypatch.setattr(sys, "argv", ["drive_mpc.py", *film])
+    with pytest.raises(Refusal, match="the film has that name"):
+        drive_mpc.main()
 
 
 def drive_mpc_args(*flags):
