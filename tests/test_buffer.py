@@ -306,24 +306,24 @@ def test_triplets(folders):
 
 
 def test_latent_cache_encodes_only_what_is_new(tmp_path, folders):
-    encoded = []
+    encoded, one, other = [], f"{'1' * 16}-p1-fp32", f"{'2' * 16}-p1-fp32"  # encoders
 
     def encode(obs):  # a latent that tells episode and step
         encoded.append(len(obs))
         return torch.stack([x.float() for x in where(obs[:, -1])], 1)
 
     chunks = folders[0] + folders[1]
-    Latents(tmp_path, "k", 2, 3, 2, encode, folders[0])
+    Latents(tmp_path, one, 2, 3, 2, encode, folders[0])
     first = sum(encoded)
     assert first == sum(c.frames + 1 for c in folders[0])
-    cache = Latents(tmp_path, "k", 2, 3, 2, encode, chunks)
+    cache = Latents(tmp_path, one, 2, 3, 2, encode, chunks)
     assert sum(encoded) - first == sum(c.frames + 1 for c in folders[1])
     starts = cache.starts(chunks, 5)
     z, act = cache.windows(starts, 5)
     assert (z[..., 0] == z[:, :1, 0]).all() and (z[..., 1].diff(dim=1) == 2).all()
     assert torch.allclose(act[..., 1], z[:, :-1, 1] + 0.5)
-    Latents(tmp_path, "other", 2, 3, 2, encode, folders[0])
-    assert {p.stem for p in (tmp_path / "models").iterdir()} == {"latents_other"}
+    Latents(tmp_path, other, 2, 3, 2, encode, folders[0])
+    assert {p.stem for p in (tmp_path / "models").iterdir()} == {f"latents_{other}"}
 
 
 def test_a_latent_cache_that_lost_its_end_is_encoded_again(tmp_path, folders):

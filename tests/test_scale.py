@@ -366,7 +366,7 @@ def test_what_came_is_that_of_the_same_latent_real_or_imagined(tmp_path, encoder
         row = int((torch.from_numpy(cache.z.astype(np.float32)) - latent).abs().sum(1).argmin())
         after = cost.came(cache.windows([row], 1 + FORESIGHT)[0])[0, 0]
         assert float(foretold) == pytest.approx(float(after), rel=1e-4)
-    with pytest.raises(Refusal, match="no training episode lasts 50 steps of zoom and 238"):
+    with pytest.raises(Refusal, match="lasts 288 steps, 50 of zoom and 238 more, the longest has 280"):
         Sampler(cache, chunks, Predictor(encoder.dim, 8, 8), H + 40, cost)
 
 
