@@ -166,8 +166,8 @@ def test_bad_checkpoints_are_refused(chain, tmp_path):
 
 def flags(root, checkpoint):
     """What Subject looks at."""
-    return argparse.Namespace(root=root, checkpoint=checkpoint, device="cpu", precision="fp32",
-                              threads=0, seed=0, parts=["plans"])
+    return argparse.Namespace(root=root, models=None, checkpoint=checkpoint, device="cpu",
+                              precision="fp32", threads=0, seed=0, parts=["plans"])
 
 
 def test_tracks_for_reporting_are_refused():
