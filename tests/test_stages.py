@@ -33,7 +33,7 @@ def test_more_epochs_go_on_and_fewer_are_said_to_be_done(whole, tmp_path, stage)
     shutil.copytree(whole(stage), root, symlinks=True)
     last = root / "models" / f"{WRITTEN[stage]}.pth"
     before = last.stat().st_mtime_ns
-    done = Run(stage, root, "--epochs", 3).wait()
+    done = Run(stage, root, "--epochs", 3).wait(300)
     assert done.code == 0 and "goes on to 3 epochs instead of 2" in done.said, done.said
     assert "cosine over all 180 steps" in done.said
     later = [r for r in rows(root, stage) if r.get("step", 0) >= 120 and "lr" in r]
