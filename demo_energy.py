@@ -296,7 +296,7 @@ def main():
 def run_demo(args, film, window, stop):
     """Loads the nets and drives -> the Demo."""
     env = make_env("fast")  # 1 ms a step, and the fakes come from the same renderer
-    models = args.models = models_of(args.root, args.models)
+    models = models_of(args.root, args.models, say=lambda line: None)  # load_driver says it
     if latest(models, "predictor").is_file() and not (models / "cost_model_final.pth").is_file():
         driver = passenger(args, env, models)
     else:

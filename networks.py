@@ -785,7 +785,7 @@ def some_root(root):
     return Path(root)
 
 
-def models_of(root, models=None):
+def models_of(root, models=None, say=print):
     """The folder of --models, or ROOT/models, or where nothing was trained, the weights that come
     with the code; says so."""
     if models is not None:
@@ -800,7 +800,7 @@ def models_of(root, models=None):
     ours, shipped = (latest(folder, "encoder_mixed") for folder in (models, PRETRAINED))
     if shipped.exists() and not ours.exists():
         models = Path(os.path.relpath(PRETRAINED))
-        print(f"{root}: no encoder there; takes the weights that come with the code, {models}")
+        say(f"{root}: no encoder there; takes the weights that come with the code, {models}")
     return models
 
 
