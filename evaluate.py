@@ -765,7 +765,7 @@ class Scale:
             cov = torch.from_numpy(ledoit_wolf(error.double().numpy(), assume_centered=True)[0])
             self.whiten.append(torch.linalg.cholesky(torch.linalg.inv(cov)).float())
             squares = self.squares(error, a)
-            logs = np.log(squares.clip(np.quantile(squares, STILL)))
+            logs = np.log(squares.clip(max(np.quantile(squares, STILL), 1e-9)))  # of a still car 0
             told = fit_standardised(Ridge(alpha=10.0), self.moment(now, z_hat[:, a]), logs)
             self.usual.append((told, logs.min(), logs.max()))
 
