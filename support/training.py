@@ -68,10 +68,9 @@ def why_no_gpu(dev=Path("/dev")):
     amd, nvidia = dev / "kfd", dev / "nvidia0"
     if torch.cuda.is_available() or not (amd.exists() or nvidia.exists()):
         return ""
-    choices = [(("AMD", amd, "ROCm", torch.version.hip)), ("NVIDIA", nvidia, "CUDA",
-                                                           torch.version.cuda)]
-    choices = [c for c in choices if c[1].exists()]  # a processor's own graphics may be one
-    maker, node, kind, built = next((c for c in choices if c[3]), choices[-1])
+    makers = ("AMD", amd, "ROCm", torch.version.hip), ("NVIDIA", nvidia, "CUDA", torch.version.cuda)
+    there = [m for m in makers if m[1].exists()]  # a processor's own graphics may be one
+    maker, node, kind, built = next((m for m in there if m[3]), there[-1])
     found = f"; the machine has an {maker} GPU ({node}), but {torch_build()}"
     if not built:
         return (f"{found} cannot use it: `make install TORCH_INDEX=URL` with pytorch's index for "
