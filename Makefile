@@ -61,6 +61,7 @@ pretrained: .venv/installed  ## over two hours on two cores: weights like those 
 	cd "$(ROOT)/models" && cp encoder_mixed_ep8.pth decoder_ep8.pth predictor_ep10.pth cost_model_final.pth "$(CURDIR)/models/pretrained/"
 
 test: .venv/installed  ## the tests, under ten minutes on two cores
+	$(PY) -m ruff format --check . && $(PY) -m ruff check .
 	$(PY) -m pytest
 
 test-all: .venv/installed  ## the slow ones too

@@ -51,8 +51,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_encoder
 from buffer import AHEAD, Loader, index, load_sources, read_chunk, some_chunks, write_chunk
-from car_env import (FPS, PLAYFIELD, TELEMETRY, ZOOM_STEPS, make_env, observe, place_car,
-                     telemetry)
+from car_env import FPS, PLAYFIELD, TELEMETRY, ZOOM_STEPS, make_env, observe, place_car, telemetry
 from drive_mpc import Futures, load_driver, planning
 from networks import judged, latest, optimise
 from support.cli import Help, Number, Parser, fail, fraction, positive, run
@@ -69,27 +68,55 @@ FEATURE = {name: i for i, name in enumerate(TELEMETRY)}
 def parse_args():
     p = Parser(description=__doc__, formatter_class=Help)
     p.add_argument("what", nargs="+", choices=list(BENCHMARKS), help="what to measure")
-    p.add_argument("--root", type=Path, default=Path("."),
-                   help="visuals/ is written in here; train and scale read its data*/, plan and "
-                        "paired its models/")
-    p.add_argument("--rounds", type=Number(int, 1, 999), default=5,
-                   help="env, train, scale: a median needs an odd number")
-    p.add_argument("--frames", type=Number(int, 2000, 10**8), default=40_000,
-                   help="loader: of each source; collect: of each worker")
-    p.add_argument("--episodes", type=Number(int, 2, 10**6), default=1000,
-                   help="collect: over which memory is shown")
-    p.add_argument("--batches", type=positive, default=10_000,
-                   help="loader: over which memory is shown")
-    p.add_argument("--chunks", type=Number(int, 1, 10**6), default=10_000,
-                   help="loader: of the folder opened anew")
-    p.add_argument("--steps", type=Number(int, 1, 1000), default=1000,
-                   help="env: steps of an episode")
-    p.add_argument("--train_steps", type=Number(int, 1, 10**6), default=20,
-                   help="train, scale: in each of --rounds")
-    p.add_argument("--laptop", action="store_true",
-                   help="train, scale: the laptop's nets on a GPU too")
-    p.add_argument("--tracks", type=Number(int, 2, 1000), default=20,
-                   help="fidelity, paired: how many")
+    p.add_argument(
+        "--root",
+        type=Path,
+        default=Path("."),
+        help="visuals/ is written in here; train and scale read its data*/, plan and "
+        "paired its models/",
+    )
+    p.add_argument(
+        "--rounds",
+        type=Number(int, 1, 999),
+        default=5,
+        help="env, train, scale: a median needs an odd number",
+    )
+    p.add_argument(
+        "--frames",
+        type=Number(int, 2000, 10**8),
+        default=40_000,
+        help="loader: of each source; collect: of each worker",
+    )
+    p.add_argument(
+        "--episodes",
+        type=Number(int, 2, 10**6),
+        default=1000,
+        help="collect: over which memory is shown",
+    )
+    p.add_argument(
+        "--batches", type=positive, default=10_000, help="loader: over which memory is shown"
+    )
+    p.add_argument(
+        "--chunks",
+        type=Number(int, 1, 10**6),
+        default=10_000,
+        help="loader: of the folder opened anew",
+    )
+    p.add_argument(
+        "--steps", type=Number(int, 1, 1000), default=1000, help="env: steps of an episode"
+    )
+    p.add_argument(
+        "--train_steps",
+        type=Number(int, 1, 10**6),
+        default=20,
+        help="train, scale: in each of --rounds",
+    )
+    p.add_argument(
+        "--laptop", action="store_true", help="train, scale: the laptop's nets on a GPU too"
+    )
+    p.add_argument(
+        "--tracks", type=Number(int, 2, 1000), default=20, help="fidelity, paired: how many"
+    )
     p.add_argument("--gas", type=fraction, help="paired: as in drive_mpc.py")
     return p.parse_args()
 
@@ -186,8 +213,11 @@ def pooled():
 
 # ---- collect -------------------------------------------------------------------------------------
 
-SOURCES = {"data_race": "collect_race_data.py", "data_recovery": "collect_recovery_data.py",
-           "data": "collect_data.py"}  # fmt: skip
+SOURCES = {
+    "data_race": "collect_race_data.py",
+    "data_recovery": "collect_recovery_data.py",
+    "data": "collect_data.py",
+}
 HERE = Path(__file__).parent
 
 
@@ -204,8 +234,16 @@ def stock_rate(steps=600):
 
 def collecting(root, script, frames, workers, watch=lambda pid: None):
     """Runs a collector; watch(its pid) is called twice a second."""
-    command = [sys.executable, HERE / script, "--root", root, "--frames", frames, "--workers",
-               workers]  # fmt: skip
+    command = [
+        sys.executable,
+        HERE / script,
+        "--root",
+        root,
+        "--frames",
+        frames,
+        "--workers",
+        workers,
+    ]
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen([str(c) for c in command], stdout=said, stderr=said)
         while process.poll() is None:
@@ -230,8 +268,9 @@ def steady_rate(folder):
 
 
 def bench_collect(args):
-    print(f"{'collector':20s}{'workers':>8s}{'frames/s':>10s}{'x stock a core':>16s}"
-          f"{'B/frame':>9s}")
+    print(
+        f"{'collector':20s}{'workers':>8s}{'frames/s':>10s}{'x stock a core':>16s}{'B/frame':>9s}"
+    )
     for name, script in SOURCES.items():
         rates, stock = {1: [], 2: []}, [stock_rate()]
         for workers in (1, 2, 2, 1):  # the machine's own drift falls on both
@@ -245,8 +284,7 @@ def bench_collect(args):
         for workers, both in rates.items():
             rate = statistics.mean(both)
             times = rate / workers / statistics.mean(stock)
-            print(f"{name:20s}{workers:8d}{rate:10.0f}{times:16.1f}"
-                  f"{size / frames:9.0f}")  # fmt: skip
+            print(f"{name:20s}{workers:8d}{rate:10.0f}{times:16.1f}{size / frames:9.0f}")
         ratio = sum(rates[2]) / sum(rates[1])
         print(f"{'':20s}two workers are {ratio:.2f} times one")
     memory_of_a_worker(args.episodes)
@@ -363,10 +401,12 @@ def mixing(sources, size=256):
         nearest.append(gaps.min(initial=MANY))
         seen.extend((MANY * number + step).tolist())
     stream.close()
-    print(f"{len(episodes):,} batches of {size}, each exactly {loader.counts}: episodes in a batch "
-          f"{min(episodes)} at least, median {statistics.median(episodes):.0f}; frames of the same "
-          f"episode in a batch {min(nearest)} steps apart at least; of {len(seen):,} frames "
-          f"{len(seen) - len(set(seen))} came twice")  # fmt: skip
+    print(
+        f"{len(episodes):,} batches of {size}, each exactly {loader.counts}: episodes in a batch "
+        f"{min(episodes)} at least, median {statistics.median(episodes):.0f}; frames of the same "
+        f"episode in a batch {min(nearest)} steps apart at least; of {len(seen):,} frames "
+        f"{len(seen) - len(set(seen))} came twice"
+    )
 
 
 def memory_of_the_loader(sources, batches):
@@ -377,8 +417,10 @@ def memory_of_the_loader(sources, batches):
         if i * 8 % batches < 8:
             rows.append(f"{private_mib(os.getpid()):.0f} after {i:,}")
     stream.close()
-    print(f"private MiB over batches of 256: {', '.join(rows)} "
-          f"({batches * 256 / (time.monotonic() - start):,.0f} frames/s)")  # fmt: skip
+    print(
+        f"private MiB over batches of 256: {', '.join(rows)} "
+        f"({batches * 256 / (time.monotonic() - start):,.0f} frames/s)"
+    )
 
 
 def opening(root, chunks, count, length=20):
@@ -386,13 +428,14 @@ def opening(root, chunks, count, length=20):
     folder = root / "many"
     folder.mkdir()
     data = read_chunk(chunks[0].path)
-    part = {k: v[:length + (len(v) > chunks[0].frames)] for k, v in data.items()}
+    part = {k: v[: length + (len(v) > chunks[0].frames)] for k, v in data.items()}
     for i in range(count):
         part["reward"] = np.full(length, i, np.float32)
         write_chunk(folder, {**chunks[0].meta, "uid": f"small-{i:06d}", "track_seed": i}, **part)
     start = time.monotonic()
-    stream = Loader([load_sources(argparse.Namespace(root=root, data=["many"]))["many"][0]],
-                    256).batches()  # fmt: skip
+    stream = Loader(
+        [load_sources(argparse.Namespace(root=root, data=["many"]))["many"][0]], 256
+    ).batches()
     next(stream)
     print(f"first batch of a folder of {count:,} chunks: {time.monotonic() - start:.1f} s")
     stream.close()
@@ -504,8 +547,9 @@ def bench_train(args):
     device, dtype = set_up(cfg)
     sources = load_sources(cfg)
     nets, optim, scaler = train_encoder.make_nets(cfg, device, dtype)
-    loader = train_encoder.make_loader(cfg, sources, 0, cfg.batch_size, cfg.seed,
-                                       pinned=device.type == "cuda")
+    loader = train_encoder.make_loader(
+        cfg, sources, 0, cfg.batch_size, cfg.seed, pinned=device.type == "cuda"
+    )
     batches = train_encoder.training_batches(loader, cfg, device)
 
     def learn(*batch):
@@ -521,6 +565,7 @@ def bench_train(args):
     with FlopCounterMode(display=False) as counter:
         learn(*fixed)
     loop()  # everything is warm
+
     def bare():
         for _ in range(args.train_steps):
             learn(*fixed)
@@ -534,12 +579,16 @@ def bench_train(args):
     seconds = np.array(seconds) / args.train_steps
     whole, alone = np.median(seconds, axis=0)
     rate, peak = counter.get_total_flops() / whole, matrix_rate(device, dtype)
-    print(f"{' '.join(flags) or 'full size'}; {device}, {str(dtype)[6:]}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"{' '.join(flags) or 'full size'}; {device}, {str(dtype)[6:]}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     for name, s in (("the loop", whole), ("the bare net", alone)):
         print(f"{name:14s}{1000 * s:8.1f} ms a step{len(fixed[0]) / s:10,.0f} images/s")
-    print(f"the loop runs at {np.median(seconds[:, 1] / seconds[:, 0]):.1%} of the bare net, at "
-          f"{rate / 1e9:,.0f} GFLOP/s: {rate / peak:.1%} of {peak / 1e9:,.0f}")
+    print(
+        f"the loop runs at {np.median(seconds[:, 1] / seconds[:, 0]):.1%} of the bare net, at "
+        f"{rate / 1e9:,.0f} GFLOP/s: {rate / peak:.1%} of {peak / 1e9:,.0f}"
+    )
 
 
 # ---- scale ---------------------------------------------------------------------------------------
@@ -551,14 +600,19 @@ def bench_scale(args):
     flags = LAPTOP if args.laptop or not gpus else []
     cfg = train_encoder.arguments(flags)
     images = cfg.batch_size * (len(train_encoder.latents_of(cfg)) + bool(cfg.bend))
-    print(f"{' '.join(flags) or 'full size'}; {gpus} GPUs, batches of {images} images, torch "
-          f"{torch.__version__}\nprocesses threads  ms a step  images/s")
+    print(
+        f"{' '.join(flags) or 'full size'}; {gpus} GPUs, batches of {images} images, torch "
+        f"{torch.__version__}\nprocesses threads  ms a step  images/s"
+    )
     first = None
     for ranks, threads in ((1, 0), (max(2, gpus), 0)) if gpus else ((1, 1), (1, 2), (2, 1)):
         rate = training_rate(args, ranks, ["--threads", threads, *flags])
         first = first or rate
-        print(f"{ranks:9d}{threads or 'all':>8}{1000 / rate:11.0f}{images * rate:10,.0f}"
-              f"   {rate / first:.2f} times the first", flush=True)
+        print(
+            f"{ranks:9d}{threads or 'all':>8}{1000 / rate:11.0f}{images * rate:10,.0f}"
+            f"   {rate / first:.2f} times the first",
+            flush=True,
+        )
 
 
 def training_rate(args, ranks, flags):
@@ -566,13 +620,29 @@ def training_rate(args, ranks, flags):
     with tempfile.TemporaryDirectory() as tmp:
         for folder in args.root.resolve().glob("data*"):
             (Path(tmp) / folder.name).symlink_to(folder)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   f"--nproc_per_node={ranks}", HERE / "train_encoder.py", "--root", tmp, *flags,
-                   "--epochs", 1, "--steps_per_epoch", args.rounds * args.train_steps]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            HERE / "train_encoder.py",
+            "--root",
+            tmp,
+            *flags,
+            "--epochs",
+            1,
+            "--steps_per_epoch",
+            args.rounds * args.train_steps,
+        ]
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
         if done.returncode:
-            fail(next((line for line in done.stderr.splitlines() if line.startswith("error: ")),
-                      done.stderr).removeprefix("error: "))
+            fail(
+                next(
+                    (line for line in done.stderr.splitlines() if line.startswith("error: ")),
+                    done.stderr,
+                ).removeprefix("error: ")
+            )
         rows = map(json.loads, Path(tmp, "models", "encoder.jsonl").read_text().splitlines())
         rows = [row for row in rows if "lr" in row]
     if len(rows) < 3:
@@ -611,16 +681,19 @@ def bench_plan(args):
     env = make_env("fast")
     env.reset(seed=CHOOSING)
     driver.reset(CHOOSING)
-    ways = {f"{name}, {scored} scored": kind(driver.nets["predictor"], driver.nets["cost"],
-                                             cfg.energy, looks)
-            for scored, looks in (("all", range), ("every third", judged))
-            for name, kind in (("plain rollout", PlainFutures), ("folded products", Futures))}
+    ways = {
+        f"{name}, {scored} scored": kind(
+            driver.nets["predictor"], driver.nets["cost"], cfg.energy, looks
+        )
+        for scored, looks in (("all", range), ("every third", judged))
+        for name, kind in (("plain rollout", PlainFutures), ("folded products", Futures))
+    }
     took = {name: [] for name in ways}
     for step in range(ZOOM_STEPS + WARM_UP + PLANS):
         driver.frames.append(env.step(follow(telemetry(env)))[0])
         if step < ZOOM_STEPS:
             continue
-        order = list(ways)[step % len(ways):] + list(ways)[:step % len(ways)]
+        order = list(ways)[step % len(ways) :] + list(ways)[: step % len(ways)]
         for name in order:  # each is the first as often as the others
             driver.futures = ways[name]
             start = time.perf_counter()
@@ -629,14 +702,18 @@ def bench_plan(args):
             if step >= ZOOM_STEPS + WARM_UP:
                 took[name].append(1000 * (time.perf_counter() - start))
     repeat = driver.encoder.repeat
-    print(f"{cfg.samples} futures of {cfg.horizon} latents, {repeat} environment steps each, "
-          f"{driver.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"{cfg.samples} futures of {cfg.horizon} latents, {repeat} environment steps each, "
+        f"{driver.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     print(f"{'ms':30s}{'p50':>8s}{'p99':>8s}   per environment step: {'p50':>6s}{'p99':>8s}")
     for name, ms in took.items():
         p50, p99 = np.percentile(ms, (50, 99))
         driver_s = "   the driver's" * (ways[name] is list(ways.values())[-1])
-        print(f"{name:30s}{p50:8.1f}{p99:8.1f}{'':24s}{p50 / repeat:8.1f}{p99 / repeat:8.1f}"
-              f"{driver_s}")
+        print(
+            f"{name:30s}{p50:8.1f}{p99:8.1f}{'':24s}{p50 / repeat:8.1f}{p99 / repeat:8.1f}"
+            f"{driver_s}"
+        )
 
 
 # ---- paired --------------------------------------------------------------------------------------
@@ -649,13 +726,35 @@ def bench_paired(args):
     with tempfile.TemporaryDirectory() as tmp:
         runs = []
         for kind in ("official", "fast"):  # side by side, a core each
-            command = [sys.executable, HERE / "drive_mpc.py", "--root", args.root, "--env", kind,
-                       "--episodes", args.tracks, "--track_seed", CHOOSING, "--samples", 256,
-                       "--threads", 1, "--no_video", "--json", f"{tmp}/{kind}.json",
-                       *(() if args.gas is None else ("--gas", args.gas))]  # fmt: skip
-            runs.append(subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL,
-                                         env={**os.environ, "OMP_NUM_THREADS": "1"}))  # fmt: skip
-        if any([process.wait() for process in runs]):
+            command = [
+                sys.executable,
+                HERE / "drive_mpc.py",
+                "--root",
+                args.root,
+                "--env",
+                kind,
+                "--episodes",
+                args.tracks,
+                "--track_seed",
+                CHOOSING,
+                "--samples",
+                256,
+                "--threads",
+                1,
+                "--no_video",
+                "--json",
+                f"{tmp}/{kind}.json",
+                *(() if args.gas is None else ("--gas", args.gas)),
+            ]
+            runs.append(
+                subprocess.Popen(
+                    [str(c) for c in command],
+                    stdout=subprocess.DEVNULL,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                )
+            )
+        failed = [process.wait() for process in runs]
+        if any(failed):
             sys.exit(1)
         for kind in ("official", "fast"):
             rows = json.loads(Path(tmp, f"{kind}.json").read_text())["episodes"]
@@ -667,14 +766,23 @@ def bench_paired(args):
     for track, a, b in zip(tracks, *scores.values()):
         print(f"{track:8d}{a:10.1f}{b:8.1f}{b - a:+12.1f}")
     error = gap.std(ddof=1) / len(gap) ** 0.5
-    print(f"{'mean':8s}{scores['official'].mean():10.1f}{scores['fast'].mean():8.1f}"
-          f"{gap.mean():+12.1f} ± {error:.1f} (standard error), "
-          f"{abs(gap.mean()) / scores['official'].mean():.1%} of the mean")  # fmt: skip
+    print(
+        f"{'mean':8s}{scores['official'].mean():10.1f}{scores['fast'].mean():8.1f}"
+        f"{gap.mean():+12.1f} ± {error:.1f} (standard error), "
+        f"{abs(gap.mean()) / scores['official'].mean():.1%} of the mean"
+    )
 
 
-BENCHMARKS = {"env": bench_env, "collect": bench_collect, "loader": bench_loader,
-              "fidelity": bench_fidelity, "train": bench_train, "scale": bench_scale,
-              "plan": bench_plan, "paired": bench_paired}  # fmt: skip
+BENCHMARKS = {
+    "env": bench_env,
+    "collect": bench_collect,
+    "loader": bench_loader,
+    "fidelity": bench_fidelity,
+    "train": bench_train,
+    "scale": bench_scale,
+    "plan": bench_plan,
+    "paired": bench_paired,
+}
 
 
 def main():

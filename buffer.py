@@ -55,14 +55,28 @@ AHEAD = 8  # batches planned before they are due: their files are read meanwhile
 GOLDEN = 5**0.5 / 2 - 0.5  # multiples of it fall evenly into 0..1
 NPY_HEADER = 128  # bytes before the values, in all files that numpy writes of such arrays
 FRAME = (64, 64, 3)
-FIELDS = {"obs": (np.uint8, 1, FRAME), "act": (np.float32, 0, (3,)), "reward": (np.float32, 0, ()),
-          "terminated": (np.bool_, 0, ()), "truncated": (np.bool_, 0, ()),
-          "telemetry": (np.float32, 1, None)}  # name: dtype, rows beyond T, shape of a row
-META = {"schema": int, "source": str, "track_seed": int, "uid": str, "policy": dict,
-        "preprocess": int, "frames": int, "return_": float}
+FIELDS = {
+    "obs": (np.uint8, 1, FRAME),
+    "act": (np.float32, 0, (3,)),
+    "reward": (np.float32, 0, ()),
+    "terminated": (np.bool_, 0, ()),
+    "truncated": (np.bool_, 0, ()),
+    "telemetry": (np.float32, 1, None),
+}  # name: dtype, rows beyond T, shape of a row
+META = {
+    "schema": int,
+    "source": str,
+    "track_seed": int,
+    "uid": str,
+    "policy": dict,
+    "preprocess": int,
+    "frames": int,
+    "return_": float,
+}
 
 
 # ------------------------------------------------------------------ one chunk
+
 
 def write_chunk(folder, meta, **arrays):
     """Writes one episode as `folder/<uid>.npz`, whole or not at all, and returns the path.
@@ -72,8 +86,12 @@ def write_chunk(folder, meta, **arrays):
     preprocess. Raises ValueError when they do not fit each other; refuses to overwrite.
     """
     T = len(arrays["act"])
-    meta = {"schema": SCHEMA, **meta, "frames": T,
-            "return_": round(float(arrays["reward"].sum()), 3)}
+    meta = {
+        "schema": SCHEMA,
+        **meta,
+        "frames": T,
+        "return_": round(float(arrays["reward"].sum()), 3),
+    }
     _check(meta, arrays)
     if not all(np.isfinite(arrays[k]).all() for k in ("act", "reward", "telemetry")):
         raise ValueError(f"episode {meta['uid']}: act, reward or telemetry is not finite")
@@ -92,9 +110,11 @@ def write_chunk(folder, meta, **arrays):
                     head = io.BytesIO()
                     array = np.asarray(array, order="C")
                     np.lib.format.write_array_header_1_0(
-                        head, np.lib.format.header_data_from_array_1_0(array))
+                        head, np.lib.format.header_data_from_array_1_0(array)
+                    )
                     out.write(head.getvalue())
                     out.write(memoryview(array).cast("B") if array.ndim else array.tobytes())
+
     replace_atomically(path, write, patient=False)  # the collector retires its workers
     return path
 
@@ -111,8 +131,9 @@ def _check(meta, arrays):
         shape, found = arrays[name].shape, arrays[name].dtype
         row = shape[1:] if row is None else row
         if shape != (T + extra, *row) or found != dtype:
-            raise ValueError(f"{name} is {found} {shape}, expected {np.dtype(dtype)} "
-                             f"{(T + extra, *row)}")
+            raise ValueError(
+                f"{name} is {found} {shape}, expected {np.dtype(dtype)} {(T + extra, *row)}"
+            )
 
 
 def _inflate(f, z, name):
@@ -132,8 +153,9 @@ def _inflate(f, z, name):
 def _header(dtype, shape):
     """The NPY_HEADER bytes that numpy writes before an array of this kind."""
     out, dtype = io.BytesIO(), np.dtype(dtype)
-    np.lib.format.write_array_header_1_0(out, {
-        "descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        out, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
     return out.getvalue()
 
 
@@ -145,9 +167,20 @@ def _member(f, z, name, dtype, shape):
     return np.frombuffer(raw, dtype, math.prod(shape), NPY_HEADER).reshape(shape)
 
 
-BROKEN = (ValueError, KeyError, IndexError, TypeError, OSError, EOFError, RuntimeError,
-          OverflowError, zipfile.BadZipFile, zlib.error, isal_zlib.error, struct.error
-          )  # raised by zipfile and json on damaged or hostile files
+BROKEN = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+    isal_zlib.error,
+    struct.error,
+)  # raised by zipfile and json on damaged or hostile files
 OF_THE_FILE = (errno.EINVAL, errno.ENOENT)  # a seek to nowhere; gone: other errors are the system's
 
 
@@ -166,8 +199,10 @@ def _refusing(path, word):
     except zipfile.BadZipFile as e:
         raise Refusal(f"{path}: cut off, or no chunk ({e})") from None
     except Foreign as e:
-        raise Refusal(f"{path}: no episode of this project ({e}); move it away, or write it with "
-                      "`buffer.write_chunk`") from None
+        raise Refusal(
+            f"{path}: no episode of this project ({e}); move it away, or write it with "
+            "`buffer.write_chunk`"
+        ) from None
     except BROKEN as e:
         if isinstance(e, OSError) and e.errno not in (None, *OF_THE_FILE):
             raise OSError(e.errno, os.strerror(e.errno), str(path)) from None
@@ -249,16 +284,20 @@ class Damage:
             self.lines[line] = True
             tqdm.write(f"skipped {line}; damaged so far: {len(self.lines)} of {self.total}")
         if len(self.lines) > MAX_DAMAGED * self.total:
-            fail(f"{len(self.lines)} of {self.total} chunks are unreadable, over "
-                 f"{MAX_DAMAGED:.0%}, first {next(iter(self.lines))}; `python buffer.py` with the "
-                 f"folder names each: {MEND}")
+            fail(
+                f"{len(self.lines)} of {self.total} chunks are unreadable, over "
+                f"{MAX_DAMAGED:.0%}, first {next(iter(self.lines))}; `python buffer.py` with the "
+                f"folder names each: {MEND}"
+            )
 
 
 # ------------------------------------------------------------------ folders
 
+
 @dataclass(frozen=True)
 class Chunk:
     """What the index knows of an episode: enough to plan batches without opening it again."""
+
     path: Path
     meta: dict = field(hash=False, compare=False)
 
@@ -329,9 +368,12 @@ def provenance(sources):
 
 
 DEFAULT = "data_race", "data_recovery", "data"  # folders that stages learn from
-MADE_BY = {"data": "collect_data.py", "data_race": "collect_race_data.py",
-           "data_recovery": "collect_recovery_data.py",
-           "data_mpc": "drive_mpc.py --save_data --track_seed 10000000"}
+MADE_BY = {
+    "data": "collect_data.py",
+    "data_race": "collect_race_data.py",
+    "data_recovery": "collect_recovery_data.py",
+    "data_mpc": "drive_mpc.py --save_data --track_seed 10000000",
+}
 
 
 def made_by(folder):
@@ -366,8 +408,10 @@ def load_sources(args, steps=1, columns=0):
     """
     args.data = args.data or folders_there(args.root)
     if len(set(args.data)) < len(args.data):
-        fail(f"--data {' '.join(args.data)}: a folder is named twice; --shares sets how much of a "
-             "batch each gets")
+        fail(
+            f"--data {' '.join(args.data)}: a folder is named twice; --shares sets how much of a "
+            "batch each gets"
+        )
     out, versions = {}, set()
     for name in args.data:
         folder = args.root / name
@@ -378,29 +422,39 @@ def load_sources(args, steps=1, columns=0):
         for line in duplicates:
             print(f"not counted: {line}")
         if len(damaged) > MAX_DAMAGED * (len(chunks) + len(damaged)):
-            fail(f"{folder}: {len(damaged)} of {len(chunks) + len(damaged)} chunks are unreadable, "
-                 f"first {damaged[0]}; {command('buffer.py', flags=shlex.quote(str(folder)))} "
-                 f"names each: {MEND}; {made_by(folder)}")
+            fail(
+                f"{folder}: {len(damaged)} of {len(chunks) + len(damaged)} chunks are unreadable, "
+                f"first {damaged[0]}; {command('buffer.py', flags=shlex.quote(str(folder)))} "
+                f"names each: {MEND}; {made_by(folder)}"
+            )
         for line in damaged:
             print(f"skipped {line}")
         versions |= {c.meta["preprocess"] for c in chunks}
         if len(versions) > 1:
-            fail(f"{folder}: chunks of several preprocessing versions ({versions}); move the old "
-                 f"ones away and collect anew: {made_by(folder)}")
+            fail(
+                f"{folder}: chunks of several preprocessing versions ({versions}); move the old "
+                f"ones away and collect anew: {made_by(folder)}"
+            )
         for c in chunks:
             if columns and c.meta["columns"] != columns:
-                fail(f"{c.path}: telemetry of {c.meta['columns']} columns, expected the {columns} "
-                     "of car_env.TELEMETRY; move it away, or write it again")
+                fail(
+                    f"{c.path}: telemetry of {c.meta['columns']} columns, expected the {columns} "
+                    "of car_env.TELEMETRY; move it away, or write it again"
+                )
         out[name] = [c for c in chunks if not c.held_out], [c for c in chunks if c.held_out]
         for part, want in zip(out[name], ("training", "held-out")):
             if not part:
-                fail(f"{folder}: no episode on a {want} track among {len(chunks)}, 20,000 frames "
-                     f"are enough to start; {made_by(folder)}")
+                fail(
+                    f"{folder}: no episode on a {want} track among {len(chunks)}, 20,000 frames "
+                    f"are enough to start; {made_by(folder)}"
+                )
             longest = max(c.frames for c in part)
             if longest < steps:
-                fail(f"{folder}: no {want} episode lasts the {steps} steps that this needs, the "
-                     f"longest has {longest}; lower --repeat, --horizon or --targets where they "
-                     f"are set, or collect longer episodes: {made_by(folder)}")
+                fail(
+                    f"{folder}: no {want} episode lasts the {steps} steps that this needs, the "
+                    f"longest has {longest}; lower --repeat, --horizon or --targets where they "
+                    f"are set, or collect longer episodes: {made_by(folder)}"
+                )
     if hasattr(args, "shares"):
         shares_of(out, args.batch_size, args.shares, each=True)
     return out
@@ -408,21 +462,26 @@ def load_sources(args, steps=1, columns=0):
 
 # ------------------------------------------------------------------ batches
 
+
 def shares_of(sources, batch_size, shares=None, each=False):
     """Windows of each source in a batch: exact, adding up to batch_size (largest remainders).
     `each` refuses a batch in which a source, of {name: ...}, with a share has none."""
     shares = np.ones(len(sources)) if shares is None else np.array(shares, float)
     if len(shares) != len(sources) or (shares < 0).any() or shares.sum() == 0:
         names = f" ({' '.join(sources)})" if isinstance(sources, dict) else ""
-        fail(f"--shares {' '.join(f'{s:g}' for s in shares)}: expected {len(sources)} numbers >= "
-             f"0, one for each folder{names}, and not all 0")
+        fail(
+            f"--shares {' '.join(f'{s:g}' for s in shares)}: expected {len(sources)} numbers >= "
+            f"0, one for each folder{names}, and not all 0"
+        )
     exact = batch_size * shares / shares.sum()
     count = np.floor(exact).astype(int)
-    count[np.argsort(count - exact, kind="stable")[:batch_size - count.sum()]] += 1
+    count[np.argsort(count - exact, kind="stable")[: batch_size - count.sum()]] += 1
     for name, n, share in zip(sources, count if each else (), shares):
         if share and not n:
-            fail(f"--batch_size {batch_size}: too small to hold a window of {name} at its share, "
-                 f"{share / shares.sum():.2g}; raise it, or leave that folder out of --data")
+            fail(
+                f"--batch_size {batch_size}: too small to hold a window of {name} at its share, "
+                f"{share / shares.sum():.2g}; raise it, or leave that folder out of --data"
+            )
     return count
 
 
@@ -477,8 +536,14 @@ class Stream:
         while at < end:
             while waiting and len(slots) < self.width:
                 episode = waiting.popleft()
-                slots.append([episode, spread(self.windows[episode], rng), 0,
-                              4 + int(12 * (opened * GOLDEN % 1))])
+                slots.append(
+                    [
+                        episode,
+                        spread(self.windows[episode], rng),
+                        0,
+                        4 + int(12 * (opened * GOLDEN % 1)),
+                    ]
+                )
                 opened += 1
             want = min(self.size - at % self.size, end - at)
             left = np.array([len(order) - used for _, order, used, _ in slots])
@@ -491,7 +556,7 @@ class Stream:
                 if n:
                     episode, order, used, _ = slot
                     slot[2] += n
-                    yield (n_pass, episode), episode, order[used:used + n], rest == 0
+                    yield (n_pass, episode), episode, order[used : used + n], rest == 0
                     at += n
             slots = [slot for slot in slots if slot[2] < len(slot[1])]
 
@@ -507,20 +572,34 @@ class Loader:
     faster from `pinned` memory.
     """
 
-    def __init__(self, sources, batch_size, latents=2, history=1, repeat=1, shares=None, seed=0,
-                 threads=2, pinned=False):
+    def __init__(
+        self,
+        sources,
+        batch_size,
+        latents=2,
+        history=1,
+        repeat=1,
+        shares=None,
+        seed=0,
+        threads=2,
+        pinned=False,
+    ):
         self.sources, self.seed, self.threads, self.pinned = sources, seed, threads, pinned
         self.latents, self.history, self.repeat = latents, history, repeat
         self.counts = shares_of(sources, batch_size, shares).tolist()
         self.damage = [Damage.of(chunks) for chunks in sources]
         width = -(-OPEN // sum(n > 0 for n in self.counts))
-        self.streams = [Stream([self._windows(c) for c in chunks], n, width, (seed, s))
-                        for s, (chunks, n) in enumerate(zip(sources, self.counts))]
+        self.streams = [
+            Stream([self._windows(c) for c in chunks], n, width, (seed, s))
+            for s, (chunks, n) in enumerate(zip(sources, self.counts))
+        ]
         self.windows = sum(stream.total for stream in self.streams)
         for chunks, stream in zip(sources, self.streams):
             if stream.total == 0:
-                fail(f"{chunks[0].path.parent}: no episode is as long as {self._span()} steps, the "
-                     f"longest has {max(c.frames for c in chunks)}")
+                fail(
+                    f"{chunks[0].path.parent}: no episode is as long as {self._span()} steps, the "
+                    f"longest has {max(c.frames for c in chunks)}"
+                )
 
     def _span(self):
         return (self.latents - 1) * self.repeat  # steps from the first latent to the last
@@ -553,8 +632,9 @@ class Loader:
 
     def _planned(self, start, pool):
         """Endless (step, [(source, future of `_read`, windows)]) with the reading AHEAD of time."""
-        plans = [(s, stream.batches(start)) for s, stream in enumerate(self.streams)
-                 if self.counts[s]]
+        plans = [
+            (s, stream.batches(start)) for s, stream in enumerate(self.streams) if self.counts[s]
+        ]
         files, line = {}, deque()
         while True:
             batch = []
@@ -579,6 +659,7 @@ class Loader:
         its threads.
         """
         import torch  # here, so that a machine that only collects needs none
+
         L, K, B = self.latents + self.history - 1, self.latents, sum(self.counts)
         pool = ThreadPoolExecutor(self.threads)
         try:
@@ -612,6 +693,7 @@ def sample_frames(chunks, history, repeat, count, seed=0, fields=("telemetry",),
     `skip` (the zoom) are left out.
     """
     import torch  # here, so that a machine that only collects needs none
+
     rng = np.random.default_rng([seed, 7])
     chunks = [c for c in chunks if c.frames > skip + 1]
     per = np.diff(np.linspace(0, count, len(chunks) + 1).astype(int))
@@ -630,11 +712,14 @@ def sample_frames(chunks, history, repeat, count, seed=0, fields=("telemetry",),
         obs.append(data["obs"][np.maximum(t[:, None] + back, 0)])
         for k in fields:
             rows[k].append(data[k][t])
-    return (torch.from_numpy(np.concatenate(obs)).permute(0, 1, 4, 2, 3),
-            {k: np.concatenate(v) for k, v in rows.items()})
+    return (
+        torch.from_numpy(np.concatenate(obs)).permute(0, 1, 4, 2, 3),
+        {k: np.concatenate(v) for k, v in rows.items()},
+    )
 
 
 # ------------------------------------------------------------------ latents
+
 
 def read_ahead(chunks, *names, threads=4):
     """(chunk, its `read_chunk`, or None where it is damaged) of each, read by threads meanwhile."""
@@ -659,6 +744,7 @@ def read_ahead(chunks, *names, threads=4):
 
 # ------------------------------------------------------------------ inspection
 
+
 def verify(chunks):
     """(whole chunks, reasons of the damaged ones): every byte is inflated, every CRC checked."""
     whole, damaged = [], []
@@ -673,6 +759,7 @@ def verify(chunks):
 
 # ------------------------------------------------------------------ export
 
+
 def export_minari(folders, out, name):
     """Writes the episodes of folders as the dataset `name` of Minari (minari.farama.org) under
     `out`, whole or not at all: every array as it is, 12 KB a frame; telemetry in the infos, the
@@ -680,8 +767,10 @@ def export_minari(folders, out, name):
     """
     out = out.resolve()  # Minari writes relative to a folder of its own
     if not re.fullmatch(r"([\w-]+/)*[\w.-]*\w-v\d+", name):
-        fail(f"--name {name}: expected letters, digits, - and _, and a version at the end, such as "
-             "carracing-v0")
+        fail(
+            f"--name {name}: expected letters, digits, - and _, and a version at the end, such as "
+            "carracing-v0"
+        )
     minari, gymnasium = optional("minari", "minari>=0.5.4"), optional("gymnasium", "gymnasium")
     optional("h5py", "h5py")
     found = [index(folder) for folder in folders]
@@ -691,8 +780,10 @@ def export_minari(folders, out, name):
     chunks = list(rides.values())
     damaged = list(dict.fromkeys(line for _, bad, _ in found for line in bad))
     if not chunks:
-        fail(f"{', '.join(map(str, folders))}: no whole chunk there; `python collect_race_data.py` "
-             "makes some")
+        fail(
+            f"{', '.join(map(str, folders))}: no whole chunk there; `python collect_race_data.py` "
+            "makes some"
+        )
     if (out / name).exists():
         fail(f"{out / name}: exists already; choose another --name or --out")
 
@@ -704,37 +795,53 @@ def export_minari(folders, out, name):
                 damaged.append(str(e))
                 continue
             yield minari.data_collector.EpisodeBuffer(
-                seed=chunk.meta["track_seed"], options={"meta": json.dumps(chunk.meta)},
-                observations=data["obs"], actions=data["act"], rewards=data["reward"],
-                terminations=data["terminated"], truncations=data["truncated"],
-                infos={"telemetry": data["telemetry"]})
+                seed=chunk.meta["track_seed"],
+                options={"meta": json.dumps(chunk.meta)},
+                observations=data["obs"],
+                actions=data["act"],
+                rewards=data["reward"],
+                terminations=data["terminated"],
+                truncations=data["truncated"],
+                infos={"telemetry": data["telemetry"]},
+            )
 
     tmp = writable(out / f".{name}.{os.getpid()}.tmp")
     os.environ["MINARI_DATASETS_PATH"] = str(tmp)
     try:
         minari.create_dataset_from_buffers(
-            name, episodes(), data_format="hdf5", jpeg_encoding=False,
+            name,
+            episodes(),
+            data_format="hdf5",
+            jpeg_encoding=False,
             observation_space=gymnasium.spaces.Box(0, 255, FRAME, np.uint8),
             action_space=gymnasium.spaces.Box(np.float32([-1, 0, 0]), np.float32([1, 1, 1])),
             description="gymnasium's CarRacing-v3 in 64x64 pixels, collected by TinyJEPA",
-            requirements=["gymnasium[box2d]"])
+            requirements=["gymnasium[box2d]"],
+        )
         (out / name).parent.mkdir(parents=True, exist_ok=True)  # a name may have a namespace
         os.rename(tmp / name, out / name)
     finally:
         shutil.rmtree(tmp)
     for line in damaged:
         print(f"left out: {line}")
-    print(f"{out / name}: {len(chunks)} episodes; MINARI_DATASETS_PATH={out} python -c "
-          f"'import minari; print(minari.load_dataset(\"{name}\").total_steps)'")
+    print(
+        f"{out / name}: {len(chunks)} episodes; MINARI_DATASETS_PATH={out} python -c "
+        f"'import minari; print(minari.load_dataset(\"{name}\").total_steps)'"
+    )
     return 0
 
 
 def export(argv):
     """`buffer.py export`: folders of chunks in the format of another library."""
     p = Parser(prog="buffer.py export", description="episodes for other programs")
-    p.add_argument("folders", type=Path, nargs="*", default=[Path(name) for name in MADE_BY],
-                   help=f"of chunks, which become one dataset (default {' '.join(MADE_BY)}, those "
-                        "of them that are there)")
+    p.add_argument(
+        "folders",
+        type=Path,
+        nargs="*",
+        default=[Path(name) for name in MADE_BY],
+        help=f"of chunks, which become one dataset (default {' '.join(MADE_BY)}, those "
+        "of them that are there)",
+    )
     p.add_argument("--format", choices=["minari"], default="minari", help="HDF5 as Minari reads it")
     p.add_argument("--out", type=Path, default=Path("minari"), help="where datasets are kept")
     p.add_argument("--name", default="carracing-v0", help="Minari's dataset id, ends in a version")
@@ -748,15 +855,25 @@ def main():
     p = Parser(description=__doc__, formatter_class=Help)
     p.add_argument("folders", nargs="+", type=Path, help="folders of chunks")
     how = p.add_mutually_exclusive_group()
-    how.add_argument("--verify", action="store_true", default=True,
-                     help="inflate everything and check each CRC (the default)")
-    how.add_argument("--quick", dest="verify", action="store_false",
-                     help="look at sizes and descriptions only: finds what is cut off or foreign")
+    how.add_argument(
+        "--verify",
+        action="store_true",
+        default=True,
+        help="inflate everything and check each CRC (the default)",
+    )
+    how.add_argument(
+        "--quick",
+        dest="verify",
+        action="store_false",
+        help="look at sizes and descriptions only: finds what is cut off or foreign",
+    )
     args = p.parse_args()
     for folder in args.folders:
         some_chunks(folder)
-    print(f"{'folder':24} {'chunks':>7} {'episodes':>8} {'held out':>8} {'frames':>10} {'MB':>8} "
-          f"{'B/frame':>7} {'return':>15} {'laps':>5} {'twice':>5} {'damaged':>7}")
+    print(
+        f"{'folder':24} {'chunks':>7} {'episodes':>8} {'held out':>8} {'frames':>10} {'MB':>8} "
+        f"{'B/frame':>7} {'return':>15} {'laps':>5} {'twice':>5} {'damaged':>7}"
+    )
     bad, pixels, start = 0, 0, time.process_time()
     for folder in args.folders:
         chunks, damaged, duplicates = index(folder)
@@ -769,9 +886,11 @@ def main():
         mean = f"{np.mean(returns):8.1f} ± {np.std(returns):4.0f}" if chunks else f"{'-':>15}"
         laps = sum(bool(c.meta.get("lap_finished")) for c in chunks)
         files = len(chunks) + len(damaged) + len(duplicates)
-        print(f"{str(folder):24} {files:7} {len(chunks):8} {sum(c.held_out for c in chunks):8} "
-              f"{frames:10,} {size / 1e6:8.1f} {size / max(1, frames):7.0f} {mean} "
-              f"{laps:5} {len(duplicates):5} {len(damaged):7}")
+        print(
+            f"{str(folder):24} {files:7} {len(chunks):8} {sum(c.held_out for c in chunks):8} "
+            f"{frames:10,} {size / 1e6:8.1f} {size / max(1, frames):7.0f} {mean} "
+            f"{laps:5} {len(duplicates):5} {len(damaged):7}"
+        )
         for line in duplicates + damaged:
             print(f"  {line}")
         bad += len(damaged)
@@ -780,8 +899,10 @@ def main():
         seconds = time.process_time() - start
         print(f"{pixels / 1e6:,.0f} MB of pixels read, {pixels / 1e6 / seconds:,.0f} MB/s a core")
     if bad:
-        print(f"{bad} damaged: training skips them, and refuses to start above {MAX_DAMAGED:.0%}; "
-              f"of each, {MEND}")
+        print(
+            f"{bad} damaged: training skips them, and refuses to start above {MAX_DAMAGED:.0%}; "
+            f"of each, {MEND}"
+        )
     return 1 if bad else 0
 
 

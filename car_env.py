@@ -409,8 +409,9 @@ def place_beside(env, tile, offset=0.0, askew=0.0, speed=0.0, yaw_rate=0.0):
     askew rad to the left of its direction."""
     track = env.unwrapped.track
     _, beta, x, y = track[int(tile) % len(track)]
-    return place_car(env, x + offset * math.cos(beta), y + offset * math.sin(beta), beta + askew,
-                     speed, yaw_rate)
+    return place_car(
+        env, x + offset * math.cos(beta), y + offset * math.sin(beta), beta + askew, speed, yaw_rate
+    )
 
 
 # ---- the picture ---------------------------------------------------------------------------------

@@ -27,8 +27,15 @@ from pathlib import Path
 import numpy as np
 
 from buffer import HELD_OUT_MOD, index, write_chunk
-from car_env import (ENV_ID, PREPROCESS_VERSION, TELEMETRY, make_env, observe, place_beside,
-                     telemetry)
+from car_env import (
+    ENV_ID,
+    PREPROCESS_VERSION,
+    TELEMETRY,
+    make_env,
+    observe,
+    place_beside,
+    telemetry,
+)
 from support.cli import Number, Stop, cores, fail, natural, parser, run
 from support.files import git_commit, lock_file, versions, writable
 from support.progress import progress
@@ -71,8 +78,9 @@ class RandomDriver:
         self.left -= 1
         noise = r.normal(0, 0.03, 3).tolist()
         self.action = [0.85 * a + 0.15 * b + e for a, b, e in zip(self.action, self.target, noise)]
-        return np.array([min(max(a, least), 1) for a, least in zip(self.action, (-1, 0, 0))],
-                        np.float32)
+        return np.array(
+            [min(max(a, least), 1) for a, least in zip(self.action, (-1, 0, 0))], np.float32
+        )
 
 
 def run_episode(env, policy, track_seed, rng):
@@ -101,20 +109,32 @@ def run_episode(env, policy, track_seed, rng):
     frames = np.stack(frames)
     if later:
         frames = np.concatenate((frames, env.unwrapped.painted()))
-    return dict(obs=frames, act=np.stack(acts), reward=np.array(rewards, np.float32),
-                terminated=ends[0], truncated=ends[1], telemetry=np.stack(states)
-                ), {"lap_finished": bool(info.get("lap_finished", False))}
+    return dict(
+        obs=frames,
+        act=np.stack(acts),
+        reward=np.array(rewards, np.float32),
+        terminated=ends[0],
+        truncated=ends[1],
+        telemetry=np.stack(states),
+    ), {"lap_finished": bool(info.get("lap_finished", False))}
 
 
 # ------------------------------------------------------------------ workers
+
 
 def seeds_of(job, worker, episode):
     """(track seed, rng) of a worker's episode: no two alike over machines, runs, sources, workers.
 
     Every HELD_OUT_MOD-th episode of all drives a held-out track: see `buffer.held_out`.
     """
-    entropy = [job["seed"], job["machine_id"], zlib.crc32(job["source"].encode()), job["run"],
-               worker, episode]
+    entropy = [
+        job["seed"],
+        job["machine_id"],
+        zlib.crc32(job["source"].encode()),
+        job["run"],
+        worker,
+        episode,
+    ]
     track, noise = np.random.SeedSequence(entropy).spawn(2)
     seed = int(track.generate_state(1, np.uint64)[0] >> np.uint64(1))  # 63 bits
     seed += (number_of(job, worker, episode) - seed) % HELD_OUT_MOD
@@ -152,18 +172,31 @@ def record(env, job, worker, episode):
     track_seed, rng = seeds_of(job, worker, episode)
     policy, options = job["make_policy"](job, number_of(job, worker, episode))
     arrays, end = run_episode(env, policy, track_seed, rng)
-    meta = {**job["meta"], **end, "track_seed": track_seed, "policy": options,
-            "uid": f"{job['stem']}-w{worker:02d}-e{episode:06d}", "worker": worker,
-            "mistakes": getattr(policy, "mistakes", {})}
+    meta = {
+        **job["meta"],
+        **end,
+        "track_seed": track_seed,
+        "policy": options,
+        "uid": f"{job['stem']}-w{worker:02d}-e{episode:06d}",
+        "worker": worker,
+        "mistakes": getattr(policy, "mistakes", {}),
+    }
     try:
         write_chunk(job["folder"], meta, **arrays)
     except OSError as e:
         mend = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
-        return {"error": f"{job['folder']}: {e.strerror or e}; {mend} and run the same command "
-                         "again", "retires": True}
+        return {
+            "error": f"{job['folder']}: {e.strerror or e}; {mend} and run the same command again",
+            "retires": True,
+        }
     grass = int((arrays["telemetry"][1:, OFF_ROAD] > 0).sum())
-    return {"frames": len(arrays["act"]), "return": float(arrays["reward"].sum()), **end,
-            "grass": grass, "mistakes": meta["mistakes"]}
+    return {
+        "frames": len(arrays["act"]),
+        "return": float(arrays["reward"].sum()),
+        **end,
+        "grass": grass,
+        "mistakes": meta["mistakes"],
+    }
 
 
 def collect(args, source, make_policy):
@@ -173,9 +206,11 @@ def collect(args, source, make_policy):
     nothing with it but its episode; it is replaced. Returns the exit code.
     """
     folder = writable(args.root / source)
-    lock_file(folder / f".machine-{args.machine_id}.lock",
-              f"{folder}: another collector of machine {args.machine_id} is at work there; wait for "
-              "it, or give this one another --machine_id")
+    lock_file(
+        folder / f".machine-{args.machine_id}.lock",
+        f"{folder}: another collector of machine {args.machine_id} is at work there; wait for "
+        "it, or give this one another --machine_id",
+    )
     sweep(folder, f"{source}-{socket.gethostname()}-s")
     chunks, damaged, duplicates = index(folder)
     for line in damaged + duplicates:
@@ -222,9 +257,15 @@ def driven_otherwise(chunks, args):
 
 def origin(source, kind):
     """What a chunk says of where it comes from; kind: of env."""
-    return dict(source=source, host=socket.gethostname(), env=f"{ENV_ID} {kind}",
-                preprocess=PREPROCESS_VERSION, telemetry=list(TELEMETRY), versions=versions(),
-                commit=git_commit())
+    return dict(
+        source=source,
+        host=socket.gethostname(),
+        env=f"{ENV_ID} {kind}",
+        preprocess=PREPROCESS_VERSION,
+        telemetry=list(TELEMETRY),
+        versions=versions(),
+        commit=git_commit(),
+    )
 
 
 def make_job(args, source, folder, make_policy):
@@ -234,10 +275,20 @@ def make_job(args, source, folder, make_policy):
     run_no = 1 + max((int(r[1]) for r in runs if r), default=-1)
     stem = f"{source}-{host}-s{args.seed}m{args.machine_id}r{run_no:03d}-{secrets.token_hex(3)}"
     meta = origin(source, args.env) | {"run": run_no}
-    return dict(source=source, folder=folder, make_policy=make_policy, seed=args.seed, run=run_no,
-                env=args.env, machine_id=args.machine_id, workers=args.workers,
-                paces=getattr(args, "pace", None), width=getattr(args, "width", None), stem=stem,
-                meta=meta)
+    return dict(
+        source=source,
+        folder=folder,
+        make_policy=make_policy,
+        seed=args.seed,
+        run=run_no,
+        env=args.env,
+        machine_id=args.machine_id,
+        workers=args.workers,
+        paces=getattr(args, "pace", None),
+        width=getattr(args, "width", None),
+        stem=stem,
+        meta=meta,
+    )
 
 
 def need_room(folder, frames):
@@ -245,9 +296,11 @@ def need_room(folder, frames):
     free = shutil.disk_usage(folder).free >> 20
     need = MIN_FREE + (frames * BYTES_A_FRAME >> 20)
     if free < need:
-        fail(f"{folder}: expected {need:,} MiB free for {frames:,} frames and a margin of "
-             f"{MIN_FREE}, found {free:,}; make room, ask for less with --frames, or choose "
-             "another --root")
+        fail(
+            f"{folder}: expected {need:,} MiB free for {frames:,} frames and a margin of "
+            f"{MIN_FREE}, found {free:,}; make room, ask for less with --frames, or choose "
+            "another --root"
+        )
 
 
 class Crew:
@@ -329,9 +382,11 @@ def report(done, seconds):
     frames = sum(d["frames"] for d in done)
     returns = np.array([d["return"] for d in done])
     laps = sum(d["lap_finished"] for d in done)
-    print(f"{len(done)} episodes, {frames:,} frames, {frames / seconds:,.0f} frames/s, return "
-          f"{returns.mean():.1f} ± {returns.std():.1f}, laps {laps}, frames on grass "
-          f"{sum(d['grass'] for d in done) / frames:.1%}")
+    print(
+        f"{len(done)} episodes, {frames:,} frames, {frames / seconds:,.0f} frames/s, return "
+        f"{returns.mean():.1f} ± {returns.std():.1f}, laps {laps}, frames on grass "
+        f"{sum(d['grass'] for d in done) / frames:.1%}"
+    )
     kinds = {}
     for d in done:
         for kind, (count, recovered) in d["mistakes"].items():
@@ -339,22 +394,39 @@ def report(done, seconds):
             kinds[kind] = a + count, b + recovered
     if kinds:
         n, r = np.sum(list(kinds.values()), axis=0)
-        print(f"mistakes {n}, recovered {r} ({r / max(1, n):.0%}): " + ", ".join(
-            f"{k} {b}/{a}" for k, (a, b) in sorted(kinds.items())))
+        print(
+            f"mistakes {n}, recovered {r} ({r / max(1, n):.0%}): "
+            + ", ".join(f"{k} {b}/{a}" for k, (a, b) in sorted(kinds.items()))
+        )
 
 
 def collector_parser(doc, frames):
     """The flags that all collectors share."""
     p = parser(doc, device=False)
-    p.add_argument("--frames", type=Number(int, 1, 10**15), default=frames,
-                   help=f"frames in the folder at the end, those already there included "
-                        f"(default {frames:,})")
-    p.add_argument("--env", default="fast", choices=["fast", "official"],
-                   help="official: 25 times slower, to check that the fast env teaches the same")
-    p.add_argument("--workers", type=Number(int, 1, 1024), default=cores(),
-                   help="processes, by default one a core that this process may use")
-    p.add_argument("--machine_id", type=natural, default=0,
-                   help="another number on each machine that collects, so that no track is twice")
+    p.add_argument(
+        "--frames",
+        type=Number(int, 1, 10**15),
+        default=frames,
+        help=f"frames in the folder at the end, those already there included (default {frames:,})",
+    )
+    p.add_argument(
+        "--env",
+        default="fast",
+        choices=["fast", "official"],
+        help="official: 25 times slower, to check that the fast env teaches the same",
+    )
+    p.add_argument(
+        "--workers",
+        type=Number(int, 1, 1024),
+        default=cores(),
+        help="processes, by default one a core that this process may use",
+    )
+    p.add_argument(
+        "--machine_id",
+        type=natural,
+        default=0,
+        help="another number on each machine that collects, so that no track is twice",
+    )
     return p
 
 

@@ -21,40 +21,40 @@ from car_env import Nearest
 from collect_data import collect, collector_parser
 from support.cli import Number, fraction, run
 
-SPACING = 1.0       # units between the points of the resampled racing line
-AXLE = 1.62         # units from the car's centre to either axle
-STEER_STOP = 0.4    # radians: the joint stops here, a larger action adds nothing
-GRASS_GRIP = 0.6    # friction of grass over friction of road
-FULL_GAS = 185.0    # rad/s: gas of (omega + 5) / FULL_GAS fills the rear tyres' friction circle
-LOST = 15.0         # units from the line: search all of it for the nearest point
-SLOW = 5.0          # units/s below which the direction of travel means nothing
+SPACING = 1.0  # units between the points of the resampled racing line
+AXLE = 1.62  # units from the car's centre to either axle
+STEER_STOP = 0.4  # radians: the joint stops here, a larger action adds nothing
+GRASS_GRIP = 0.6  # friction of grass over friction of road
+FULL_GAS = 185.0  # rad/s: gas of (omega + 5) / FULL_GAS fills the rear tyres' friction circle
+LOST = 15.0  # units from the line: search all of it for the nearest point
+SLOW = 5.0  # units/s below which the direction of travel means nothing
 
 PACES, WIDTH = [0.65], 1.5  # of --pace and --width, by default
 PACED = {  # what pace 0 and pace 1 differ in; paces between blend them
     #              calm   full
-    "v_max":      (64,    108),   # units/s; Box2D stops at 100
-    "lateral":    (90,    253),   # units/s^2, the line's in its bends
-    "width":      (3.0,   4.75),  # units the line may leave the middle; half width 6.67
+    "v_max": (64, 108),  # units/s; Box2D stops at 100
+    "lateral": (90, 253),  # units/s^2, the line's in its bends
+    "width": (3.0, 4.75),  # units the line may leave the middle; half width 6.67
 }
 SHARED = {  # what they share
-    "sharp":       0.437,   # exponent of a bend's weight in the line, over its curvature
-    "braking":     79.1,    # units/s^2 the line asks for before its bends
-    "circle":      272,     # units/s^2 of lateral acceleration that leave no braking
-    "lead":        0.0683,  # s the target speed is read ahead of the car
-    "look":        11.8,    # units, the lookahead at rest
-    "look_v":      0.0998,  # s, the lookahead's growth with speed
-    "slip_aim":    0.809,   # 0: the arc leaves along the nose; 1: along the travel
-    "yaw_gain":    0.0371,  # s, steering against the error of the yaw rate
-    "counter":     0.79,    # radians of steering into a slide, per radian of slip
-    "catch":       6.28,    # units/s of rear slide at which the wheels turn into it
-    "catch_range": 5.52,    # units/s from there to turned fully
-    "arc_limit":   1.59,    # `lateral` the pursuit's own arc may ask for, over the line's
-    "gas_gain":    0.113,   # gas per unit/s too slow
-    "gas_cap":     2.06,    # gas on the straight, over what fills the rear friction circle
-    "gas_slide":   7.15,    # units/s of rear slide that leave no room for gas
-    "brake_gain":  0.0274,  # brake per unit/s too fast
-    "brake_cap":   0.275,   # brake on the straight; 0.18 fills the friction circle
-    "brake_floor": 0.413,   # share of `brake_cap` always left
+    "sharp": 0.437,  # exponent of a bend's weight in the line, over its curvature
+    "braking": 79.1,  # units/s^2 the line asks for before its bends
+    "circle": 272,  # units/s^2 of lateral acceleration that leave no braking
+    "lead": 0.0683,  # s the target speed is read ahead of the car
+    "look": 11.8,  # units, the lookahead at rest
+    "look_v": 0.0998,  # s, the lookahead's growth with speed
+    "slip_aim": 0.809,  # 0: the arc leaves along the nose; 1: along the travel
+    "yaw_gain": 0.0371,  # s, steering against the error of the yaw rate
+    "counter": 0.79,  # radians of steering into a slide, per radian of slip
+    "catch": 6.28,  # units/s of rear slide at which the wheels turn into it
+    "catch_range": 5.52,  # units/s from there to turned fully
+    "arc_limit": 1.59,  # `lateral` the pursuit's own arc may ask for, over the line's
+    "gas_gain": 0.113,  # gas per unit/s too slow
+    "gas_cap": 2.06,  # gas on the straight, over what fills the rear friction circle
+    "gas_slide": 7.15,  # units/s of rear slide that leave no room for gas
+    "brake_gain": 0.0274,  # brake per unit/s too fast
+    "brake_cap": 0.275,  # brake on the straight; 0.18 fills the friction circle
+    "brake_floor": 0.413,  # share of `brake_cap` always left
 }
 
 
@@ -182,8 +182,10 @@ class Expert:
 
         grip = GRASS_GRIP + (1 - GRASS_GRIP) * sum([1 for w in car.wheels if w.tiles]) / 4
         limit = self.arc_limit * self.lateral * grip
-        target = min(self.speed[(near + int(self.lead * v / SPACING)) % n],
-                     math.sqrt(limit / (abs(arc) + 1e-6)))
+        target = min(
+            self.speed[(near + int(self.lead * v / SPACING)) % n],
+            math.sqrt(limit / (abs(arc) + 1e-6)),
+        )
         used = max(v * v * abs(arc) / limit, slide / self.gas_slide)
         room = math.sqrt(max(0.0, 1 - used * used))  # of the friction circle, along the car
         gas = brake = 0.0
@@ -216,15 +218,28 @@ def make_expert(job, number):
 def pace_parser(doc, frames, pace, reason):
     """The collectors' flags and --pace with its default and the reason for it."""
     p = collector_parser(doc, frames)
-    p.add_argument("--pace", type=fraction, nargs="+", default=pace,
-                   help="0 calm (about 58 units/s) to 1 full; several take turns. " + reason)
+    p.add_argument(
+        "--pace",
+        type=fraction,
+        nargs="+",
+        default=pace,
+        help="0 calm (about 58 units/s) to 1 full; several take turns. " + reason,
+    )
     return p
 
 
 if __name__ == "__main__":
-    p = pace_parser(__doc__, 1_900_000, PACES,
-                    "The driver aims at what the expert does: full pace asks too much of it")
-    p.add_argument("--width", type=Number(float, 0, 6.67, above=True), default=WIDTH,
-                   help="units the line may leave the middle of the road, whose half is 6.67: the "
-                        "driver misses its teacher's line by a unit or two")
+    p = pace_parser(
+        __doc__,
+        1_900_000,
+        PACES,
+        "The driver aims at what the expert does: full pace asks too much of it",
+    )
+    p.add_argument(
+        "--width",
+        type=Number(float, 0, 6.67, above=True),
+        default=WIDTH,
+        help="units the line may leave the middle of the road, whose half is 6.67: the "
+        "driver misses its teacher's line by a unit or two",
+    )
     run(lambda: collect(p.parse_args(), "data_race", make_expert))

@@ -19,20 +19,19 @@ from collect_data import RandomDriver, collect
 from collect_race_data import Expert, pace_of, pace_parser
 from support.cli import run
 
-KINDS = ("understeer", "oversteer", "late_braking", "wrong_throttle", "swerve", "fumble",
-         "stray")
+KINDS = ("understeer", "oversteer", "late_braking", "wrong_throttle", "swerve", "fumble", "stray")
 PACES = [0.1, 0.3, 0.6, 1.0]  # of --pace, by default
-FPS = 50                   # steps a second
-GAP = (1.0, 4.0)           # s, mean pause before a mistake, drawn once per episode
-LENGTH = (0.1, 1.2)        # s, a mistake
-STRAY = (1.0, 4.0)         # s, one of random driving, which leads to where a lost car is
-PATIENCE = 4.0             # s after a mistake to recover in
-HELD = 0.2                 # s that recovery must last
-NOISE = 0.05               # standard deviation of steer and gas noise, always on
-NOISE_MEMORY = 0.9         # AR(1) coefficient per step
-FUMBLE = 5.0               # times as much noise, on brake too: as random as a planner's futures
-BEND = 0.05                # radians of steering that show a bend
-START_SHARE = 0.5          # of the episodes begin perturbed
+FPS = 50  # steps a second
+GAP = (1.0, 4.0)  # s, mean pause before a mistake, drawn once per episode
+LENGTH = (0.1, 1.2)  # s, a mistake
+STRAY = (1.0, 4.0)  # s, one of random driving, which leads to where a lost car is
+PATIENCE = 4.0  # s after a mistake to recover in
+HELD = 0.2  # s that recovery must last
+NOISE = 0.05  # standard deviation of steer and gas noise, always on
+NOISE_MEMORY = 0.9  # AR(1) coefficient per step
+FUMBLE = 5.0  # times as much noise, on brake too: as random as a planner's futures
+BEND = 0.05  # radians of steering that show a bend
+START_SHARE = 0.5  # of the episodes begin perturbed
 OFFSET, ASKEW, SPIN = 10.0, 0.8, 2.0  # units, rad, rad/s: standard deviations of such a start
 
 
@@ -151,6 +150,7 @@ def make_faulty(job, number):
 
 
 if __name__ == "__main__":
-    p = pace_parser(__doc__, 2_400_000, PACES,
-                    "All of them: the predictor has to know what too fast leads to")
+    p = pace_parser(
+        __doc__, 2_400_000, PACES, "All of them: the predictor has to know what too fast leads to"
+    )
     run(lambda: collect(p.parse_args(), "data_recovery", make_faulty))

@@ -21,8 +21,17 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from car_env import (FPS, MAX_STEPS, TELEMETRY, ZOOM_STEPS, make_env, observe, picture,
-                     place_beside, telemetry)
+from car_env import (
+    FPS,
+    MAX_STEPS,
+    TELEMETRY,
+    ZOOM_STEPS,
+    make_env,
+    observe,
+    picture,
+    place_beside,
+    telemetry,
+)
 from collect_race_data import Expert
 from drive_mpc import VIDEO_FPS, load_driver, planning
 from networks import fingerprint, latest, load_frozen, meanwhile, models_of, some_root, stack
@@ -31,8 +40,21 @@ from support.files import writable
 from support.pictures import VideoRecorder, ornament, pyplot, save_figure
 from support.progress import progress
 from support.training import autocast, set_up
-from support.window import (DIM, END_S, INK, KEYS_TEXT, VIEW, WARM, NoWindow, banner, blank,
-                            log_axis, open_window, plot, write)
+from support.window import (
+    DIM,
+    END_S,
+    INK,
+    KEYS_TEXT,
+    VIEW,
+    WARM,
+    NoWindow,
+    banner,
+    blank,
+    log_axis,
+    open_window,
+    plot,
+    write,
+)
 
 FUTURES = {"true": (90, 200, 120), "teleported": WARM, "random": (240, 90, 90)}  # name: colour
 MIN_JUMP = 15  # tiles between the car and where it is teleported to, so that places differ
@@ -45,12 +67,24 @@ def arguments():
     p = parser(__doc__, models=True)
     p.epilog = KEYS_TEXT
     g = p.add_argument_group("task")
-    g.add_argument("--track_seed", type=track_number, default=100_000,
-                   help="of the drive; key r goes on to the next one")
-    g.add_argument("--steps", type=Number(int, 1, MAX_STEPS), default=MAX_STEPS,
-                   help="environment steps at most")
-    g.add_argument("--ahead", type=Number(int, 1, MAX_STEPS), default=5,
-                   help="latents between dream and proposal")
+    g.add_argument(
+        "--track_seed",
+        type=track_number,
+        default=100_000,
+        help="of the drive; key r goes on to the next one",
+    )
+    g.add_argument(
+        "--steps",
+        type=Number(int, 1, MAX_STEPS),
+        default=MAX_STEPS,
+        help="environment steps at most",
+    )
+    g.add_argument(
+        "--ahead",
+        type=Number(int, 1, MAX_STEPS),
+        default=5,
+        help="latents between dream and proposal",
+    )
     g.add_argument("--headless", action="store_true", help="no window: as fast as it goes")
     planning(p)
     return p.parse_args()
@@ -79,8 +113,14 @@ class Elsewhere:
         state: {name: value} of the real car's telemetry, on its own track.
         """
         env = self.env
-        place_beside(env, state["tile_index"] + jump, state["lateral_offset"],
-                     -state["heading_error"], state["speed"], state["yaw_rate"])
+        place_beside(
+            env,
+            state["tile_index"] + jump,
+            state["lateral_offset"],
+            -state["heading_error"],
+            state["speed"],
+            state["yaw_rate"],
+        )
         # stepped without the time limit around it: the twin must not run out of steps
         return np.stack([env.unwrapped.step(a)[0] for a in actions][-count:])
 
@@ -96,7 +136,7 @@ class Judge:
     def encode(self, stacks):
         """{name: z (1, D)} of {name: consecutive frames, every step}; the last is the present."""
         e = self.driver.encoder
-        frames = np.stack([x[::-1][::e.repeat][:e.history][::-1] for x in stacks.values()])
+        frames = np.stack([x[::-1][:: e.repeat][: e.history][::-1] for x in stacks.values()])
         obs = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).to(self.driver.device)
         with autocast(self.driver.device, self.driver.dtype):
             return dict(zip(stacks, e(stack(obs, e.history)).split(1)))
@@ -108,8 +148,10 @@ class Judge:
             return {}
         act = torch.from_numpy(np.stack(self.act))[None].to(self.driver.device)
         z_hat = self.driver.nets["predictor"].rollout(self.z[0], act)[:, -1]
-        return {k: (float((z - z_hat).pow(2).mean()), float((z - self.z[0]).pow(2).mean()))
-                for k, z in proposals.items()}
+        return {
+            k: (float((z - z_hat).pow(2).mean()), float((z - self.z[0]).pow(2).mean()))
+            for k, z in proposals.items()
+        }
 
 
 def compose(env, pictures, trace, line, ahead_s):
@@ -124,8 +166,9 @@ def compose(env, pictures, trace, line, ahead_s):
     write(canvas, "and their energy", w + 14, 32)
     for i, (name, frame) in enumerate(pictures.items()):
         y = 62 + i * (CELL + 6)
-        canvas[y:y + CELL, w + 14:w + 14 + CELL] = cv2.resize(
-            frame, (CELL, CELL), interpolation=cv2.INTER_NEAREST)
+        canvas[y : y + CELL, w + 14 : w + 14 + CELL] = cv2.resize(
+            frame, (CELL, CELL), interpolation=cv2.INTER_NEAREST
+        )
         write(canvas, name, w + CELL + 30, y + 8, FUTURES[name], 32)
         write(canvas, WHERE[name], w + CELL + 30, y + 38, DIM)
         if len(trace):
@@ -145,27 +188,32 @@ def separation(energy):
     out = {}
     for i, name in list(enumerate(FUTURES))[1:]:
         labels = np.r_[np.zeros(len(energy)), np.ones(len(energy))]
-        out[name] = (roc_auc_score(labels, np.r_[energy[:, 0], energy[:, i]]),
-                     float((energy[:, i] > energy[:, 0]).mean()))
+        out[name] = (
+            roc_auc_score(labels, np.r_[energy[:, 0], energy[:, i]]),
+            float((energy[:, i] > energy[:, 0]).mean()),
+        )
     return out
 
 
 def draw_summary(energy, seconds, path, seconds_ahead):
     """PNG: the energies over time and their histograms."""
     plt = pyplot()
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained",
-                                      gridspec_kw={"width_ratios": [2, 1]})
+    fig, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 3.4), layout="constrained", gridspec_kw={"width_ratios": [2, 1]}
+    )
     edges = np.geomspace(energy.min(), energy.max(), 50)
     for i, (name, color) in enumerate(FUTURES.items()):
         color = np.array(color) / 255 * 0.85
-        left.semilogy(seconds, energy[:, i], color=color, lw=0.9,
-                      label=f"{name}: {WHERE[name]}")
+        left.semilogy(seconds, energy[:, i], color=color, lw=0.9, label=f"{name}: {WHERE[name]}")
         right.hist(energy[:, i], edges, color=color, alpha=0.6)
     right.set(xscale="log", xlabel="energy", ylabel="futures")
     right.tick_params(axis="x", which="both", labelsize=7, rotation=45)
     right.yaxis.get_major_locator().set_params(integer=True)
-    left.set(xlabel="time, s", ylabel="energy",
-             title=f"distance of proposed futures from the dream {seconds_ahead:.2f} s ahead")
+    left.set(
+        xlabel="time, s",
+        ylabel="energy",
+        title=f"distance of proposed futures from the dream {seconds_ahead:.2f} s ahead",
+    )
     left.legend(fontsize=8)
     save_figure(fig, path)
 
@@ -173,18 +221,27 @@ def draw_summary(energy, seconds, path, seconds_ahead):
 def passenger(args, env, models):
     """Encoder and predictor of a folder that has no cost model yet; the expert drives them."""
     expert, (device, dtype) = Expert(0), set_up(args)
-    encoder, _ = load_frozen(latest(models, "encoder_mixed"), "encoder", device,
-                             "train_encoder.py")
-    predictor, payload = load_frozen(latest(models, "predictor"), "predictor", device,
-                                     "train_predictor.py")
+    encoder, _ = load_frozen(latest(models, "encoder_mixed"), "encoder", device, "train_encoder.py")
+    predictor, payload = load_frozen(
+        latest(models, "predictor"), "predictor", device, "train_predictor.py"
+    )
     if payload.get("encoder_key") != fingerprint(encoder):
-        fail(f"{models}: its predictor belongs to another encoder; run "
-             f"{command('train_predictor.py', args.root, '--fresh')}{meanwhile(models)}")
-    print(f"{models}: no cost model there, so the expert drives, who sees track and state; "
-          f"{command('train_cost_model.py', args.root)} makes it")
-    return SimpleNamespace(encoder=encoder, nets={"predictor": predictor}, device=device,
-                           dtype=dtype, reset=lambda track_seed: expert.reset(env),
-                           act=lambda frame: expert.act(env))
+        fail(
+            f"{models}: its predictor belongs to another encoder; run "
+            f"{command('train_predictor.py', args.root, '--fresh')}{meanwhile(models)}"
+        )
+    print(
+        f"{models}: no cost model there, so the expert drives, who sees track and state; "
+        f"{command('train_cost_model.py', args.root)} makes it"
+    )
+    return SimpleNamespace(
+        encoder=encoder,
+        nets={"predictor": predictor},
+        device=device,
+        dtype=dtype,
+        reset=lambda track_seed: expert.reset(env),
+        act=lambda frame: expert.act(env),
+    )
 
 
 class Demo:
@@ -230,9 +287,11 @@ class Demo:
             judged = step >= ZOOM_STEPS and (step - ZOOM_STEPS) % e.repeat == 0
             if judged:
                 state = dict(zip(TELEMETRY, telemetry(env).tolist()))  # for the fakes only
-                stacks = {"true": np.stack(recent),
-                          "teleported": same.frames(state, actions, need, same.jump(MIN_JUMP)),
-                          "random": other.frames(state, actions, need, other.jump())}
+                stacks = {
+                    "true": np.stack(recent),
+                    "teleported": same.frames(state, actions, need, same.jump(MIN_JUMP)),
+                    "random": other.frames(state, actions, need, other.jump()),
+                }
                 pictures = {k: f[-1] for k, f in stacks.items()}
                 latents = judge.encode(stacks)
                 judge.z.append(latents["true"])
@@ -257,19 +316,30 @@ class Demo:
         self.returns.append(total)
         if key or self.stop:
             return key
-        what = (f"stopped after {step} steps" if not terminated else
-                "lap finished" if info.get("lap_finished") else "left the field")
+        what = (
+            f"stopped after {step} steps"
+            if not terminated
+            else "lap finished"
+            if info.get("lap_finished")
+            else "left the field"
+        )
         banner(canvas, what, f"return {total:.1f}   {step / FPS:.1f} s")
         return self.show(canvas, step / FPS, END_S)
 
     def report(self):
         """Prints how well true and false futures separate, by the dream and by the old latent."""
         for what, energy in (("dream", self.energy), ("copy-last", self.copied)):
-            print(f"{what:10} " + "   ".join(
-                f"{name}: AUROC {a:.4f}, costs more than the true one in {p:.1%}"
-                for name, (a, p) in separation(np.array(energy)).items()))
-        print(f"{len(self.energy)} futures judged {self.ahead_s:.2f} s ahead, return "
-              + ", ".join(f"{total:.1f}" for total in self.returns))
+            print(
+                f"{what:10} "
+                + "   ".join(
+                    f"{name}: AUROC {a:.4f}, costs more than the true one in {p:.1%}"
+                    for name, (a, p) in separation(np.array(energy)).items()
+                )
+            )
+        print(
+            f"{len(self.energy)} futures judged {self.ahead_s:.2f} s ahead, return "
+            + ", ".join(f"{total:.1f}" for total in self.returns)
+        )
 
 
 def main():
@@ -303,8 +373,10 @@ def run_demo(args, film, window, stop):
         driver, _ = load_driver(args, args)
     least = ZOOM_STEPS + args.ahead * driver.encoder.repeat + 1
     if args.steps < least:
-        fail(f"--steps {args.steps}, --ahead {args.ahead}: the first futures are judged in step "
-             f"{least}, of {MAX_STEPS} at most")
+        fail(
+            f"--steps {args.steps}, --ahead {args.ahead}: the first futures are judged in step "
+            f"{least}, of {MAX_STEPS} at most"
+        )
     demo = Demo(args, env, driver, film, window, stop)
     demo.run()
     return demo

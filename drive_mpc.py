@@ -29,19 +29,53 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from buffer import write_chunk
-from car_env import (ENV_ID, FPS, MAX_STEPS, ZOOM_STEPS, make_env, observe, picture, telemetry)
+from car_env import ENV_ID, FPS, MAX_STEPS, ZOOM_STEPS, make_env, observe, picture, telemetry
 from collect_data import FIRST_SEED, origin
 from collect_race_data import Expert
-from networks import (DISCOUNT, Predictor, fingerprint, judged, latest, load_frozen, meanwhile,
-                      models_of, need_nets, some_root, stack, unit_act)
+from networks import (
+    DISCOUNT,
+    Predictor,
+    fingerprint,
+    judged,
+    latest,
+    load_frozen,
+    meanwhile,
+    models_of,
+    need_nets,
+    some_root,
+    stack,
+    unit_act,
+)
 from support.cli import Number, Stop, command, fail, fraction, parser, run, track_number
-from support.files import (code_key, is_stream, lock_file, output_file, replace_atomically, versions,
-                           writable)
+from support.files import (
+    code_key,
+    is_stream,
+    lock_file,
+    output_file,
+    replace_atomically,
+    versions,
+    writable,
+)
 from support.pictures import VideoRecorder
 from support.progress import progress
 from support.training import autocast, set_up
-from support.window import (DIM, END_S, GRID, INK, KEYS_TEXT, VIEW, WARM, NoWindow, banner, blank,
-                            linear_axis, log_axis, open_window, plot, write)
+from support.window import (
+    DIM,
+    END_S,
+    GRID,
+    INK,
+    KEYS_TEXT,
+    VIEW,
+    WARM,
+    NoWindow,
+    banner,
+    blank,
+    linear_axis,
+    log_axis,
+    open_window,
+    plot,
+    write,
+)
 from train_predictor import load_decoder
 
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little
@@ -58,8 +92,17 @@ VIDEO_FPS = 25
 WORST = 1e9  # energy of a future that overflowed
 ROUNDS = {"shooting": 1, "icem": 3, "mppi": 1}  # of refinement, unless --rounds says otherwise
 DECAY, REUSED, MOMENTUM, LEAST_STD = 1.25, 0.3, 0.1, 0.1  # of iCEM; three are the paper's
-OUTPUT_FLAGS = ("root", "models", "json", "no_video", "headless", "film", "device", "precision",
-                "threads")
+OUTPUT_FLAGS = (
+    "root",
+    "models",
+    "json",
+    "no_video",
+    "headless",
+    "film",
+    "device",
+    "precision",
+    "threads",
+)
 # that decide nothing about a score but by `arithmetic` and the nets, which reports hold
 REPORT_KEYS = {"env_id", "policy", "versions", "episodes"}, {"settings", "finished", "rows"}
 
@@ -68,77 +111,157 @@ def arguments():
     p = parser(__doc__, models=True)
     p.epilog = KEYS_TEXT
     g = p.add_argument_group("task")
-    g.add_argument("--episodes", type=Number(int, 1, 100_000), default=3,
-                   help="tracks, one episode each")
-    g.add_argument("--track_seed", type=track_number, default=100_000,
-                   help="of the first episode; the next ones follow. 100000 to 100099 are for "
-                        "reporting, 200000 to 299999 for choosing")
-    g.add_argument("--policy", default="mpc",
-                   choices=POLICIES,
-                   help="who drives; all but mpc are rows to compare it with")
-    g.add_argument("--compare", nargs="*", default=[], choices=POLICIES, metavar="POLICY",
-                   help="also drive these policies on the same tracks, for the rows of a table")
-    g.add_argument("--env", choices=["official", "fast"], default="official",
-                   help="scores are the official environment's; fast is for experiments")
-    g.add_argument("--pace", type=fraction, default=1.0,
-                   help="of the expert: 1 drives for the score, 0 is calm")
-    g.add_argument("--disturb", choices=DISTURBANCES, default="none",
-                   help="what the driver was not trained for: other colours of lawn and road, "
-                        f"frames with noise of {GRAIN} grey levels, or {LATE} steps old")
+    g.add_argument(
+        "--episodes", type=Number(int, 1, 100_000), default=3, help="tracks, one episode each"
+    )
+    g.add_argument(
+        "--track_seed",
+        type=track_number,
+        default=100_000,
+        help="of the first episode; the next ones follow. 100000 to 100099 are for "
+        "reporting, 200000 to 299999 for choosing",
+    )
+    g.add_argument(
+        "--policy",
+        default="mpc",
+        choices=POLICIES,
+        help="who drives; all but mpc are rows to compare it with",
+    )
+    g.add_argument(
+        "--compare",
+        nargs="*",
+        default=[],
+        choices=POLICIES,
+        metavar="POLICY",
+        help="also drive these policies on the same tracks, for the rows of a table",
+    )
+    g.add_argument(
+        "--env",
+        choices=["official", "fast"],
+        default="official",
+        help="scores are the official environment's; fast is for experiments",
+    )
+    g.add_argument(
+        "--pace",
+        type=fraction,
+        default=1.0,
+        help="of the expert: 1 drives for the score, 0 is calm",
+    )
+    g.add_argument(
+        "--disturb",
+        choices=DISTURBANCES,
+        default="none",
+        help="what the driver was not trained for: other colours of lawn and road, "
+        f"frames with noise of {GRAIN} grey levels, or {LATE} steps old",
+    )
     planning(p)
     g = p.add_argument_group("output")
-    g.add_argument("--json", type=output_file,
-                   help="write the scores there after each drive; the same command goes on with an "
-                        "unfinished file")
-    g.add_argument("--save_data", action="store_true",
-                   help=f"write each episode of --policy as a chunk to ROOT/{OWN}, to learn from: "
-                        f"only on tracks from {FIRST_SEED} on")
-    g.add_argument("--film", type=Number(int, 0, 1000), default=1,
-                   help="laps of --policy that the film shows, the first ones")
+    g.add_argument(
+        "--json",
+        type=output_file,
+        help="write the scores there after each drive; the same command goes on with an "
+        "unfinished file",
+    )
+    g.add_argument(
+        "--save_data",
+        action="store_true",
+        help=f"write each episode of --policy as a chunk to ROOT/{OWN}, to learn from: "
+        f"only on tracks from {FIRST_SEED} on",
+    )
+    g.add_argument(
+        "--film",
+        type=Number(int, 0, 1000),
+        default=1,
+        help="laps of --policy that the film shows, the first ones",
+    )
     g.add_argument("--headless", action="store_true", help="no window: as fast as it goes")
     g.add_argument("--no_video", action="store_true", help="scores only, no window, no pictures")
     args = p.parse_args()
     if args.save_data and args.track_seed < FIRST_SEED:
-        p.error(f"--save_data --track_seed {args.track_seed}: tracks below {FIRST_SEED} are never "
-                f"learned from; expected {FIRST_SEED} or more")
+        p.error(
+            f"--save_data --track_seed {args.track_seed}: tracks below {FIRST_SEED} are never "
+            f"learned from; expected {FIRST_SEED} or more"
+        )
     return args
 
 
 def planning(p):
     """The flags of planner and energy, the same wherever a plan is made."""
     g = p.add_argument_group("planner")
-    g.add_argument("--planner", choices=["shooting", "icem", "mppi"], default="mppi",
-                   help="shooting: the plan of lowest energy; icem: elites refine mean and spread, "
-                        "and are kept for the next plan; mppi: the elites' mean weighted by energy")
-    g.add_argument("--energy", choices=["value", "density", "classifier"], default="value",
-                   help="of a latent: distance to the expert's, with what is to come of it in "
-                        "trouble, or without; or the classifier's logit")
-    g.add_argument("--samples", type=Number(int, 2, 10**6), default=1000,
-                   help=f"futures dreamt in a round; icem: {DECAY} times fewer in each next one")
-    g.add_argument("--horizon", type=Number(int, 1, MAX_STEPS), default=15,
-                   help="latents in a future")
-    g.add_argument("--rounds", type=Number(int, 1, 1000),
-                   help=f"of refinement (default: icem {ROUNDS['icem']}, mppi {ROUNDS['mppi']}; "
-                        "shooting has one)")
-    g.add_argument("--elites", type=Number(int, 1, 10**6), default=32,
-                   help="best plans of a round, from which icem and mppi make the next")
-    g.add_argument("--noise_kind", choices=list(NOISES), default="ar1",
-                   help="how the actions of a plan hang together in time: ar1, by --rho from step "
-                        "to step; powerlaw, by a spectrum that falls with frequency ** --beta, as "
-                        "iCEM's do. A horizon of 15 has 8 frequencies, 0 included")
-    g.add_argument("--rho", type=Number(float, 0, 0.9999), default=RHO,
-                   help="ar1: correlation from step to step, variance kept")
-    g.add_argument("--beta", type=Number(float, 0, 10), default=BETA,
-                   help="powerlaw: 0 is white noise, 1 pink, 2 red")
-    g.add_argument("--noise", type=Number(float, 0, 100), nargs=2, default=list(NOISE),
-                   metavar=("STEER", "THROTTLE"), help="standard deviation, in units of full")
-    g.add_argument("--gas", type=fraction,
-                   help="at most, in a plan (default: the limit that train_cost_model.py stored "
-                        "with these nets, by how well they imagine; those that trained for minutes "
-                        "may spin the car with more than 0.5)")
+    g.add_argument(
+        "--planner",
+        choices=["shooting", "icem", "mppi"],
+        default="mppi",
+        help="shooting: the plan of lowest energy; icem: elites refine mean and spread, "
+        "and are kept for the next plan; mppi: the elites' mean weighted by energy",
+    )
+    g.add_argument(
+        "--energy",
+        choices=["value", "density", "classifier"],
+        default="value",
+        help="of a latent: distance to the expert's, with what is to come of it in "
+        "trouble, or without; or the classifier's logit",
+    )
+    g.add_argument(
+        "--samples",
+        type=Number(int, 2, 10**6),
+        default=1000,
+        help=f"futures dreamt in a round; icem: {DECAY} times fewer in each next one",
+    )
+    g.add_argument(
+        "--horizon", type=Number(int, 1, MAX_STEPS), default=15, help="latents in a future"
+    )
+    g.add_argument(
+        "--rounds",
+        type=Number(int, 1, 1000),
+        help=f"of refinement (default: icem {ROUNDS['icem']}, mppi {ROUNDS['mppi']}; "
+        "shooting has one)",
+    )
+    g.add_argument(
+        "--elites",
+        type=Number(int, 1, 10**6),
+        default=32,
+        help="best plans of a round, from which icem and mppi make the next",
+    )
+    g.add_argument(
+        "--noise_kind",
+        choices=list(NOISES),
+        default="ar1",
+        help="how the actions of a plan hang together in time: ar1, by --rho from step "
+        "to step; powerlaw, by a spectrum that falls with frequency ** --beta, as "
+        "iCEM's do. A horizon of 15 has 8 frequencies, 0 included",
+    )
+    g.add_argument(
+        "--rho",
+        type=Number(float, 0, 0.9999),
+        default=RHO,
+        help="ar1: correlation from step to step, variance kept",
+    )
+    g.add_argument(
+        "--beta",
+        type=Number(float, 0, 10),
+        default=BETA,
+        help="powerlaw: 0 is white noise, 1 pink, 2 red",
+    )
+    g.add_argument(
+        "--noise",
+        type=Number(float, 0, 100),
+        nargs=2,
+        default=list(NOISE),
+        metavar=("STEER", "THROTTLE"),
+        help="standard deviation, in units of full",
+    )
+    g.add_argument(
+        "--gas",
+        type=fraction,
+        help="at most, in a plan (default: the limit that train_cost_model.py stored "
+        "with these nets, by how well they imagine; those that trained for minutes "
+        "may spin the car with more than 0.5)",
+    )
 
 
 # ------------------------------------------------------------------ planner
+
 
 def ar1_noise(white, rho):
     """White noise (N, H, 2) -> stationary AR(1) noise of unit variance: correlation rho ** lag."""
@@ -159,12 +282,14 @@ def powerlaw_noise(white, beta):
     H = white.shape[1]
     periods = torch.fft.fftfreq(H, 1 / H, dtype=torch.float64).abs().clamp_min(1)
     gain = periods ** (-beta / 2)
-    gain = (gain / gain.square().mean().sqrt())[:H // 2 + 1, None].float().to(white.device)
+    gain = (gain / gain.square().mean().sqrt())[: H // 2 + 1, None].float().to(white.device)
     return torch.fft.irfft(torch.fft.rfft(white, dim=1) * gain, n=H, dim=1)
 
 
-NOISES = {"ar1": lambda white, cfg: ar1_noise(white, cfg.rho),
-          "powerlaw": lambda white, cfg: powerlaw_noise(white, cfg.beta)}
+NOISES = {
+    "ar1": lambda white, cfg: ar1_noise(white, cfg.rho),
+    "powerlaw": lambda white, cfg: powerlaw_noise(white, cfg.beta),
+}
 
 
 def draw_plans(N, mean, std, cfg, generator=None):
@@ -196,8 +321,9 @@ class Futures:
 
     def __init__(self, predictor, cost, kind, looks=judged):
         self.predictor, self.cost, self.kind, self.looks = predictor, cost, kind, looks
-        self.into, self.out = (layer.weight.T.contiguous()
-                               for layer in (predictor.into, predictor.out))
+        self.into, self.out = (
+            layer.weight.T.contiguous() for layer in (predictor.into, predictor.out)
+        )
         self.judge = predictor.read.weight.T @ cost.whiten  # (S, D)
 
     @torch.inference_mode()
@@ -214,23 +340,24 @@ class Futures:
         y, off = x.new_empty(N, p.into.out_features), x.new_empty(N, p.dim)
         norm, total, looks = x.new_empty(N), x.new_zeros(N), self.looks(H)
         for t in range(H):
-            x[:, p.state:] = a[t]
+            x[:, p.state :] = a[t]
             torch.addmm(p.into.bias, x, self.into, out=y)
-            x[:, :p.state].addmm_(F.silu(y, inplace=True), self.out)
+            x[:, : p.state].addmm_(F.silu(y, inplace=True), self.out)
             if t not in looks:
                 continue
-            torch.addmm(bias[t], x[:, :p.state], self.judge, out=off)
+            torch.addmm(bias[t], x[:, : p.state], self.judge, out=off)
             torch.linalg.vector_norm(off, dim=1, out=norm)
             norm.square_().mul_(0.5 / p.dim)
             total.add_(cost.bounded(norm) if trouble else norm, alpha=H / len(looks))
         if trouble:
-            last = torch.addmm(rests[-1], x[:, :p.state], p.read.weight.T)
+            last = torch.addmm(rests[-1], x[:, : p.state], p.read.weight.T)
             total.add_(cost.foretold(last), alpha=DISCOUNT**H)
         return total
 
 
 class Plan(NamedTuple):
     """What the planner remembers from one plan to the next."""
+
     u: torch.Tensor  # (H, 2) the plan that is followed
     mean: torch.Tensor  # (H, 2) around which plans were drawn last: of icem not the one followed
     elites: torch.Tensor  # (K, H, 2) the best plans that were drawn, in order of their energy
@@ -268,15 +395,17 @@ def plan(z, futures, previous, cfg, generator=None):
         drawn = draw_plans(n, mean, std, cfg, generator)
         drawn[0] = mean
         if icem:
-            kept = elites[:max(1, int(REUSED * K))]
+            kept = elites[: max(1, int(REUSED * K))]
             steps = len(mean) - (i == 0)  # the last action of a shifted elite is drawn anew
-            drawn[n - len(kept):, :steps] = kept[:, :steps]
+            drawn[n - len(kept) :, :steps] = kept[:, :steps]
         elif i > 0:
             drawn[-K:] = elites
         energies = futures(z, to_action(drawn)).nan_to_num(nan=WORST, posinf=WORST)  # (n,)
         if energies.min() >= WORST:
-            fail("every dreamt future has an energy that is not a number; use --precision fp32, or "
-                 "train the predictor again")
+            fail(
+                "every dreamt future has an energy that is not a number; use --precision fp32, or "
+                "train the predictor again"
+            )
         low, order = energies.topk(K, largest=False)
         if not energies.max() > energies.min():
             return Plan(u, mean, elites), energies  # in the first round the last plan
@@ -334,8 +463,9 @@ class Driver:
     def think(self):
         """Encodes, dreams, judges: sets the plan."""
         self.z = self.encode()
-        self.planned, self.energies = plan(self.z, self.futures, self.planned, self.cfg,
-                                           self.generator)
+        self.planned, self.energies = plan(
+            self.z, self.futures, self.planned, self.cfg, self.generator
+        )
         self.u = self.planned.u
 
     @torch.inference_mode()
@@ -356,16 +486,27 @@ class NoModelDriver(Driver):
         self.now = float(self.nets["cost"].energy(self.z, self.cfg.energy))
         self.u = torch.cat([self.u[1:], self.u[-1:]])
         if before is None or self.now > before:
-            self.u = draw_plans(1, torch.zeros_like(self.u), self.u.new_tensor(self.cfg.noise),
-                                self.cfg, self.generator)[0]
+            self.u = draw_plans(
+                1,
+                torch.zeros_like(self.u),
+                self.u.new_tensor(self.cfg.noise),
+                self.cfg,
+                self.generator,
+            )[0]
 
 
 def take_gas(cfg, of_cost):
     """Where --gas was not given, sets it to the limit in a cost model's payload, and says so."""
     if cfg.gas is None:
         cfg.gas = of_cost.get("max_gas", 1.0)
-        print(f"gas up to {cfg.gas:g}, " + ("stored with the cost model" if "max_gas" in of_cost
-                                            else "for the cost model stores no limit"))
+        print(
+            f"gas up to {cfg.gas:g}, "
+            + (
+                "stored with the cost model"
+                if "max_gas" in of_cost
+                else "for the cost model stores no limit"
+            )
+        )
 
 
 def load_driver(args, cfg, policy="mpc"):
@@ -374,21 +515,25 @@ def load_driver(args, cfg, policy="mpc"):
     device, dtype = set_up(args)
     models = models_of(args.root, getattr(args, "models", None))
     need_nets(models, args.root)
-    encoder, _ = load_frozen(latest(models, "encoder_mixed"), "encoder", device,
-                             "train_encoder.py")
-    predictor, of_predictor = load_frozen(latest(models, "predictor"), "predictor", device,
-                                          "train_predictor.py")
-    cost, of_cost = load_frozen(models / "cost_model_final.pth", "cost", device,
-                                "train_cost_model.py")
+    encoder, _ = load_frozen(latest(models, "encoder_mixed"), "encoder", device, "train_encoder.py")
+    predictor, of_predictor = load_frozen(
+        latest(models, "predictor"), "predictor", device, "train_predictor.py"
+    )
+    cost, of_cost = load_frozen(
+        models / "cost_model_final.pth", "cost", device, "train_cost_model.py"
+    )
     key = fingerprint(encoder)
     for name, payload, stem, on, its_key in (
-            ("train_predictor.py", of_predictor, "encoder_mixed", "encoder", key),
-            ("train_cost_model.py", of_cost, "encoder_mixed", "encoder", key),
-            ("train_cost_model.py", of_cost, "predictor", "predictor", fingerprint(predictor))):
+        ("train_predictor.py", of_predictor, "encoder_mixed", "encoder", key),
+        ("train_cost_model.py", of_cost, "encoder_mixed", "encoder", key),
+        ("train_cost_model.py", of_cost, "predictor", "predictor", fingerprint(predictor)),
+    ):
         if payload.get(f"{on}_key") != its_key:
-            fail(f"{models}: what {name} wrote belongs to another {on} than "
-                 f"{latest(models, stem)}; run {command(name, args.root, '--fresh')}"
-                 f"{meanwhile(models)}")
+            fail(
+                f"{models}: what {name} wrote belongs to another {on} than "
+                f"{latest(models, stem)}; run {command(name, args.root, '--fresh')}"
+                f"{meanwhile(models)}"
+            )
     if policy == "untrained":
         torch.manual_seed(args.seed)
         predictor = Predictor(**predictor.args).to(device).eval().requires_grad_(False)
@@ -450,20 +595,32 @@ class Tape:
         ends = np.zeros((2, len(self.act)), bool)
         ends[:, -1] = terminated, truncated
         uid = f"{self.folder.name}-{self.policy}-t{track_seed}-{secrets.token_hex(4)}"
-        write_chunk(self.folder, self.meta | {"track_seed": track_seed, "uid": uid,
-                    "policy": {"name": self.policy}, "lap_finished": lap_finished},
-                    obs=np.stack(self.obs), act=np.stack(self.act),
-                    reward=np.array(self.reward, np.float32), terminated=ends[0],
-                    truncated=ends[1], telemetry=np.stack(self.state))
+        write_chunk(
+            self.folder,
+            self.meta
+            | {
+                "track_seed": track_seed,
+                "uid": uid,
+                "policy": {"name": self.policy},
+                "lap_finished": lap_finished,
+            },
+            obs=np.stack(self.obs),
+            act=np.stack(self.act),
+            reward=np.array(self.reward, np.float32),
+            terminated=ends[0],
+            truncated=ends[1],
+            telemetry=np.stack(self.state),
+        )
 
 
-def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=Disturbance(), tape=None):
+def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=None, tape=None):
     """One episode -> its row of the report, or None when it was broken off.
 
     `watch(env, frame, driver, return)` sees every step and breaks off by returning False; a `tape`
     keeps the episode.
     """
     obs, _ = env.reset(seed=track_seed)
+    disturbance = disturbance or Disturbance()
     for part in (driver, disturbance):
         part.reset(track_seed)
     seen = observe(env, obs)
@@ -487,24 +644,38 @@ def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=Disturb
         tape.save(track_seed, terminated, truncated, bool(info.get("lap_finished", False)))
     tiles, N = env.unwrapped.tile_visited_count, len(env.unwrapped.track)
     ms = np.percentile(driver.ms, (50, 99)) if driver.ms else (0.0, 0.0)
-    return {"track_seed": track_seed, "return": round(float(total), 2), "steps": steps,
-            "tiles": tiles, "tiles_missed": N - tiles,
-            "lap_finished": bool(info.get("lap_finished", False)),
-            "plan_ms_p50": round(float(ms[0]), 2), "plan_ms_p99": round(float(ms[1]), 2)}
+    return {
+        "track_seed": track_seed,
+        "return": round(float(total), 2),
+        "steps": steps,
+        "tiles": tiles,
+        "tiles_missed": N - tiles,
+        "lap_finished": bool(info.get("lap_finished", False)),
+        "plan_ms_p50": round(float(ms[0]), 2),
+        "plan_ms_p99": round(float(ms[1]), 2),
+    }
 
 
 def summary(policy, episodes, kind="official", models=None):
     """The report of --json: the rows, their mean and spread, and what produced them."""
     returns = [e["return"] for e in episodes]
     env_id = ENV_ID if kind == "official" else f"{ENV_ID} {kind}"
-    return {"env_id": env_id, "policy": policy, "models": models,
-            "versions": versions(), "episodes": episodes,
-            "mean": round(float(np.mean(returns)), 2), "std": round(float(np.std(returns)), 2),
-            "median": round(float(np.median(returns)), 2), "worst": min(returns),
-            "laps_finished": sum(e["lap_finished"] for e in episodes)}
+    return {
+        "env_id": env_id,
+        "policy": policy,
+        "models": models,
+        "versions": versions(),
+        "episodes": episodes,
+        "mean": round(float(np.mean(returns)), 2),
+        "std": round(float(np.std(returns)), 2),
+        "median": round(float(np.median(returns)), 2),
+        "worst": min(returns),
+        "laps_finished": sum(e["lap_finished"] for e in episodes),
+    }
 
 
 # ------------------------------------------------------------------ scores on disk
+
 
 def row_name(policy, args):
     """A policy's name in tables and reports: an expert that does not drive at full pace says so."""
@@ -525,9 +696,13 @@ class Report:
             return
         self.stream = is_stream(path)
         settings = {k: v for k, v in vars(args).items() if k not in OUTPUT_FLAGS}
-        settings |= {"code": code_key(), "nets": {
-            policy: {k: fingerprint(net) for k, net in driver.nets.items()}
-            for policy, driver in drivers.items()}}
+        settings |= {
+            "code": code_key(),
+            "nets": {
+                policy: {k: fingerprint(net) for k, net in driver.nets.items()}
+                for policy, driver in drivers.items()
+            },
+        }
         self.settings = json.loads(json.dumps(settings, default=str))
         self.settings |= {"versions": versions()}
         if self.stream:
@@ -537,13 +712,15 @@ class Report:
             return
         if known.get("finished", True):
             return self._set_aside("finished")
-        now, then = ({k: json.dumps(v) for k, v in x.items()} for x in (self.settings,
-                                                                       known["settings"]))
+        now, then = (
+            {k: json.dumps(v) for k, v in x.items()} for x in (self.settings, known["settings"])
+        )
         other = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
         if other:
             return self._set_aside(f"unfinished, with other {', '.join(other)}")
-        self.rows = {name: {e["track_seed"]: e for e in r["episodes"]}
-                     for name, r in known["rows"].items()}
+        self.rows = {
+            name: {e["track_seed"]: e for e in r["episodes"]} for name, r in known["rows"].items()
+        }
         print(f"{path}: goes on behind {sum(map(len, self.rows.values()))} drives")
 
     def _read(self):
@@ -560,14 +737,17 @@ class Report:
                     [e["track_seed"] for e in report["episodes"]]
                 known["settings"].keys()
         except (ValueError, LookupError, TypeError, AttributeError):
-            fail(f"--json {self.path}: is there already and no report of drive_mpc.py; choose "
-                 "another name")
+            fail(
+                f"--json {self.path}: is there already and no report of drive_mpc.py; choose "
+                "another name"
+            )
         return known
 
     def _set_aside(self, what):
         """Gives the report that is there another name: no score is lost to a new drive."""
         aside = self.path.with_name(
-            f"{self.path.stem}-{time.strftime('%Y%m%d-%H%M%S')}{self.path.suffix}")
+            f"{self.path.stem}-{time.strftime('%Y%m%d-%H%M%S')}{self.path.suffix}"
+        )
         os.replace(self.path, aside)
         print(f"{self.path}: {what}; it is {aside.name} now, drives anew")
 
@@ -577,7 +757,10 @@ class Report:
         if self.path is None or self.stream and not last:
             return
         body = reports.get(row_name(self.args.policy, self.args), {}) | {
-            "settings": self.settings, "finished": finished, "rows": reports}
+            "settings": self.settings,
+            "finished": finished,
+            "rows": reports,
+        }
         text = json.dumps(body, indent=1) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -626,10 +809,19 @@ class LapView:
         """How it ended stands a while on the last picture."""
         if self.picture is None:
             return
-        end = ("lap finished" if row["lap_finished"] else
-               "time is up" if row["steps"] >= MAX_STEPS else "left the field")
-        banner(self.picture, end, f"return {row['return']:.1f}   {row['steps'] / FPS:.1f} s   "
-               f"{row['tiles_missed']} tiles missed")
+        end = (
+            "lap finished"
+            if row["lap_finished"]
+            else "time is up"
+            if row["steps"] >= MAX_STEPS
+            else "left the field"
+        )
+        banner(
+            self.picture,
+            end,
+            f"return {row['return']:.1f}   {row['steps'] / FPS:.1f} s   "
+            f"{row['tiles_missed']} tiles missed",
+        )
         if self.window.recording:
             self.film.hold(self.picture, END_S)
         self.command = self.window.show(self.picture, self.step / FPS + END_S)
@@ -642,8 +834,10 @@ class LapView:
         if plans and self.step <= ZOOM_STEPS:
             banner(canvas, "waiting for the zoom")
         speed = env.unwrapped.car.hull.linearVelocity.length
-        text = (f"{self.name}   track {self.track}   step {self.step}   return {total:.1f}   "
-                f"speed {speed:.0f}")
+        text = (
+            f"{self.name}   track {self.track}   step {self.step}   return {total:.1f}   "
+            f"speed {speed:.0f}"
+        )
         text += f"   plan {driver.ms[-1]:.0f} ms" if driver.ms else ""
         write(canvas, text, 12, h + 10)
         self.draw_cells(canvas, frame, driver)
@@ -668,7 +862,7 @@ class LapView:
         write(canvas, f"{seconds:.2g} s", x + w, LOW, DIM, center=True)
         for i, (up, down, color) in enumerate((("right", "left", INK), ("gas", "brake", WARM))):
             y = LOW + 24 + 64 * i
-            canvas[y:y + 54, x:x + w] = GRID[0] // 2 + 8
+            canvas[y : y + 54, x : x + w] = GRID[0] // 2 + 8
             cv2.line(canvas, (x, y + 27), (x + w, y + 27), (100, 100, 104), 1)
             write(canvas, up, x - 62, y + 2, color)
             write(canvas, down, x - 62, y + 38, color)
@@ -684,8 +878,9 @@ class LapView:
             cells += self.dreams
         for i, (name, small) in enumerate(cells):
             x, y = VIEW[0] + 14 + (CELL + 12) * (i % 2), 50 + (CELL + 70) * (i // 2)
-            canvas[y:y + CELL, x:x + CELL] = cv2.resize(small, (CELL, CELL),
-                                                        interpolation=cv2.INTER_NEAREST)
+            canvas[y : y + CELL, x : x + CELL] = cv2.resize(
+                small, (CELL, CELL), interpolation=cv2.INTER_NEAREST
+            )
             write(canvas, name, x, y - 22, INK if i == 0 else WARM)
 
     @torch.inference_mode()
@@ -700,6 +895,7 @@ class LapView:
 
 # ------------------------------------------------------------------ main
 
+
 def run_policy(args, policy, driver, view, window, stop, kept, save):
     """Drives all episodes with one policy, prints a line each -> its report (None: no episode).
 
@@ -710,8 +906,10 @@ def run_policy(args, policy, driver, view, window, stop, kept, save):
     if args.save_data and policy == args.policy:
         tape = Tape(args.root / OWN, policy, args.env)
     driver = driver or Blind(env, policy, args.pace, args.seed)
-    print(f"{name:>9}: {'track':>7} {'return':>7} {'steps':>5} {'tiles':>5} {'missed':>6} "
-          f"{'lap':>4} {'plan ms p50':>11} {'p99':>6}")
+    print(
+        f"{name:>9}: {'track':>7} {'return':>7} {'steps':>5} {'tiles':>5} {'missed':>6} "
+        f"{'lap':>4} {'plan ms p50':>11} {'p99':>6}"
+    )
     done = dict(kept)
     tracks = range(args.track_seed, args.track_seed + args.episodes)
     score = lambda: summary(name, [done[s] for s in sorted(done)], args.env, driver.models)
@@ -732,9 +930,11 @@ def run_policy(args, policy, driver, view, window, stop, kept, save):
             tqdm.write(f"{'':10} {seed:7} left after {view.step} steps, not counted")
             continue
         done[seed] = r
-        tqdm.write(f"{'':10} {seed:7} {r['return']:7.1f} {r['steps']:5} {r['tiles']:5} "
-                   f"{r['tiles_missed']:6} {'yes' if r['lap_finished'] else 'no':>4} "
-                   f"{r['plan_ms_p50']:11.1f} {r['plan_ms_p99']:6.1f}")
+        tqdm.write(
+            f"{'':10} {seed:7} {r['return']:7.1f} {r['steps']:5} {r['tiles']:5} "
+            f"{r['tiles_missed']:6} {'yes' if r['lap_finished'] else 'no':>4} "
+            f"{r['plan_ms_p50']:11.1f} {r['plan_ms_p99']:6.1f}"
+        )
         save(score())
         if view:
             view.finish(r)
@@ -746,15 +946,19 @@ def compare(reports, env_name):
     """The table of several policies on the same tracks."""
     tracks = [e["track_seed"] for r in reports for e in r["episodes"]]
     wide = max(10, *(len(r["policy"]) for r in reports))
-    lines = [f"{'driver':{wide}} {'mean ± std':>15} {'median':>6} {'worst':>6} {'laps':>7} "
-             f"{'missed':>6} {'steps':>6} {'plan ms':>7}   tracks {min(tracks)} to "
-             f"{max(tracks)}, {env_name} env"]
+    lines = [
+        f"{'driver':{wide}} {'mean ± std':>15} {'median':>6} {'worst':>6} {'laps':>7} "
+        f"{'missed':>6} {'steps':>6} {'plan ms':>7}   tracks {min(tracks)} to "
+        f"{max(tracks)}, {env_name} env"
+    ]
     for r in reports:
         of = lambda key: np.mean([e[key] for e in r["episodes"]])
         laps = f"{r['laps_finished']}/{len(r['episodes'])}"
-        lines.append(f"{r['policy']:{wide}} {r['mean']:7.1f} ± {r['std']:5.1f} {r['median']:6.1f} "
-                     f"{r['worst']:6.1f} {laps:>7} {of('tiles_missed'):6.1f} {of('steps'):6.0f} "
-                     f"{of('plan_ms_p50'):7.1f}")
+        lines.append(
+            f"{r['policy']:{wide}} {r['mean']:7.1f} ± {r['std']:5.1f} {r['median']:6.1f} "
+            f"{r['worst']:6.1f} {laps:>7} {of('tiles_missed'):6.1f} {of('steps'):6.0f} "
+            f"{of('plan_ms_p50'):7.1f}"
+        )
     lines += sorted({f"weights of {r['models']}" for r in reports if r["models"]})
     return "\n".join(lines)
 
@@ -764,8 +968,9 @@ def drive_all(args, policies, film, window, stop):
     Report that keeps them."""
     loaded = {p: load_driver(args, args, p) for p in policies if p not in ("random", "expert")}
     kept = Report(args.json, args, {p: driver for p, (driver, _) in loaded.items()})
-    reports = {name: summary(name, list(rows.values()), args.env)
-               for name, rows in kept.rows.items()}  # until its policy has its turn
+    reports = {
+        name: summary(name, list(rows.values()), args.env) for name, rows in kept.rows.items()
+    }  # until its policy has its turn
     for policy in policies:
         name = row_name(policy, args)
         driver, decoder = loaded.get(policy, (None, None))
@@ -785,11 +990,15 @@ def main():
         some_root(args.root)
     stop, film, window = Stop(), None, NoWindow()
     stem = args.root / "visuals" / ("drive_mpc" if args.policy == "mpc" else f"drive_{args.policy}")
-    if args.json and args.json.resolve() in (stem.with_suffix(s).resolve() for s in (".mp4", ".gif")):
+    if args.json and args.json.resolve() in (
+        stem.with_suffix(s).resolve() for s in (".mp4", ".gif")
+    ):
         fail(f"--json {args.json}: the film has that name; choose another")
     if args.json and not is_stream(args.json):
-        lock_file(args.json.with_name(f".{args.json.name}.lock"),
-                  f"--json {args.json}: another drive_mpc.py writes there; choose another name")
+        lock_file(
+            args.json.with_name(f".{args.json.name}.lock"),
+            f"--json {args.json}: another drive_mpc.py writes there; choose another name",
+        )
     if not args.no_video:
         writable(stem.parent)
         film = VideoRecorder(VIDEO_FPS)

@@ -62,14 +62,27 @@ from sklearn.neural_network import MLPRegressor
 from torch import nn
 
 from buffer import Damage, chunk_files, load_sources, read_chunk
-from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, is_tile, make_env, place_car)
+from car_env import FPS, TELEMETRY, ZOOM_STEPS, centre_line, is_tile, make_env, place_car
 from collect_data import FIRST_SEED, make_random, run_episode
-from collect_race_data import PACES as RACE_PACES, Expert, make_expert
-from collect_recovery_data import PACES as RECOVERY_PACES, make_faulty
+from collect_race_data import PACES as RACE_PACES
+from collect_race_data import Expert, make_expert
+from collect_recovery_data import PACES as RECOVERY_PACES
+from collect_recovery_data import make_faulty
 from demo_energy import MIN_JUMP, Elsewhere
 from drive_mpc import Futures, Plan, draw_plans, plan, planning, take_gas, to_action
-from networks import (Predictor, cosine, fingerprint, latest, load_frozen, meanwhile, models_of,
-                      optimise, some_root, stack, unit_act)
+from networks import (
+    Predictor,
+    cosine,
+    fingerprint,
+    latest,
+    load_frozen,
+    meanwhile,
+    models_of,
+    optimise,
+    some_root,
+    stack,
+    unit_act,
+)
 from support.cli import Number, Refusal, batch_number, command, fail, natural, parser, run
 from support.files import git_commit, replace_atomically, versions, writable
 from support.pictures import ornament, plain, pyplot, save_figure
@@ -105,38 +118,86 @@ BLOCK = 512  # stacks of frames that are in memory at a time
 def arguments():
     p = parser(__doc__, models=True)
     g = p.add_argument_group("what is judged")
-    g.add_argument("--checkpoint", type=Path,
-                   help="any encoder checkpoint (default: the newest of ROOT/models, or the one "
-                        "that comes with the code); what needs "
-                        "a predictor or cost model trained on it is left out if there is none")
-    g.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS),
-                   help="some of the card only, in report_only_<parts>.json and .png")
+    g.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="any encoder checkpoint (default: the newest of ROOT/models, or the one "
+        "that comes with the code); what needs "
+        "a predictor or cost model trained on it is left out if there is none",
+    )
+    g.add_argument(
+        "--parts",
+        nargs="+",
+        choices=list(PARTS),
+        default=list(PARTS),
+        help="some of the card only, in report_only_<parts>.json and .png",
+    )
     g = p.add_argument_group("sizes")
-    g.add_argument("--track_seed", type=Number(int, CHOOSING[0], CHOOSING[-1]), default=CHOOSING[0],
-                   help="first of the tracks to drive anew, 200000 to 299999: those for choosing")
-    g.add_argument("--tracks", type=Number(int, 2, len(CHOOSING) // len(DRIVERS)), default=16,
-                   help="tracks of each kind of driving; intervals shrink with their number")
-    g.add_argument("--train_frames", type=Number(int, 200, 10**7), default=3000,
-                   help="latents of each folder that probes are fitted to, from many episodes")
-    g.add_argument("--frames", type=Number(int, 60, 10**7), default=2400,
-                   help="frames of each kind of driving that probes are judged on")
-    g.add_argument("--windows", type=Number(int, 2, 10**6), default=200,
-                   help="windows of each kind of driving that are dreamt and violated")
-    g.add_argument("--states", type=Number(int, 1, 10**6), default=12,
-                   help="states of each kind of driving from which plans are driven, a second each")
-    g.add_argument("--lived", type=Number(int, 2, 10**6), default=24,
-                   help="of a state's plans, how many are also filmed as they are driven (the "
-                        "energy of what came tells a bad energy from a bad dream), and from how "
-                        "many an expert drives on")
-    g.add_argument("--ceiling_steps", type=natural, default=600,
-                   help="training steps of the row that sees the labels; 0 leaves it out, and the "
-                        "judge of plans that saw them")
+    g.add_argument(
+        "--track_seed",
+        type=Number(int, CHOOSING[0], CHOOSING[-1]),
+        default=CHOOSING[0],
+        help="first of the tracks to drive anew, 200000 to 299999: those for choosing",
+    )
+    g.add_argument(
+        "--tracks",
+        type=Number(int, 2, len(CHOOSING) // len(DRIVERS)),
+        default=16,
+        help="tracks of each kind of driving; intervals shrink with their number",
+    )
+    g.add_argument(
+        "--train_frames",
+        type=Number(int, 200, 10**7),
+        default=3000,
+        help="latents of each folder that probes are fitted to, from many episodes",
+    )
+    g.add_argument(
+        "--frames",
+        type=Number(int, 60, 10**7),
+        default=2400,
+        help="frames of each kind of driving that probes are judged on",
+    )
+    g.add_argument(
+        "--windows",
+        type=Number(int, 2, 10**6),
+        default=200,
+        help="windows of each kind of driving that are dreamt and violated",
+    )
+    g.add_argument(
+        "--states",
+        type=Number(int, 1, 10**6),
+        default=12,
+        help="states of each kind of driving from which plans are driven, a second each",
+    )
+    g.add_argument(
+        "--lived",
+        type=Number(int, 2, 10**6),
+        default=24,
+        help="of a state's plans, how many are also filmed as they are driven (the "
+        "energy of what came tells a bad energy from a bad dream), and from how "
+        "many an expert drives on",
+    )
+    g.add_argument(
+        "--ceiling_steps",
+        type=natural,
+        default=600,
+        help="training steps of the row that sees the labels; 0 leaves it out, and the "
+        "judge of plans that saw them",
+    )
     g.add_argument("--ceiling_batch", type=batch_number, default=96, help="frames in such a step")
-    g.add_argument("--bootstrap", type=Number(int, 2, 10**5), default=200,
-                   help="resamples of the tracks behind each interval")
-    g.add_argument("--off_road", type=Number(float, 0, 1e6), default=17.0,
-                   help="tiles that a second with all wheels off the road costs a plan; 17 is what "
-                        "the expert makes in a second")
+    g.add_argument(
+        "--bootstrap",
+        type=Number(int, 2, 10**5),
+        default=200,
+        help="resamples of the tracks behind each interval",
+    )
+    g.add_argument(
+        "--off_road",
+        type=Number(float, 0, 1e6),
+        default=17.0,
+        help="tiles that a second with all wheels off the road costs a plan; 17 is what "
+        "the expert makes in a second",
+    )
     planning(p)
     p.set_defaults(samples=256, data=None)  # the folders that are there
     return p.parse_args()
@@ -144,9 +205,11 @@ def arguments():
 
 # ------------------------------------------------------------------ episodes on the grid of latents
 
+
 @dataclass
 class Episode:
     """An episode, or a part of one, at the rate of latents: row k is `repeat` steps after k - 1."""
+
     source: str
     track: int
     obs: np.ndarray  # (K, 64, 64, 3) uint8
@@ -160,17 +223,30 @@ class Episode:
     def part(self, start, length, history):
         """The latents from `start` on, with the frames that the first of them sees."""
         rows = slice(max(0, start + 1 - history), start + length)
-        return Episode(self.source, self.track, self.obs[rows].copy(),
-                       self.act[rows.start:rows.stop - 1], self.state[rows], start - rows.start)
+        return Episode(
+            self.source,
+            self.track,
+            self.obs[rows].copy(),
+            self.act[rows.start : rows.stop - 1],
+            self.state[rows],
+            start - rows.start,
+        )
 
 
 def on_grid(source, track, arrays, repeat, saved=()):
     """The Episode of the arrays of a chunk."""
     K = len(arrays["act"]) // repeat + 1
-    act = arrays["act"][:(K - 1) * repeat].reshape(K - 1, repeat, 3).mean(axis=1)
-    return Episode(source, track, np.ascontiguousarray(arrays["obs"][::repeat]), act,
-                   arrays["telemetry"][::repeat], -(-ZOOM_STEPS // repeat), arrays["act"],
-                   list(saved))
+    act = arrays["act"][: (K - 1) * repeat].reshape(K - 1, repeat, 3).mean(axis=1)
+    return Episode(
+        source,
+        track,
+        np.ascontiguousarray(arrays["obs"][::repeat]),
+        act,
+        arrays["telemetry"][::repeat],
+        -(-ZOOM_STEPS // repeat),
+        arrays["act"],
+        list(saved),
+    )
 
 
 def segment(episode, rng, history):
@@ -240,11 +316,18 @@ def numbered(first, count, within):
 def job_of(name, chunks):
     """How the expert of these chunks drove: its paces, and the width (the widest) of its line; as
     JOBS has it where they do not say."""
-    found = {key: sorted({c.meta["policy"][key] for c in chunks
-                          if isinstance(c.meta["policy"].get(key), (int, float))})
-             for key in ("pace", "width")}
+    found = {
+        key: sorted(
+            {
+                c.meta["policy"][key]
+                for c in chunks
+                if isinstance(c.meta["policy"].get(key), (int, float))
+            }
+        )
+        for key in ("pace", "width")
+    }
     paces = {"paces": found["pace"]} if found["pace"] else {}
-    return JOBS[name] | paces | {"width": w for w in found["width"][-1:]}
+    return JOBS[name] | paces | ({"width": found["width"][-1]} if found["width"] else {})
 
 
 def all_episodes(args, encoder):
@@ -257,11 +340,14 @@ def all_episodes(args, encoder):
         train = read_episodes(sources, args.train_frames, encoder, args.seed)
     else:
         tracks = numbered(FIRST_SEED, -(-args.train_frames // SEGMENT), TRAINING)
-        print(f"{args.root}: no episodes there to fit probes to; drives "
-              f"{len(tracks['data'])} of each kind on tracks from {FIRST_SEED} on")
+        print(
+            f"{args.root}: no episodes there to fit probes to; drives "
+            f"{len(tracks['data'])} of each kind on tracks from {FIRST_SEED} on"
+        )
         rng = np.random.default_rng([args.seed, 1])
-        parts = [segment(x, rng, encoder.history)
-                 for x in drive(tracks, jobs, args, encoder.repeat)]
+        parts = [
+            segment(x, rng, encoder.history) for x in drive(tracks, jobs, args, encoder.repeat)
+        ]
         train = [x for x in parts if x]
     tracks = numbered(args.track_seed, args.tracks, CHOOSING)
     return train, list(drive({name: tracks[name] for name in jobs}, jobs, args, encoder.repeat))
@@ -293,40 +379,51 @@ class Spots:
 
     def frames(self, offsets):
         """obs (n, len(offsets), 3, 64, 64) uint8: frames so many latents later, or the first."""
-        return planes(np.stack([self.episodes[e].obs[np.maximum(k + offsets, 0)]
-                                for e, k in zip(self.e, self.k)]))
+        return planes(
+            np.stack(
+                [self.episodes[e].obs[np.maximum(k + offsets, 0)] for e, k in zip(self.e, self.k)]
+            )
+        )
 
     def state(self, name, ahead=0):
         """(n,) of telemetry, so many latents later."""
         column = list(TELEMETRY).index(name)
-        return np.array([self.episodes[e].state[k + ahead, column]
-                         for e, k in zip(self.e, self.k)])
+        return np.array([self.episodes[e].state[k + ahead, column] for e, k in zip(self.e, self.k)])
 
     def within(self, limits, ahead=0):
         """(n,) bool: the car is no further from the centre line, in units and rad, than this."""
-        return ((np.abs(self.state("lateral_offset", ahead)) < limits[0])
-                & (np.abs(self.state("heading_error", ahead)) < limits[1]))
+        return (np.abs(self.state("lateral_offset", ahead)) < limits[0]) & (
+            np.abs(self.state("heading_error", ahead)) < limits[1]
+        )
 
     def z(self, first, last, judge=OWN):
         """(n, last - first + 1, D): the judge's latents from k + first to k + last."""
-        return torch.stack([self.episodes[e].z[judge][k + first:k + last + 1]
-                            for e, k in zip(self.e, self.k)])
+        return torch.stack(
+            [self.episodes[e].z[judge][k + first : k + last + 1] for e, k in zip(self.e, self.k)]
+        )
 
     def act(self, steps):
         """(n, steps, 3): the actions from here on."""
-        return torch.from_numpy(np.stack([self.episodes[e].act[k:k + steps]
-                                          for e, k in zip(self.e, self.k)]))
+        return torch.from_numpy(
+            np.stack([self.episodes[e].act[k : k + steps] for e, k in zip(self.e, self.k)])
+        )
 
 
 def choose_spots(episodes, count, seed, behind=0, ahead=0):
     """At most `count` Spots of each source after the zoom, so many latents from either end."""
     parts = []
     for source in dict.fromkeys(x.source for x in episodes):
-        every = [(e, k) for e, x in enumerate(episodes) if x.source == source
-                 for k in range(max(x.first, behind), len(x.obs) - ahead)]
+        every = [
+            (e, k)
+            for e, x in enumerate(episodes)
+            if x.source == source
+            for k in range(max(x.first, behind), len(x.obs) - ahead)
+        ]
         if not every:
-            fail(f"{source}: no episode lasts {behind + ahead} latents after the zoom; collect "
-                 "more frames there, or raise --tracks")
+            fail(
+                f"{source}: no episode lasts {behind + ahead} latents after the zoom; collect "
+                "more frames there, or raise --tracks"
+            )
         rng = np.random.default_rng([seed, 2])
         parts += [every[i] for i in np.sort(rng.permutation(len(every))[:count])]
     return Spots(episodes, *np.array(parts).T)
@@ -343,6 +440,7 @@ def partners(spots, seed):
 
 # ------------------------------------------------------------------ nets
 
+
 class Subject:
     """What is judged: the nets, their untrained twins, and the device they live on."""
 
@@ -356,11 +454,22 @@ class Subject:
         self.encoder, _ = load_frozen(self.path, "encoder", self.device, "train_encoder.py")
         self.key = fingerprint(self.encoder)
         self.payloads = {}
-        self.predictor = self._matching(args, latest(self.models, "predictor"), "predictor",
-                                        "train_predictor.py", encoder=self.key)
+        self.predictor = self._matching(
+            args,
+            latest(self.models, "predictor"),
+            "predictor",
+            "train_predictor.py",
+            encoder=self.key,
+        )
         keys = {"predictor": fingerprint(self.predictor)} if self.predictor else {}
-        self.cost = self._matching(args, self.models / "cost_model_final.pth", "cost",
-                                   "train_cost_model.py", encoder=self.key, **keys)
+        self.cost = self._matching(
+            args,
+            self.models / "cost_model_final.pth",
+            "cost",
+            "train_cost_model.py",
+            encoder=self.key,
+            **keys,
+        )
         if self.cost:
             take_gas(args, self.payloads["cost"])
         with torch.random.fork_rng():
@@ -378,8 +487,10 @@ class Subject:
         net, payload = load_frozen(path, name, self.device, script)
         for on, key in keys.items():
             if payload.get(f"{on}_key") != key:
-                print(f"no {name}: {path} was trained on another {on} than "
-                      f"{self.path if on == 'encoder' else latest(self.models, on)}")
+                print(
+                    f"no {name}: {path} was trained on another {on} than "
+                    f"{self.path if on == 'encoder' else latest(self.models, on)}"
+                )
                 return None
         self.payloads[name] = payload
         return net
@@ -391,10 +502,12 @@ class Subject:
 
     def encode_now(self, encoder, spots, what="encode", change=lambda obs: obs):
         """z (n, D) of the spots' frames, changed if need be, block by block."""
-        bar = progress(blocks(len(spots)), desc=what, unit="block", leave=False,
-                       disable=what is None)
-        return torch.cat([self.encode(encoder, change(spots[rows].frames(self.newest())))
-                          for rows in bar])
+        bar = progress(
+            blocks(len(spots)), desc=what, unit="block", leave=False, disable=what is None
+        )
+        return torch.cat(
+            [self.encode(encoder, change(spots[rows].frames(self.newest()))) for rows in bar]
+        )
 
     def newest(self):
         """Offsets, in latents, of the frames that a latent sees."""
@@ -404,8 +517,10 @@ class Subject:
         """Fills in each episode's z, of both encoders."""
         for x in progress(episodes, desc="encode", unit="episode", leave=False):
             every = Spots([x], np.zeros(len(x.obs), int), np.arange(len(x.obs)))
-            x.z = {judge: self.encode_now(encoder, every, what=None)
-                   for judge, (encoder, _) in self.pairs().items()}
+            x.z = {
+                judge: self.encode_now(encoder, every, what=None)
+                for judge, (encoder, _) in self.pairs().items()
+            }
 
     def pairs(self):
         """{judge: (encoder, predictor)}: those under test, and their untrained twins."""
@@ -419,6 +534,7 @@ class Subject:
 
 
 # ------------------------------------------------------------------ statistics
+
 
 def auc(positive, negative):
     """P(positive > negative), ties half: the area under the ROC curve (Mann-Whitney)."""
@@ -462,15 +578,24 @@ def cells(statistic, tracks, arrays, args, n=None):
         warnings.simplefilter("ignore", RuntimeWarning)  # all draws may be nan: so is the interval
         low, high = np.nanpercentile(np.array(draws, float), [2.5, 97.5], axis=0)
     number = lambda x: float(x) if np.isfinite(x) else None
-    return [{"value": number(v), "low": number(a), "high": number(b),
-             "n": int(len(tracks) if n is None else n), "tracks": len(rows)}
-            for v, a, b in zip(values, low, high)]
+    return [
+        {
+            "value": number(v),
+            "low": number(a),
+            "high": number(b),
+            "n": int(len(tracks) if n is None else n),
+            "tracks": len(rows),
+        }
+        for v, a, b in zip(values, low, high)
+    ]
 
 
 # ------------------------------------------------------------------ 1. what the latent knows
 
+
 class Labels(NamedTuple):
     """What the simulator says at some spots."""
+
     y: np.ndarray  # (n, len(PROBED))
     seen: np.ndarray  # (n,) the road is in view
     off: np.ndarray  # (n,) a wheel is off the road
@@ -478,18 +603,28 @@ class Labels(NamedTuple):
 
 
 def labels_of(spots, ahead=0):
-    return Labels(np.stack([spots.state(name, ahead) for name in PROBED], axis=1),
-                  spots.within(IN_VIEW, ahead), spots.state("wheels_off_road", ahead) > 0,
-                  spots.track)
+    return Labels(
+        np.stack([spots.state(name, ahead) for name in PROBED], axis=1),
+        spots.within(IN_VIEW, ahead),
+        spots.state("wheels_off_road", ahead) > 0,
+        spots.track,
+    )
 
 
 def regressor(kind, seed, hidden=(64,)):
     """A fresh probe: linear, or with hidden layers."""
     if kind == "ridge":
         return Ridge(alpha=1.0)
-    return MLPRegressor(hidden_layer_sizes=hidden, batch_size=128, alpha=1e-3, max_iter=40,
-                        learning_rate_init=2e-3, early_stopping=True, n_iter_no_change=5,
-                        random_state=seed)
+    return MLPRegressor(
+        hidden_layer_sizes=hidden,
+        batch_size=128,
+        alpha=1e-3,
+        max_iter=40,
+        learning_rate_init=2e-3,
+        early_stopping=True,
+        n_iter_no_change=5,
+        random_state=seed,
+    )
 
 
 def fit_standardised(net, x, y):
@@ -505,8 +640,10 @@ def probe(kind, train, labels, seed):
     """Fits to latents (n, D) and their labels -> told(z) = (quantities (m, 6), off road (m,))."""
     y, seen = labels.y, labels.seen
     if seen.sum() < 30:
-        fail(f"only {seen.sum()} training frames have the road in view, too few for a probe; "
-             "raise --train_frames, or collect more")
+        fail(
+            f"only {seen.sum()} training frames have the road in view, too few for a probe; "
+            "raise --train_frames, or collect more"
+        )
     center, size = y[seen].mean(axis=0), y[seen].std(axis=0) + 1e-6
     state = fit_standardised(regressor(kind, seed), train[seen], (y[seen] - center) / size)
     off = fit_standardised(regressor(kind, seed), train, labels.off.astype(np.float32))
@@ -517,8 +654,9 @@ def mark(told, z, labels, args):
     """{quantity: cell} of a fitted probe on evaluation latents."""
     y, off = told(z)
     found = cells(r2, labels.track, (labels.y, y, labels.seen), args, labels.seen.sum())
-    found += cells(lambda truth, score: auc(score[truth], score[~truth]), labels.track,
-                   (labels.off, off), args)
+    found += cells(
+        lambda truth, score: auc(score[truth], score[~truth]), labels.track, (labels.off, off), args
+    )
     return dict(zip((*PROBED, OFF_ROAD), found))
 
 
@@ -533,8 +671,10 @@ def principal(train, test, subject, seed, fit_on=1500):
     offsets, dim = subject.newest(), min(subject.encoder.dim, len(rows))
     pca = PCA(dim, svd_solver="randomized", iterated_power=2, random_state=seed)
     pca.fit(pixels(train[np.sort(rows)], offsets))
-    return [np.concatenate([pca.transform(pixels(s[rows], offsets)) for rows in blocks(len(s))])
-            for s in (train, test)]
+    return [
+        np.concatenate([pca.transform(pixels(s[rows], offsets)) for rows in blocks(len(s))])
+        for s in (train, test)
+    ]
 
 
 def ceiling(subject, spots, labels, args):
@@ -553,8 +693,10 @@ def ceiling(subject, spots, labels, args):
         rows = rng.integers(len(spots), size=args.ceiling_batch)
         x = stack(spots[rows].frames(offsets).to(subject.device), net.history)
         jitter_(x, light)
-        target, seen, off = (torch.from_numpy(a[rows]).to(subject.device).float()
-                             for a in (y, labels.seen, labels.off))
+        target, seen, off = (
+            torch.from_numpy(a[rows]).to(subject.device).float()
+            for a in (y, labels.seen, labels.off)
+        )
         with autocast(subject.device, subject.dtype):
             out = head(net.features(x))
         error = F.smooth_l1_loss(out[:, :-1].float(), target, reduction="none").mean(dim=1)
@@ -566,24 +708,32 @@ def ceiling(subject, spots, labels, args):
 
 def knows(subject, train, test, args):
     """Part 1: {row: {saw_labels, probe, cells of each quantity}}."""
-    sampled = (choose_spots(train, args.train_frames, args.seed),
-               choose_spots(test, args.frames, args.seed))
+    sampled = (
+        choose_spots(train, args.train_frames, args.seed),
+        choose_spots(test, args.frames, args.seed),
+    )
     labels = [labels_of(s) for s in sampled]
     rows = {}
 
     def add(name, latents, saw_labels=False, kinds=("ridge", "mlp")):
         for kind in progress(kinds, desc=f"probe: {name}", leave=False):
             told = probe(kind, latents[0], labels[0], args.seed)
-            rows[f"{name}, {kind}"] = {"saw_labels": saw_labels, "probe": kind,
-                                       "cells": mark(told, latents[1], labels[1], args)}
+            rows[f"{name}, {kind}"] = {
+                "saw_labels": saw_labels,
+                "probe": kind,
+                "cells": mark(told, latents[1], labels[1], args),
+            }
 
     add("this encoder", [s.z(0, 0)[:, 0].numpy() for s in sampled])
     add("untrained encoder", [s.z(0, 0, TWIN)[:, 0].numpy() for s in sampled])
     add("PCA of the pixels", principal(*sampled, subject, args.seed))
     if args.ceiling_steps:
         net = ceiling(subject, sampled[0], labels[0], args)
-        add("ceiling, saw the labels", [subject.encode_now(net, s, "ceiling").numpy()
-                                        for s in sampled], saw_labels=True)
+        add(
+            "ceiling, saw the labels",
+            [subject.encode_now(net, s, "ceiling").numpy() for s in sampled],
+            saw_labels=True,
+        )
     if subject.predictor:
         rows |= imagined(subject, train, test, args)
     return rows
@@ -596,24 +746,32 @@ def imagined(subject, train, test, args):
     of the present latent, by a probe fitted to what comes: what is to be had without imagining.
     """
     H, rows = max(AHEAD), {}
-    spots = [choose_spots(train, args.train_frames // 2, args.seed, ahead=H),
-             choose_spots(test, args.frames // 2, args.seed, ahead=H)]
+    spots = [
+        choose_spots(train, args.train_frames // 2, args.seed, ahead=H),
+        choose_spots(test, args.frames // 2, args.seed, ahead=H),
+    ]
     real = [s.z(0, H) for s in spots]
     z_hat = [subject.imagine(subject.predictor, z[:, 0], s.act(H)) for z, s in zip(real, spots)]
     for h in progress(AHEAD, desc="probe: imagined", leave=False):
         truth = [labels_of(s, h) for s in spots]
         came, now = real[0][:, h].numpy(), [z[:, 0].numpy() for z in real]
         dreamt = [z[:, h - 1].numpy() for z in z_hat]
-        for name, fitted, asked in ((f"imagined +{h}, probe of real", came, dreamt[1]),
-                                    (f"imagined +{h}, probe of imagined", *dreamt),
-                                    (f"not imagined +{h}, from z now", *now)):
+        for name, fitted, asked in (
+            (f"imagined +{h}, probe of real", came, dreamt[1]),
+            (f"imagined +{h}, probe of imagined", *dreamt),
+            (f"not imagined +{h}, from z now", *now),
+        ):
             told = probe("ridge", fitted, truth[0], args.seed)
-            rows[name] = {"saw_labels": False, "probe": "ridge",
-                          "cells": mark(told, asked, truth[1], args)}
+            rows[name] = {
+                "saw_labels": False,
+                "probe": "ridge",
+                "cells": mark(told, asked, truth[1], args),
+            }
     return rows
 
 
 # ------------------------------------------------------------------ 2. how long dreams hold
+
 
 def linear_dream(train, z0, act, far):
     """z_hat (n, far, D) of a ridge regression, one a step, from z and the actions up to there."""
@@ -632,20 +790,22 @@ def dreams(subject, train, spots, args):
     z, act = spots.z(0, FAR), spots.act(FAR)
     other = act[partners(spots, args.seed)]
     fitted = choose_spots(train, args.train_frames // 2, args.seed, ahead=FAR)
-    z_hat = {"this predictor": subject.imagine(subject.predictor, z[:, 0], act),
-             "copy-last": z[:, :1].expand_as(z[:, 1:]),
-             "swapped actions": subject.imagine(subject.predictor, z[:, 0], other),
-             "untrained predictor": subject.imagine(subject.blank, z[:, 0], act),
-             "linear predictor": linear_dream(fitted, z[:, 0], act, FAR)}
+    z_hat = {
+        "this predictor": subject.imagine(subject.predictor, z[:, 0], act),
+        "copy-last": z[:, :1].expand_as(z[:, 1:]),
+        "swapped actions": subject.imagine(subject.predictor, z[:, 0], other),
+        "untrained predictor": subject.imagine(subject.blank, z[:, 0], act),
+        "linear predictor": linear_dream(fitted, z[:, 0], act, FAR),
+    }
     error = {k: (v - z[:, 1:]).pow(2).mean(dim=2).numpy() for k, v in z_hat.items()}
     ratio = lambda own, copy: own.mean(axis=0) / copy.mean(axis=0)
     out = {}
     for source in ("all", *dict.fromkeys(spots.source)):
         rows = np.flatnonzero((spots.source == source) | (source == "all"))
-        out[source] = {name: cells(ratio, spots.track[rows],
-                                   (own[rows], error["copy-last"][rows]), args)
-                       for name, own in progress(error.items(), desc=f"dreams: {source}",
-                                                 leave=False)}
+        out[source] = {
+            name: cells(ratio, spots.track[rows], (own[rows], error["copy-last"][rows]), args)
+            for name, own in progress(error.items(), desc=f"dreams: {source}", leave=False)
+        }
     return out, error
 
 
@@ -658,7 +818,7 @@ def telling_rows(spots, error, H):
         own = np.flatnonzero(spots.source == source)
         own = own[moving[own]] if moving[own].any() else own
         own = own[np.argsort(error[own])]
-        near = own[len(own) * 2 // 5:len(own) * 3 // 5 + 1]
+        near = own[len(own) * 2 // 5 : len(own) * 3 // 5 + 1]
         rows.append(near[np.argmax(bend[near])])
     return np.array(rows)
 
@@ -668,8 +828,9 @@ def draw_dreams(subject, spots, error, path):
     H = max(AHEAD)
     some = spots[telling_rows(spots, error[:, H - 1], H)]
     obs = some.frames(np.arange(1 - subject.encoder.history, H + 1))
-    real, dreamt = dream(subject.encoder, subject.predictor, subject.decoder, obs, some.act(H),
-                         subject.device)
+    real, dreamt = dream(
+        subject.encoder, subject.predictor, subject.decoder, obs, some.act(H), subject.device
+    )
     draw_dream(real, dreamt, list(some.source), path, subject.encoder.repeat / FPS)
 
 
@@ -704,9 +865,9 @@ def teleported(subject, spots, args):
                 for a, h in enumerate(AHEAD):
                     k = spots.k[row] + h
                     state = dict(zip(TELEMETRY, x.state[k].tolist()))
-                    last = x.actions[max(0, k * e.repeat - 2 * need):k * e.repeat]
+                    last = x.actions[max(0, k * e.repeat - 2 * need) : k * e.repeat]
                     frames = twin.frames(state, last, need, jump)
-                    out[name][row, a] = frames[::-1][::e.repeat][:e.history][::-1]
+                    out[name][row, a] = frames[::-1][:: e.repeat][: e.history][::-1]
         twin.env.close()
     return out
 
@@ -725,25 +886,33 @@ def shows(spots, other):
     apart = (unit_act(act) - unit_act(act[other])).norm(dim=2).numpy()
     mean = lambda x: np.stack([x[:, :h].mean(axis=1) for h in AHEAD], axis=1)
     in_view = np.stack([spots.within(IN_VIEW, h) for h in AHEAD], axis=1)
-    return {**dict.fromkeys(TELEPORTS, in_view), **dict.fromkeys(list(FILMS)[1:], moving),
-            "swapped actions": mean(apart) > UNLIKE,
-            "mirrored steering": mean(np.abs(act[..., 0].numpy())) > STEERED,
-            **dict.fromkeys(COLOURS, every)}
+    return {
+        **dict.fromkeys(TELEPORTS, in_view),
+        **dict.fromkeys(list(FILMS)[1:], moving),
+        "swapped actions": mean(apart) > UNLIKE,
+        "mirrored steering": mean(np.abs(act[..., 0].numpy())) > STEERED,
+        **dict.fromkeys(COLOURS, every),
+    }
 
 
 def expectations(subject, spots, other, seed):
     """{judge: {premise: (z now (n, D), z_hat (n, len(AHEAD), D))}} of both pairs of nets; premises
     are the true ones, the actions of the TOLD violations, or a present in another light."""
     act, steps, out = spots.act(max(AHEAD)), [h - 1 for h in AHEAD], {}
-    told = {"true": act, "swapped actions": act[other],
-            "mirrored steering": act * torch.tensor([-1.0, 1, 1]), THROUGHOUT: act}
+    told = {
+        "true": act,
+        "swapped actions": act[other],
+        "mirrored steering": act * torch.tensor([-1.0, 1, 1]),
+        THROUGHOUT: act,
+    }
     for judge, (encoder, predictor) in subject.pairs().items():
         light = torch.Generator().manual_seed(seed)
         now = spots.z(0, 0, judge)[:, 0]
         lit = subject.encode_now(encoder, spots, change=lambda obs: relit(obs, light))
         z = {k: lit if k == THROUGHOUT else now for k in told}
-        out[judge] = {k: (z[k], subject.imagine(predictor, z[k], a)[:, steps])
-                      for k, a in told.items()}
+        out[judge] = {
+            k: (z[k], subject.imagine(predictor, z[k], a)[:, steps]) for k, a in told.items()
+        }
     return out
 
 
@@ -829,9 +998,11 @@ def surprises(subject, spots, other, scale, args):
                     out[judge][row][rows, a] = scale[judge](z, now, z_hat[:, a], a)
                     if judge == OWN:  # its copy-last, which knows no actions
                         out["copy-last"][row][rows, a] = scale["copy-last"](z, now, now, a)
-    out["pixel error"] |= {lie: out["pixel error"]["true"] for lie in TOLD}
-    return {judge: {v: np.maximum.accumulate(s, axis=1) for v, s in rows.items()}
-            for judge, rows in out.items()}
+    out["pixel error"] |= dict.fromkeys(TOLD, out["pixel error"]["true"])
+    return {
+        judge: {v: np.maximum.accumulate(s, axis=1) for v, s in rows.items()}
+        for judge, rows in out.items()
+    }
 
 
 def separated(true, violated):
@@ -853,16 +1024,21 @@ def futures(subject, train, spots, args):
             rows = np.flatnonzero(where[violation][:, a])
             for judge in JUDGES:
                 pair = [surprise[judge][v][rows, a] for v in ("true", violation)]
-                found = cells(separated, spots.track[rows], pair, args) if len(rows) else [
-                    {"value": None, "low": None, "high": None, "n": 0, "tracks": 0}] * 3
+                found = (
+                    cells(separated, spots.track[rows], pair, args)
+                    if len(rows)
+                    else [{"value": None, "low": None, "high": None, "n": 0, "tracks": 0}] * 3
+                )
                 out[violation][judge][h] = dict(zip(("auroc", "tpr_at_1pct", "pairs"), found))
     return out
 
 
 # ------------------------------------------------------------------ 4. plans, dreamt and driven
 
+
 class Saved(NamedTuple):
     """All of a simulator's state that its next steps depend on, the track apart."""
+
     bodies: list  # of hull and wheels: (x, y, angle, vx, vy, angular velocity)
     wheels: list  # (gas, brake, steer, spin, phase, indices of the tiles touched)
 
@@ -870,10 +1046,14 @@ class Saved(NamedTuple):
 def save_state(env):
     """The Saved state of any kind of env."""
     car = env.unwrapped.car
-    bodies = [(*b.position, b.angle, *b.linearVelocity, b.angularVelocity)
-              for b in (car.hull, *car.wheels)]
-    return Saved(bodies, [(w.gas, w.brake, w.steer, w.omega, w.phase, [t.idx for t in w.tiles])
-                          for w in car.wheels])
+    bodies = [
+        (*b.position, b.angle, *b.linearVelocity, b.angularVelocity)
+        for b in (car.hull, *car.wheels)
+    ]
+    return Saved(
+        bodies,
+        [(w.gas, w.brake, w.steer, w.omega, w.phase, [t.idx for t in w.tiles]) for w in car.wheels],
+    )
 
 
 def restore_state(env, saved):
@@ -895,8 +1075,11 @@ def play(env, actions):
         env.step(action)
         if t == 0:  # of the tiles restored, the new car's contacts never end: ask Box2D
             for w in env.car.wheels:
-                w.tiles = {c.other.userData for c in w.contacts
-                           if c.contact.touching and is_tile(c.other.userData)}
+                w.tiles = {
+                    c.other.userData
+                    for c in w.contacts
+                    if c.contact.touching and is_tile(c.other.userData)
+                }
         yield env.car
 
 
@@ -945,9 +1128,9 @@ def lived_latents(subject, env, episode, k, act):
     """The latents (n, H, D) to which plans act (n, H, 3) really lead."""
     h, (n, H, _) = subject.encoder.history, act.shape
     came = lived_frames(env, episode, k, act, subject.encoder.repeat)
-    past = np.broadcast_to(episode.obs[k + 2 - h:k + 1], (n, h - 1, *came.shape[2:]))
+    past = np.broadcast_to(episode.obs[k + 2 - h : k + 1], (n, h - 1, *came.shape[2:]))
     film = np.concatenate([past, came], axis=1)  # (n, h - 1 + H, 64, 64, 3)
-    obs = np.stack([film[:, t:t + h] for t in range(H)], axis=1).reshape(n * H, h, 64, 64, 3)
+    obs = np.stack([film[:, t : t + h] for t in range(H)], axis=1).reshape(n * H, h, 64, 64, 3)
     return subject.encode(subject.encoder, planes(obs)).view(n, H, -1)
 
 
@@ -959,7 +1142,7 @@ def tiles_made(spots, env):
         env.reset(seed=spots.episodes[e].track)
         line = centre_line(env.unwrapped)
         for row in np.flatnonzero(spots.e == e):
-            state = spots.episodes[e].state[spots.k[row] - 1:spots.k[row] + 1]
+            state = spots.episodes[e].state[spots.k[row] - 1 : spots.k[row] + 1]
             out[row] = way(*(line.along(s[x], s[y]) for s in state), len(line.x))
     return out
 
@@ -993,16 +1176,19 @@ def candidates(previous, cfg, generator):
 def judge_plans(subject, episode, k, seed, cfg):
     """(actions (N, H, 3), {judge: energies (N,)}, the planner's own plan (H, 3)) at latent k."""
     device, generator = subject.device, torch.Generator(subject.device)
-    futures, blank = (Futures(p, subject.cost, cfg.energy)
-                      for p in (subject.predictor, subject.blank))
+    futures, blank = (
+        Futures(p, subject.cost, cfg.energy) for p in (subject.predictor, subject.blank)
+    )
     z = episode.z[OWN].to(device)
     last = Plan.none(cfg.horizon, device)
     for i in range(max(0, k - WARM_UP), k):
-        last = plan(z[i:i + 1], futures, last, cfg, generator.manual_seed(seed + i))[0]
+        last = plan(z[i : i + 1], futures, last, cfg, generator.manual_seed(seed + i))[0]
     act = to_action(candidates(last, cfg, generator.manual_seed(seed + k)))
-    chosen = plan(z[k:k + 1], futures, last, cfg, generator.manual_seed(seed + k))[0].u
-    energies = {name: judge(z[k:k + 1], act).cpu().numpy()
-                for name, judge in (("this model", futures), ("untrained", blank))}
+    chosen = plan(z[k : k + 1], futures, last, cfg, generator.manual_seed(seed + k))[0].u
+    energies = {
+        name: judge(z[k : k + 1], act).cpu().numpy()
+        for name, judge in (("this model", futures), ("untrained", blank))
+    }
     return act.cpu().numpy(), energies, to_action(chosen).cpu().numpy()
 
 
@@ -1012,22 +1198,32 @@ def states_of(spots, args):
     for source in dict.fromkeys(spots.source):
         own = np.flatnonzero((spots.source == source) & spots.within(IN_SIGHT))
         if not len(own):
-            print(f"{source}: no window has the road in sight, so no plans are judged from there; "
-                  "raise --windows or --tracks")
-        rows += np.sort(rng.permutation(own)[:args.states]).tolist()
+            print(
+                f"{source}: no window has the road in sight, so no plans are judged from there; "
+                "raise --windows or --tracks"
+            )
+        rows += np.sort(rng.permutation(own)[: args.states]).tolist()
     if not rows:
         fail("no window has the road in sight to judge plans from; raise --windows or --tracks")
     return spots[np.array(sorted(rows))]
 
 
-FIGURES = ("spearman", "spearman, untrained predictor", "spearman, saw the labels",
-           "of what came: spearman", "of what came: saw the labels",
-           f"then {AFTER} s of an expert: spearman",
-           f"then {AFTER} s of an expert: of what came",
-           f"then {AFTER} s: of what came, saw the labels",
-           "regret of the lowest energy", "regret of the planner's plan",
-           "regret, untrained predictor", "regret of a random plan",
-           "regret of the simulator's best", "spread of the outcomes")
+FIGURES = (
+    "spearman",
+    "spearman, untrained predictor",
+    "spearman, saw the labels",
+    "of what came: spearman",
+    "of what came: saw the labels",
+    f"then {AFTER} s of an expert: spearman",
+    f"then {AFTER} s of an expert: of what came",
+    f"then {AFTER} s: of what came, saw the labels",
+    "regret of the lowest energy",
+    "regret of the planner's plan",
+    "regret, untrained predictor",
+    "regret of a random plan",
+    "regret of the simulator's best",
+    "spread of the outcomes",
+)
 POOLED = ("plans of all states: spearman", "the same, untrained predictor")
 
 
@@ -1036,23 +1232,33 @@ def drive_plans(subject, told, envs, expert, episode, k, args):
     (N,)) of the plans at latent k; `told` of taught_outcome."""
     physics, fast = envs
     act, energies, own = judge_plans(subject, episode, k, args.seed + 1000 * episode.track, args)
-    value = lambda a, expert=None: outcome(physics, episode.saved[k], a.repeat(
-        subject.encoder.repeat, axis=0), args.off_road, expert)
+    value = lambda a, expert=None: outcome(
+        physics, episode.saved[k], a.repeat(subject.encoder.repeat, axis=0), args.off_road, expert
+    )
     made = np.array([value(a) for a in act])
-    some, n = act[:args.lived], args.lived
+    some, n = act[: args.lived], args.lived
     later = np.array([value(a, expert) for a in some])
-    dreamt = subject.imagine(subject.predictor, episode.z[OWN][k:k + 1].expand(len(act), -1),
-                             torch.from_numpy(act))
+    dreamt = subject.imagine(
+        subject.predictor, episode.z[OWN][k : k + 1].expand(len(act), -1), torch.from_numpy(act)
+    )
     came = lived_latents(subject, fast, episode, k, some)
-    now = episode.z[OWN][k:k + 1].to(subject.device)
+    now = episode.z[OWN][k : k + 1].to(subject.device)
     lived = subject.cost.judge(now, came.to(subject.device), args.energy).cpu().numpy()
     taught = told(came)
     e, blank = energies["this model"], energies["untrained"]
     driven = (made[e.argmin()], value(own), made[blank.argmin()], made.mean(), made.max())
-    figures = [spearman(-e, made), spearman(-blank, made), spearman(told(dreamt), made),
-               spearman(-lived, made[:n]), spearman(taught, made[:n]),
-               spearman(-e[:n], later), spearman(-lived, later), spearman(taught, later),
-               *(made.max() - x for x in driven), made.std()]
+    figures = [
+        spearman(-e, made),
+        spearman(-blank, made),
+        spearman(told(dreamt), made),
+        spearman(-lived, made[:n]),
+        spearman(taught, made[:n]),
+        spearman(-e[:n], later),
+        spearman(-lived, later),
+        spearman(taught, later),
+        *(made.max() - x for x in driven),
+        made.std(),
+    ]
     return figures, e, blank, made
 
 
@@ -1061,8 +1267,9 @@ def plans(subject, train, spots, args):
     spots, envs = states_of(spots, args), (make_env("physics"), make_env("fast"))
     told, expert = taught_outcome(subject, train, envs[0], args), Expert(PACE)
     track, rows = None, []
-    for e, k in progress(list(zip(spots.e.tolist(), spots.k.tolist())), desc="plans", unit="state",
-                         leave=False):
+    for e, k in progress(
+        list(zip(spots.e.tolist(), spots.k.tolist())), desc="plans", unit="state", leave=False
+    ):
         episode = spots.episodes[e]
         if episode.track != track:
             track = episode.track
@@ -1082,14 +1289,22 @@ def summarise(figures, energy, blank, true, spots, args):
     out = {}
     for source in ("all", *dict.fromkeys(spots.source)):
         own = np.flatnonzero((spots.source == source) | (source == "all"))
-        found = cells(lambda r, e, b, t: [*r.mean(axis=0), spearman(-e.ravel(), t.ravel()),
-                                          spearman(-b.ravel(), t.ravel())],
-                      spots.track[own], [x[own] for x in (figures, energy, blank, true)], args)
+        found = cells(
+            lambda r, e, b, t: [
+                *r.mean(axis=0),
+                spearman(-e.ravel(), t.ravel()),
+                spearman(-b.ravel(), t.ravel()),
+            ],
+            spots.track[own],
+            [x[own] for x in (figures, energy, blank, true)],
+            args,
+        )
         out[source] = dict(zip((*FIGURES, *POOLED), found))
     return out
 
 
 # ------------------------------------------------------------------ tables
+
 
 def text(cell):
     """A cell as "value ± half its interval"."""
@@ -1104,54 +1319,81 @@ def table(title, columns, rows, first, wide=15):
     """Prints rows {name: [cell or text]} below their columns."""
     print(f"\n{title}\n{'':{first}}" + "".join(f"{c:>{wide}}" for c in columns))
     for name, row in rows.items():
-        print(f"{name:{first}}" + "".join(f"{c if isinstance(c, str) else text(c):>{wide}}"
-                                          for c in row), flush=True)
+        print(
+            f"{name:{first}}"
+            + "".join(f"{c if isinstance(c, str) else text(c):>{wide}}" for c in row),
+            flush=True,
+        )
 
 
 def show_knows(rows):
     names, n = (*PROBED, OFF_ROAD), rows["this encoder, ridge"]["cells"]
-    table(f"1. What the latent knows: R² where the road is in view (n = {n['speed']['n']}), AUC of "
-          f"a wheel off the road (n = {n[OFF_ROAD]['n']})", names,
-          {name: [row["cells"][q] for q in names] for name, row in rows.items()}, 34)
+    table(
+        f"1. What the latent knows: R² where the road is in view (n = {n['speed']['n']}), AUC of "
+        f"a wheel off the road (n = {n[OFF_ROAD]['n']})",
+        names,
+        {name: [row["cells"][q] for q in names] for name, row in rows.items()},
+        34,
+    )
 
 
 def show_dreams(found):
     steps = (1, 2, 3, 5, 10, 15, 20, FAR)
     for source, rows in found.items():
         n = rows["copy-last"][0]["n"]
-        table(f"2. How long dreams hold: squared error over copy-last's, {source} (n = {n})",
-              [f"+{k}" for k in steps],
-              {name: [row[k - 1] for k in steps] for name, row in rows.items()}, 22, 13)
+        table(
+            f"2. How long dreams hold: squared error over copy-last's, {source} (n = {n})",
+            [f"+{k}" for k in steps],
+            {name: [row[k - 1] for k in steps] for name, row in rows.items()},
+            22,
+            13,
+        )
 
 
 def show_futures(found):
     for judge in JUDGES:
-        table(f"3. Impossible futures: AUROC against true ones, {judge}", [f"+{h}" for h in AHEAD],
-              {v: [by[judge][h]["auroc"] for h in AHEAD] for v, by in found.items()}, 28)
+        table(
+            f"3. Impossible futures: AUROC against true ones, {judge}",
+            [f"+{h}" for h in AHEAD],
+            {v: [by[judge][h]["auroc"] for h in AHEAD] for v, by in found.items()},
+            28,
+        )
     own = {v: by[OWN] for v, by in found.items()}
     figures = [(what, h) for what in ("tpr_at_1pct", "pairs") for h in AHEAD]
-    table("3. This model: share found at 1 % false alarms (f), share of pairs told apart (p)",
-          [*(f"{what[0].replace('t', 'f')} +{h}" for what, h in figures), f"n +{max(AHEAD)}"],
-          {v: [*(by[h][what] for what, h in figures), str(by[max(AHEAD)]["auroc"]["n"])]
-           for v, by in own.items()}, 28, 13)
+    table(
+        "3. This model: share found at 1 % false alarms (f), share of pairs told apart (p)",
+        [*(f"{what[0].replace('t', 'f')} +{h}" for what, h in figures), f"n +{max(AHEAD)}"],
+        {
+            v: [*(by[h][what] for what, h in figures), str(by[max(AHEAD)]["auroc"]["n"])]
+            for v, by in own.items()
+        },
+        28,
+        13,
+    )
 
 
 def show_plans(found):
-    table("4. Does its judgement match the world: rank correlation of low energy and true outcome "
-          "within a state, regrets in tiles", list(found),
-          {figure: [found[source][figure] for source in found] for figure in (*FIGURES, *POOLED)}
-          | {"states": [str(found[source]["spearman"]["n"]) for source in found]}, 38)
+    table(
+        "4. Does its judgement match the world: rank correlation of low energy and true outcome "
+        "within a state, regrets in tiles",
+        list(found),
+        {figure: [found[source][figure] for source in found] for figure in (*FIGURES, *POOLED)}
+        | {"states": [str(found[source]["spearman"]["n"]) for source in found]},
+        38,
+    )
 
 
 # ------------------------------------------------------------------ the page
+
 
 def heat(ax, values, shade, rows, columns, title):
     """A table of numbers (n, m), nan blank, in colours: a shade of 1 is good, 0 is bad."""
     ax.imshow(np.clip(shade, 0, 1), cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", alpha=0.75)
     for (i, j), v in np.ndenumerate(values):
         if np.isfinite(v):
-            ax.text(j, i, f"{v:.2f}" if v > -9.95 else "< -9.9", ha="center", va="center",
-                    fontsize=7)
+            ax.text(
+                j, i, f"{v:.2f}" if v > -9.95 else "< -9.9", ha="center", va="center", fontsize=7
+            )
     ax.set_xticks(range(len(columns)), columns, fontsize=7)
     ax.set_yticks(range(len(rows)), rows, fontsize=7)
     ax.tick_params(length=0)
@@ -1163,11 +1405,18 @@ def number(cell, which="value"):
 
 
 def page_knows(ax, rows):
-    values = np.array([[number(row["cells"][q]) for q in (*PROBED, OFF_ROAD)]
-                       for row in rows.values()])
+    values = np.array(
+        [[number(row["cells"][q]) for q in (*PROBED, OFF_ROAD)] for row in rows.values()]
+    )
     columns = [q.replace("_", "\n") for q in PROBED] + ["off road\n(AUC)"]
-    heat(ax, values, values, list(rows), columns,
-         "1. What the latent knows: R² where the road is in view")
+    heat(
+        ax,
+        values,
+        values,
+        list(rows),
+        columns,
+        "1. What the latent knows: R² where the road is in view",
+    )
     real = sum("imagined" not in name for name in rows)
     for y in range(real, len(rows), max(1, (len(rows) - real) // len(AHEAD))):
         ax.axhline(y - 0.5, color="white", lw=3)
@@ -1181,13 +1430,22 @@ def page_dreams(ax, found):
             low, high = ([number(c, which) for c in row] for which in ("low", "high"))
             ax.fill_between(steps, low, high, color=f"C{i}", alpha=0.15, lw=0)
     for (source, rows), style in zip(list(found.items())[1:], ("--", ":", "-.")):
-        ax.plot(steps, [c["value"] for c in rows["this predictor"]], color="C0", lw=0.9, ls=style,
-                label=f"this predictor, {source}")
+        ax.plot(
+            steps,
+            [c["value"] for c in rows["this predictor"]],
+            color="C0",
+            lw=0.9,
+            ls=style,
+            label=f"this predictor, {source}",
+        )
     ax.set(yscale="log", xlim=(1, FAR))
     ax.set_xlabel("latents ahead", fontsize=8)
     ax.set_ylabel("squared error over copy-last's", fontsize=8)
-    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if ax.get_ylim()[0] < t
-             < ax.get_ylim()[1]]
+    ticks = [
+        t
+        for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+        if ax.get_ylim()[0] < t < ax.get_ylim()[1]
+    ]
     ax.set_yticks(ticks, map(str, ticks))
     ax.set_yticks([], minor=True)
     ax.set_title("2. How long dreams hold", fontsize=9, loc="left")
@@ -1197,12 +1455,19 @@ def page_dreams(ax, found):
 
 
 def page_futures(ax, found):
-    values = np.array([[number(by[j][h]["auroc"]) for j in JUDGES for h in AHEAD]
-                       for by in found.values()])
+    values = np.array(
+        [[number(by[j][h]["auroc"]) for j in JUDGES for h in AHEAD] for by in found.values()]
+    )
     columns = [f"+{h}" + (f"\n{j}" if h == AHEAD[1] else "") for j in JUDGES for h in AHEAD]
     control = np.array([v in COLOURS for v in found])[:, None]
-    heat(ax, values, np.where(control, 1 - 2 * np.abs(values - 0.5), values), list(found), columns,
-         "3. Impossible futures: AUROC against true ones (0.5: chance, and the control's place)")
+    heat(
+        ax,
+        values,
+        np.where(control, 1 - 2 * np.abs(values - 0.5), values),
+        list(found),
+        columns,
+        "3. Impossible futures: AUROC against true ones (0.5: chance, and the control's place)",
+    )
     for x in range(1, len(JUDGES)):
         ax.axvline(len(AHEAD) * x - 0.5, color="white", lw=3)
     ax.axhline(len(found) - len(COLOURS) - 0.5, color="white", lw=3)
@@ -1219,8 +1484,14 @@ def page_plans(ax, found, energy, true, spots, bins=8):
         which = np.digitize(rank[own], edges[1:-1])
         mean = [gain[own][which == b].mean() if (which == b).any() else np.nan for b in range(bins)]
         r = found[source]["spearman"]["value"]
-        ax.plot((edges[1:] + edges[:-1]) / 2, mean, "o-", ms=3, color=f"C{i}",
-                label=f"{source}: rank correlation {r:.2f}")
+        ax.plot(
+            (edges[1:] + edges[:-1]) / 2,
+            mean,
+            "o-",
+            ms=3,
+            color=f"C{i}",
+            label=f"{source}: rank correlation {r:.2f}",
+        )
     best = gain.max(axis=1).mean()
     ax.axhline(best, color="black", lw=0.9, ls="--", label="the simulator's best")
     ax.axhline(0, color="black", lw=0.9, label="a random plan")
@@ -1237,8 +1508,12 @@ def page_plans(ax, found, energy, true, spots, bins=8):
 def draw_page(pages, title, path):
     """All that there is on one page: `pages` is {part: draw(ax)}."""
     plt = pyplot()
-    fig, axes = plt.subplot_mosaic([["knows", "futures"], ["dreams", "plans"]], figsize=(15, 10),
-                                   layout="constrained", height_ratios=[1.15, 1])
+    fig, axes = plt.subplot_mosaic(
+        [["knows", "futures"], ["dreams", "plans"]],
+        figsize=(15, 10),
+        layout="constrained",
+        height_ratios=[1.15, 1],
+    )
     for name, ax in axes.items():
         if name in pages:
             pages[name](ax)
@@ -1251,8 +1526,12 @@ def draw_page(pages, title, path):
 
 # ------------------------------------------------------------------ main
 
-PARTS = {"knows": (), "dreams": ("predictor",), "futures": ("predictor",),
-         "plans": ("predictor", "cost")}  # part: the nets it needs beside the encoder
+PARTS = {
+    "knows": (),
+    "dreams": ("predictor",),
+    "futures": ("predictor",),
+    "plans": ("predictor", "cost"),
+}  # part: the nets it needs beside the encoder
 
 
 def possible(subject, args):
@@ -1265,8 +1544,10 @@ def possible(subject, args):
         else:
             out.append(part)
     if not out:
-        fail(f"--parts {' '.join(args.parts)}: none of them can be judged; train what is missing, "
-             "or ask for --parts knows")
+        fail(
+            f"--parts {' '.join(args.parts)}: none of them can be judged; train what is missing, "
+            "or ask for --parts knows"
+        )
     return out
 
 
@@ -1274,12 +1555,14 @@ def prepare(subject, args):
     """(training episodes, new episodes, windows of the new ones), encoded."""
     train, test = all_episodes(args, subject.encoder)
     some = choose_spots(train, 500, args.seed)
-    subject.twin.calibrate(features_of(subject.twin, some.frames(subject.newest()),
-                                       subject.device, subject.dtype))
+    subject.twin.calibrate(
+        features_of(subject.twin, some.frames(subject.newest()), subject.device, subject.dtype)
+    )
     subject.encode_episodes(train + test)
     H = max(AHEAD)
-    spots = choose_spots(test, args.windows, args.seed, behind=H + subject.encoder.history,
-                         ahead=max(FAR, 2 * H))
+    spots = choose_spots(
+        test, args.windows, args.seed, behind=H + subject.encoder.history, ahead=max(FAR, 2 * H)
+    )
     return train, test, spots
 
 
@@ -1320,20 +1603,31 @@ def main():
         subject.decoder = load_decoder(subject.models, subject.key, subject.device)
     found, pages = evaluate(subject, parts, train, test, spots, args)
     minutes = (time.monotonic() - began) / 60
-    report = {"command": shlex.join(sys.argv), "commit": git_commit(), "versions": versions(),
-              "args": {k: str(v) for k, v in vars(args).items()}, "checkpoint": str(subject.path),
-              "encoder": {"key": subject.key, **subject.encoder.args},
-              "tracks": {s: [x.track for x in test if x.source == s] for s in DRIVERS},
-              "latents": {"fitted": sum(len(x.obs) for x in train),
-                          "judged": sum(len(x.obs) for x in test)},
-              "minutes": round(minutes, 2), "parts": found}
+    report = {
+        "command": shlex.join(sys.argv),
+        "commit": git_commit(),
+        "versions": versions(),
+        "args": {k: str(v) for k, v in vars(args).items()},
+        "checkpoint": str(subject.path),
+        "encoder": {"key": subject.key, **subject.encoder.args},
+        "tracks": {s: [x.track for x in test if x.source == s] for s in DRIVERS},
+        "latents": {
+            "fitted": sum(len(x.obs) for x in train),
+            "judged": sum(len(x.obs) for x in test),
+        },
+        "minutes": round(minutes, 2),
+        "parts": found,
+    }
     body = json.dumps(report, indent=1, allow_nan=False).encode()
     ran = [part for part in PARTS if part in parts]
     name = "report" if len(ran) == len(PARTS) else "report_only_" + "_".join(ran)
     replace_atomically(writable(visuals) / f"{name}.json", lambda f: f.write(body))
     with ornament(visuals / f"{name}.png"):
-        draw_page(pages, f"{subject.path}, tracks {test[0].track} to {test[-1].track}",
-                  visuals / f"{name}.png")
+        draw_page(
+            pages,
+            f"{subject.path}, tracks {test[0].track} to {test[-1].track}",
+            visuals / f"{name}.png",
+        )
     sheet = ", report_dreams.png" if subject.decoder else ""
     print(f"\n{visuals}/{name}.json, {name}.png{sheet} in {minutes:.1f} min")
     return 0

@@ -42,7 +42,8 @@ SCHEMA = 1  # of checkpoints; a newer one is refused
 KEPT, KEPT_EVERY = 3, 10  # of a stage's checkpoints: the last so many, and each such epoch
 YOUNG_S = 600  # a checkpoint younger than this is never deleted
 TEMPORARY = re.compile(  # names of half-written checkpoints
-    r"\.(\w+_ep[0-9]+|\w+_resume|cost_model_final)\.pth\.[0-9]+\.tmp", re.ASCII)
+    r"\.(\w+_ep[0-9]+|\w+_resume|cost_model_final)\.pth\.[0-9]+\.tmp", re.ASCII
+)
 PANEL = 3 * (OBS_SIZE - SCENE_H) * OBS_SIZE  # pixels of a frame's instruments
 ACT = 3  # steer, gas, brake
 JUDGED = 3  # every so-manieth latent of a future is judged: neighbours say nearly the same
@@ -67,21 +68,28 @@ class TinyEncoder(nn.Module):
     `features` gives the raw ones that the losses of the encoder see.
     """
 
-    def __init__(self, width=1.0, history=3, repeat=2, dim=512, strides=(1, 2, 2, 2),
-                 gauges=0):
+    def __init__(self, width=1.0, history=3, repeat=2, dim=512, strides=(1, 2, 2, 2), gauges=0):
         super().__init__()
-        self.args = dict(width=width, history=history, repeat=repeat, dim=dim,
-                         strides=list(strides), gauges=gauges)
+        self.args = dict(
+            width=width,
+            history=history,
+            repeat=repeat,
+            dim=dim,
+            strides=list(strides),
+            gauges=gauges,
+        )
         self.history, self.repeat, self.dim, self.gauges = history, repeat, dim, gauges
         w = max(8, int(64 * width))
         from torchvision.models.resnet import BasicBlock, ResNet  # 2 s: only who builds one waits
+
         net = ResNet(BasicBlock, [2, 2, 2, 2])
         net.inplanes = w
         self.body = nn.Sequential(
             nn.Conv2d(3 * history, w, 7, stride=2, padding=3, bias=False),  # (w, 32, 32)
-            nn.BatchNorm2d(w), nn.ReLU(inplace=True),
-            *(net._make_layer(BasicBlock, w << i, 2, stride=s)
-              for i, s in enumerate(strides)))  # (8w, 4, 4)
+            nn.BatchNorm2d(w),
+            nn.ReLU(inplace=True),
+            *(net._make_layer(BasicBlock, w << i, 2, stride=s) for i, s in enumerate(strides)),
+        )  # (8w, 4, 4)
         self.head = nn.Linear(8 * w * 16, dim - gauges)
         for m in self.body.modules():
             if isinstance(m, nn.Conv2d):
@@ -114,6 +122,7 @@ class TinyEncoder(nn.Module):
         """Finds the principal components in inputs of training data, among which each then has
         variance 1. x (N, 3 * history, 64, 64) uint8."""
         from sklearn.decomposition import PCA
+
         panel = self.panel(x).float().cpu().numpy() / 127.5 - 1
         pca = PCA(self.gauges, svd_solver="full").fit(panel)
         size = np.sqrt(np.maximum(pca.explained_variance_, 1e-6))
@@ -122,7 +131,7 @@ class TinyEncoder(nn.Module):
 
     def learned(self, z):
         """Latents (..., D) without their gauges."""
-        return z[..., :self.dim - self.gauges]
+        return z[..., : self.dim - self.gauges]
 
     def untrained(self):
         """A net of the same shape and gauges with fresh weights."""
@@ -233,10 +242,17 @@ class TinyDecoder(nn.Module):
         self.args = dict(dim=dim, width=width)
         w = width
         self.stem = nn.Linear(dim, 4 * w * 16)
-        up = lambda i, o: nn.Sequential(nn.ConvTranspose2d(i, o, 4, stride=2, padding=1),
-                                        nn.BatchNorm2d(o), nn.ReLU(inplace=True))
-        self.body = nn.Sequential(up(4 * w, 2 * w), up(2 * w, w), up(w, w // 2),  # 8, 16, 32
-                                  nn.ConvTranspose2d(w // 2, 3, 4, stride=2, padding=1))  # 64
+        up = lambda i, o: nn.Sequential(
+            nn.ConvTranspose2d(i, o, 4, stride=2, padding=1),
+            nn.BatchNorm2d(o),
+            nn.ReLU(inplace=True),
+        )
+        self.body = nn.Sequential(
+            up(4 * w, 2 * w),
+            up(2 * w, w),
+            up(w, w // 2),  # 8, 16, 32
+            nn.ConvTranspose2d(w // 2, 3, 4, stride=2, padding=1),
+        )  # 64
         self.w = w
 
     def forward(self, z):
@@ -260,8 +276,9 @@ class Predictor(nn.Module):
         self.args = dict(dim=dim, hidden=hidden, state=state, dropout=dropout)
         self.dim, self.state = dim, state
         self.skip = nn.Linear(dim, state)
-        self.deep = nn.Sequential(nn.Linear(dim, 2 * hidden), nn.SiLU(),
-                                  nn.Linear(2 * hidden, state))
+        self.deep = nn.Sequential(
+            nn.Linear(dim, 2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, state)
+        )
         self.into = nn.Linear(state + ACT, hidden)
         self.out = nn.Linear(hidden, state, bias=False)
         self.read = nn.Linear(state, dim)
@@ -326,11 +343,14 @@ class CostModel(nn.Module):
         round one of the same trace; what energy the latents of random driving have, chaos (M, D),
         in the median."""
         from sklearn.covariance import shrunk_covariance
+
         z = z.double()
         cov = torch.cov(z.T).reshape(self.mu.numel(), -1)  # of one number torch makes a scalar
         if len(z) < 2 or not cov.diagonal().mean() > 0:
-            fail(f"the density: the {len(z)} latents of the expert are all alike; train the "
-                 "encoder on frames that differ")
+            fail(
+                f"the density: the {len(z)} latents of the expert are all alike; train the "
+                "encoder on frames that differ"
+            )
         cov = torch.from_numpy(shrunk_covariance(cov.cpu().numpy(), shrinkage)).to(z)
         self.mu.copy_(z.mean(dim=0))
         self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))  # white: (z - mu) @ it
@@ -375,6 +395,7 @@ class CostModel(nn.Module):
 
 
 # ------------------------------------------------------------------ several processes (torchrun)
+
 
 class _Loss(nn.Module):
     """What DistributedDataParallel wants to wrap: it averages gradients of `forward` only."""
@@ -425,8 +446,15 @@ def norm_over_ranks(norm, x):
 
 # ------------------------------------------------------------------ checkpoints
 
-NETS = {"encoder": TinyEncoder, "projector": Projector, "inverse": InverseModel,
-        "bend": BendModel, "decoder": TinyDecoder, "predictor": Predictor, "cost": CostModel}
+NETS = {
+    "encoder": TinyEncoder,
+    "projector": Projector,
+    "inverse": InverseModel,
+    "bend": BendModel,
+    "decoder": TinyDecoder,
+    "predictor": Predictor,
+    "cost": CostModel,
+}
 
 
 def save(path, nets, **state):
@@ -437,11 +465,23 @@ def save(path, nets, **state):
     """
     for name, net in nets.items():
         if broken := not_finite(net.state_dict()):
-            fail(f"step {state.get('step')}: {name}'s {broken} is not finite; {path} was not "
-                 "written; use --precision fp32, or a lower --lr with --fresh")
-    _write(path, {"schema": SCHEMA, "versions": versions(), "commit": git_commit(), **state,
-                  "nets": {name: {"class": type(net).__name__, "args": net.args,
-                                  "weights": net.state_dict()} for name, net in nets.items()}})
+            fail(
+                f"step {state.get('step')}: {name}'s {broken} is not finite; {path} was not "
+                "written; use --precision fp32, or a lower --lr with --fresh"
+            )
+    _write(
+        path,
+        {
+            "schema": SCHEMA,
+            "versions": versions(),
+            "commit": git_commit(),
+            **state,
+            "nets": {
+                name: {"class": type(net).__name__, "args": net.args, "weights": net.state_dict()}
+                for name, net in nets.items()
+            },
+        },
+    )
 
 
 def _write(path, payload):
@@ -487,17 +527,22 @@ def read(path, script=""):
             f.seek(0)
             payload = torch.load(f, map_location="cpu", weights_only=True)
         schema = payload["schema"]
-        if schema == SCHEMA and not all({"class", "args", "weights"} <= set(net)
-                                        for net in payload["nets"].values()):
+        if schema == SCHEMA and not all(
+            {"class", "args", "weights"} <= set(net) for net in payload["nets"].values()
+        ):
             raise KeyError("nets")
     except Exception as e:  # torch raises half a dozen types for damaged or hostile files
         if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):
             raise OSError(e.errno, os.strerror(e.errno), str(path)) from None  # it may be whole
-        raise Damaged(f"{path}: expected a checkpoint of this project, found a damaged or foreign "
-                      f"file ({type(e).__name__}){mend(path, script, word='makes it anew')}") from e
+        raise Damaged(
+            f"{path}: expected a checkpoint of this project, found a damaged or foreign "
+            f"file ({type(e).__name__}){mend(path, script, word='makes it anew')}"
+        ) from e
     if schema != SCHEMA:
-        fail(f"{path}: expected checkpoint schema {SCHEMA}, found {schema}; update the code"
-             f"{mend(path, script, word='makes it anew')}")
+        fail(
+            f"{path}: expected checkpoint schema {SCHEMA}, found {schema}; update the code"
+            f"{mend(path, script, word='makes it anew')}"
+        )
     return payload
 
 
@@ -507,17 +552,23 @@ def build(payload, name, path=Path("checkpoint"), script=""):
         fail(f"{path}: expected a net named {name}, found {', '.join(payload['nets'])}")
     entry, kind = payload["nets"][name], NETS[name]
     if entry["class"] != kind.__name__:
-        fail(f"{path}: expected {name} to be a {kind.__name__}, found a {entry['class']}"
-             f"{mend(path, script)}")
+        fail(
+            f"{path}: expected {name} to be a {kind.__name__}, found a {entry['class']}"
+            f"{mend(path, script)}"
+        )
     try:
         net = kind(**entry["args"])
         net.load_state_dict(entry["weights"])
     except Exception as e:  # the arguments of a foreign file may be anything
-        fail(f"{path}: the weights of {name} do not fit {entry['class']} with {entry['args']} "
-             f"({last_line(e)}){mend(path, script, '--fresh', 'makes it anew')}")
+        fail(
+            f"{path}: the weights of {name} do not fit {entry['class']} with {entry['args']} "
+            f"({last_line(e)}){mend(path, script, '--fresh', 'makes it anew')}"
+        )
     if broken := not_finite(entry["weights"]):
-        fail(f"{path}: {name}'s {broken} is not finite"
-             f"{mend(path, script, '--fresh', 'makes it anew')}")
+        fail(
+            f"{path}: {name}'s {broken} is not finite"
+            f"{mend(path, script, '--fresh', 'makes it anew')}"
+        )
     return net
 
 
@@ -532,16 +583,34 @@ def load_frozen(path, name, device, script=""):
     return build(payload, name, Path(path), script).to(device).eval().requires_grad_(False), payload
 
 
-RUNTIME_ARGS = {"root", "device", "threads", "fresh", "precision", "compile", "tensorboard", "once",
-                "newest", "save_every", "log_every", "arithmetic", "epochs"}  # may change on resume
+RUNTIME_ARGS = {
+    "root",
+    "device",
+    "threads",
+    "fresh",
+    "precision",
+    "compile",
+    "tensorboard",
+    "once",
+    "newest",
+    "save_every",
+    "log_every",
+    "arithmetic",
+    "epochs",
+}  # may change on resume
 
 
 def so_far(args, step, per_epoch, per_step, **data):
     """What each checkpoint says of its training: arguments, step, epoch, and the frames that were
     seen of each source (`per_step`: in one step); `data` is buffer.provenance's."""
-    return dict(args={k: str(v) for k, v in vars(args).items()}, step=step,
-                epoch=step // per_epoch, per_epoch=per_epoch,
-                frames_seen={name: int(n) * step for name, n in per_step.items()}, **data)
+    return dict(
+        args={k: str(v) for k, v in vars(args).items()},
+        step=step,
+        epoch=step // per_epoch,
+        per_epoch=per_epoch,
+        frames_seen={name: int(n) * step for name, n in per_step.items()},
+        **data,
+    )
 
 
 def save_run(path, nets, optim, scaler, **state):
@@ -551,8 +620,15 @@ def save_run(path, nets, optim, scaler, **state):
     anew from seed and step. The schedule follows from the step.
     """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    save(path, nets, optim=optim.state_dict(), scaler=scaler.state_dict(),
-         rng=torch.get_rng_state(), rng_cuda=cuda, **state)
+    save(
+        path,
+        nets,
+        optim=optim.state_dict(),
+        scaler=scaler.state_dict(),
+        rng=torch.get_rng_state(),
+        rng_cuda=cuda,
+        **state,
+    )
 
 
 def hold(path):
@@ -578,8 +654,11 @@ def rotate(folder, prefix, spared=()):
     epochs in `spared`, and those that a process `hold`s; and what a kill left half written."""
     for epoch, path in numbered(folder, f"{prefix}_ep*.pth")[:-KEPT]:
         with suppress(OSError), open(path, "rb") as f:
-            if (epoch % KEPT_EVERY and epoch not in spared
-                    and time.time() - os.fstat(f.fileno()).st_mtime > YOUNG_S):
+            if (
+                epoch % KEPT_EVERY
+                and epoch not in spared
+                and time.time() - os.fstat(f.fileno()).st_mtime > YOUNG_S
+            ):
                 if lock(f, wait=False):  # not where it is held
                     path.unlink()
     for path in folder.glob(".*.pth.*.tmp"):
@@ -626,8 +705,10 @@ def of_these(path, payload, **must):
     """Refuses a payload with other values of `must`: of the nets, as x_key, it was trained on."""
     for key, now in must.items():
         if payload.get(key, now) != now:
-            fail(f"{path}: was trained on another {key.removesuffix('_key')}; add --fresh to start "
-                 "again")
+            fail(
+                f"{path}: was trained on another {key.removesuffix('_key')}; add --fresh to start "
+                "again"
+            )
 
 
 def resume_run(path, nets, optim, scaler, args, made, data_key, **must):
@@ -640,8 +721,10 @@ def resume_run(path, nets, optim, scaler, args, made, data_key, **must):
     """
     checkpoints = numbered(path.parent, made[0])
     if checkpoints and not args.fresh and not path.is_file():
-        fail(f"{checkpoints[-1][1]}: is there but {path.name} is not, so its training cannot go "
-             "on; --fresh sets it aside and starts again")
+        fail(
+            f"{checkpoints[-1][1]}: is there but {path.name} is not, so its training cannot go "
+            "on; --fresh sets it aside and starts again"
+        )
     if args.fresh:
         set_aside(path.parent, (path.name, *made))
     if not path.is_file():
@@ -650,14 +733,18 @@ def resume_run(path, nets, optim, scaler, args, made, data_key, **must):
     of_these(path, payload, **must)
     restore(path, payload, nets, optim, scaler, args)
     if payload["data_key"] != data_key:
-        print(f"{path}: the data has changed since; epochs stay as long as they were, --fresh "
-              "starts again")
+        print(
+            f"{path}: the data has changed since; epochs stay as long as they were, --fresh "
+            "starts again"
+        )
     step, steps = payload["step"], args.epochs * payload["per_epoch"]
     then = payload["args"].get("epochs")
     if then != str(args.epochs) and step < steps:
-        print(f"{path}: goes on to {args.epochs} epochs instead of {then}; "
-              f"the learning rate is a cosine over all {steps} steps, from step {step} on "
-              f"{cosine(step, steps, args.lr):.2g}")
+        print(
+            f"{path}: goes on to {args.epochs} epochs instead of {then}; "
+            f"the learning rate is a cosine over all {steps} steps, from step {step} on "
+            f"{cosine(step, steps, args.lr):.2g}"
+        )
     return payload
 
 
@@ -667,15 +754,21 @@ def restore(path, payload, nets, optim, scaler, args):
     if "per_epoch" not in payload:
         fail(f"{path}: was written by an older version of this code; add --fresh to start again")
     then = {"gauges": "0", "mirror": "0.0", "align": "0.0", **payload["args"]}  # once had none
-    others = [f"--{key} {typed(then.get(key))}, this command has {typed(now)}"
-              for key, now in vars(args).items()
-              if key not in RUNTIME_ARGS and then.get(key) != str(now)]
+    others = [
+        f"--{key} {typed(then.get(key))}, this command has {typed(now)}"
+        for key, now in vars(args).items()
+        if key not in RUNTIME_ARGS and then.get(key) != str(now)
+    ]
     if others:
-        fail(f"{path}: the run to resume had {'; '.join(others)}; repeat its arguments, or add "
-             "--fresh to start again")
+        fail(
+            f"{path}: the run to resume had {'; '.join(others)}; repeat its arguments, or add "
+            "--fresh to start again"
+        )
     if then.get("arithmetic") != args.arithmetic:
-        print(f"{path}: goes on with {args.arithmetic} instead of {then.get('arithmetic')}, so its "
-              "losses may differ in their last digits")
+        print(
+            f"{path}: goes on with {args.arithmetic} instead of {then.get('arithmetic')}, so its "
+            "losses may differ in their last digits"
+        )
     try:
         for name, net in nets.items():
             net.load_state_dict(payload["nets"][name]["weights"])
@@ -683,7 +776,7 @@ def restore(path, payload, nets, optim, scaler, args):
         if payload["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(payload["scaler"])
         torch.set_rng_state(payload["rng"])
-        for i, state in enumerate(payload["rng_cuda"][:torch.cuda.device_count()]):
+        for i, state in enumerate(payload["rng_cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state, i)
     except Exception as e:  # a foreign file may hold anything
         fail(f"{path}: does not fit this run ({last_line(e)}); add --fresh to start again")
@@ -700,8 +793,10 @@ def already_trained(path, epochs, args, write):
         write()
         print(f"{e}; written anew")
     asked = f", {args.epochs} were asked for" if args.epochs < epochs else ""
-    print(f"already trained: {path}, {epochs} epochs{asked}; a larger --epochs goes on, --fresh "
-          "starts again")
+    print(
+        f"already trained: {path}, {epochs} epochs{asked}; a larger --epochs goes on, --fresh "
+        "starts again"
+    )
     return 0
 
 
@@ -726,8 +821,10 @@ def cosine(step, steps, peak, warmup=0.05):
 def refuse_nan(loss, when):
     """Refuses a loss (or whatever number) that is not finite."""
     if not math.isfinite(loss):
-        fail(f"{when}: the loss is {float(loss)}; nothing was saved over the last good file; use "
-             "--precision fp32, or a lower --lr with --fresh")
+        fail(
+            f"{when}: the loss is {float(loss)}; nothing was saved over the last good file; use "
+            "--precision fp32, or a lower --lr with --fresh"
+        )
 
 
 def optimise(loss, nets, optim, scaler, lr, when="a step", clip=1.0):
@@ -761,8 +858,10 @@ def _refuse_infinite(seen, arrived, when, scaler):
     loss, norm = seen.tolist()
     refuse_nan(loss, when)
     if not scaler.is_enabled() and not math.isfinite(norm):
-        fail(f"{when}: the gradient's norm is {norm}; nothing was saved over the last good file; "
-             "use --precision fp32, or a lower --lr with --fresh")
+        fail(
+            f"{when}: the gradient's norm is {norm}; nothing was saved over the last good file; "
+            "use --precision fp32, or a lower --lr with --fresh"
+        )
 
 
 def epoch_of(path):
@@ -780,8 +879,10 @@ def latest(folder, prefix):
 def some_root(root):
     """The Path of a ROOT; refuses one that is not there, where other nets would drive instead."""
     if not Path(root).is_dir():
-        fail(f"--root {root}: no such folder; leave --root out for the current one, or the weights "
-             "that come with the code")
+        fail(
+            f"--root {root}: no such folder; leave --root out for the current one, or the weights "
+            "that come with the code"
+        )
     return Path(root)
 
 
@@ -790,13 +891,17 @@ def models_of(root, models=None, say=print):
     with the code; says so."""
     if models is not None:
         if not latest(models, "encoder_mixed").is_file():
-            fail(f"--models {models}: no encoder_mixed_ep*.pth there; expected a folder of weights "
-                 "such as models/pretrained")
+            fail(
+                f"--models {models}: no encoder_mixed_ep*.pth there; expected a folder of weights "
+                "such as models/pretrained"
+            )
         return Path(models)
     models = Path(root) / "models"
     if (models / "encoder_resume.pth").exists() and not latest(models, "encoder_mixed").exists():
-        fail(f"{models}: its encoder has not finished an epoch; "
-             f"{command('train_encoder.py', root)} goes on{meanwhile(models)}")
+        fail(
+            f"{models}: its encoder has not finished an epoch; "
+            f"{command('train_encoder.py', root)} goes on{meanwhile(models)}"
+        )
     ours, shipped = (latest(folder, "encoder_mixed") for folder in (models, PRETRAINED))
     if shipped.exists() and not ours.exists():
         models = Path(os.path.relpath(PRETRAINED))
@@ -807,28 +912,38 @@ def models_of(root, models=None, say=print):
 def meanwhile(models):
     """The end of a line about nets that a folder lacks: how to take those that come with the code
     until they are trained."""
-    if (Path(models).resolve() == PRETRAINED.resolve()
-            or not latest(PRETRAINED, "encoder_mixed").is_file()):
+    if (
+        Path(models).resolve() == PRETRAINED.resolve()
+        or not latest(PRETRAINED, "encoder_mixed").is_file()
+    ):
         return ""
-    return (f"; meanwhile --models {typed(os.path.relpath(PRETRAINED))} takes the weights that come "
-            "with the code")
+    return (
+        f"; meanwhile --models {typed(os.path.relpath(PRETRAINED))} takes the weights that come "
+        "with the code"
+    )
 
 
 def need_nets(models, root):
     """Refuses a folder with an encoder that lacks what drives with it: says what makes that."""
-    needed = {latest(models, "predictor"): "train_predictor.py",
-              models / "cost_model_final.pth": "train_cost_model.py"}
+    needed = {
+        latest(models, "predictor"): "train_predictor.py",
+        models / "cost_model_final.pth": "train_cost_model.py",
+    }
     lacking = [path for path in needed if not path.is_file()]
     if lacking:
         names = " and ".join(map(str, lacking))
         made = " and ".join(command(needed[path], root) for path in lacking)
-        fail(f"{names}: not found; {made} " + ("makes it" if len(lacking) == 1 else "make them")
-             + meanwhile(models))
+        fail(
+            f"{names}: not found; {made} "
+            + ("makes it" if len(lacking) == 1 else "make them")
+            + meanwhile(models)
+        )
 
 
 def fingerprint(net):
     """16 hex digits that change with any weight or buffer of the net."""
     import hashlib
+
     h = hashlib.sha256()
     for name, t in sorted(net.state_dict().items()):
         h.update(name.encode())
@@ -847,8 +962,11 @@ def describe(path):
         size = sum(t.numel() for t in entry["weights"].values())
         print(f"{name:12} {entry['class']} {size / 1e6:.2f}M {entry['args']}")
     if script := next((SCRIPTS[name] for name in SCRIPTS if args and name in nets), None):
-        flags = [f"--{key}" + f" {typed(value)}" * (value != "True") for key, value in args.items()
-                 if key != "arithmetic" and value not in ("None", "False")]
+        flags = [
+            f"--{key}" + f" {typed(value)}" * (value != "True")
+            for key, value in args.items()
+            if key != "arithmetic" and value not in ("None", "False")
+        ]
         print(f"{'command':12} python {script} {' '.join(flags)}")
         print(f"{'arithmetic':12} {args.get('arithmetic', 'unknown')}")
     for key, value in payload.items():
@@ -857,8 +975,12 @@ def describe(path):
         print(f"{key:12} {value}")
 
 
-SCRIPTS = {"encoder": "train_encoder.py", "decoder": "train_decoder.py",
-           "cost": "train_cost_model.py", "predictor": "train_predictor.py"}  # an encoder's file
+SCRIPTS = {
+    "encoder": "train_encoder.py",
+    "decoder": "train_decoder.py",
+    "cost": "train_cost_model.py",
+    "predictor": "train_predictor.py",
+}  # an encoder's file
 # holds a predictor too
 
 
@@ -884,10 +1006,14 @@ def export_safetensors(path, out):
     tensors `net.parameter`; class and arguments of each net as JSON in the file's metadata.
     """
     nets = read(path)["nets"]
-    weights = {f"{name}.{key}": tensor.contiguous()
-               for name, entry in nets.items() for key, tensor in entry["weights"].items()}
-    about = {name: json.dumps({k: entry[k] for k in ("class", "args")})
-             for name, entry in nets.items()}
+    weights = {
+        f"{name}.{key}": tensor.contiguous()
+        for name, entry in nets.items()
+        for key, tensor in entry["weights"].items()
+    }
+    about = {
+        name: json.dumps({k: entry[k] for k in ("class", "args")}) for name, entry in nets.items()
+    }
     body = optional("safetensors.torch", "safetensors").save(weights, about)
     replace_atomically(out, lambda f: f.write(body))
     print(f"{out}: {len(weights)} tensors of {', '.join(nets)}")
@@ -896,8 +1022,12 @@ def export_safetensors(path, out):
 def main():
     p = Parser(description="what a checkpoint holds")
     p.add_argument("files", nargs="+", type=Path, help="checkpoints to describe")
-    p.add_argument("--safetensors", type=output_file, metavar="OUT",
-                   help="write the weights of the one file to OUT instead")
+    p.add_argument(
+        "--safetensors",
+        type=output_file,
+        metavar="OUT",
+        help="write the weights of the one file to OUT instead",
+    )
     args = p.parse_args()
     if args.safetensors and len(args.files) > 1:
         p.error("--safetensors takes one file at a time")

@@ -26,13 +26,29 @@ from tqdm import tqdm
 
 from buffer import DEFAULT, chunk_files, load_sources, made_by, provenance
 from car_env import ZOOM_STEPS
-from networks import (FORESIGHT, CostModel, already_trained, arithmetic_of, cosine, fingerprint,
-                      latest, load_frozen, optimise, refuse_nan, resume_run, save, save_run, so_far)
+from networks import (
+    FORESIGHT,
+    CostModel,
+    already_trained,
+    arithmetic_of,
+    cosine,
+    fingerprint,
+    latest,
+    load_frozen,
+    optimise,
+    refuse_nan,
+    resume_run,
+    save,
+    save_run,
+    so_far,
+)
 from support.cli import Number, Stop, fail, optimisation, parser, run, stopped
 from support.pictures import ornament, plain, pyplot, save_figure
 from support.progress import progress
 from support.training import RunLog, autocast, only_run, set_up
-from train_predictor import Sampler as DreamSampler, evaluate as dream_errors, load_latents
+from train_predictor import Sampler as DreamSampler
+from train_predictor import evaluate as dream_errors
+from train_predictor import load_latents
 
 EXPERT, RANDOM = "data_race", "data"  # the classes; recovery is between and trains the value only
 RECOVERY = "data_recovery"
@@ -43,10 +59,15 @@ GOOD_DREAM, CAREFUL = 0.12, 0.5  # of copy-last's error, at most, for full gas; 
 def arguments():
     p = parser(__doc__, data=True, shares=False)
     g = p.add_argument_group("model")
-    g.add_argument("--hidden", type=Number(int, 1, 16384), default=256,
-                   help="width of classifier and value")
-    g.add_argument("--shrinkage", type=Number(float, 1e-6, 0.99), default=0.05,
-                   help="density: fixed share of a round covariance mixed into the experts' own")
+    g.add_argument(
+        "--hidden", type=Number(int, 1, 16384), default=256, help="width of classifier and value"
+    )
+    g.add_argument(
+        "--shrinkage",
+        type=Number(float, 1e-6, 0.99),
+        default=0.05,
+        help="density: fixed share of a round covariance mixed into the experts' own",
+    )
     optimisation(p, batch_size=1024, epochs=8, steps_per_epoch=250, lr=2e-3, weight_decay=1e-2)
     return p.parse_args()
 
@@ -76,8 +97,9 @@ class Sampler:
         self.starts = latents.starts(chunks, self.length, skip=ZOOM_STEPS)
         if len(self.starts) == 0:
             more = (self.length - 1) * latents.repeat
-            latents.refuse_short(chunks, ZOOM_STEPS + more,
-                                 f", {ZOOM_STEPS} of zoom and {more} more")
+            latents.refuse_short(
+                chunks, ZOOM_STEPS + more, f", {ZOOM_STEPS} of zoom and {more} more"
+            )
 
     def real(self, count, seed=0):
         """(N, D): at most `count` of the latents, chosen at random."""
@@ -90,8 +112,10 @@ class Sampler:
         """About (count, D) on the device: half real, half imagined up to the whole horizon; with a
         cost model also (count,), its `came` after each."""
         H = self.K - 1
-        z, act = (x.to(device) for x in self.latents.windows(
-            rng.choice(self.starts, max(1, count // 8)), self.length))
+        z, act = (
+            x.to(device)
+            for x in self.latents.windows(rng.choice(self.starts, max(1, count // 8)), self.length)
+        )
         with autocast(device, dtype):
             dreamt = self.predictor.rollout(z[:, 0], act[:, :H]).float()
         pick = torch.from_numpy(rng.integers(H, size=(4, len(z)))).to(device)
@@ -108,14 +132,17 @@ def evaluate(cost, held, ahead, device, dtype, when="held out"):
     """Held-out energies {(kind, source): (N,)}, AUC of random over expert {kind: float}, and R² of
     what is foretold of held-out recoveries."""
     from sklearn.metrics import roc_auc_score  # 1 s, which a refusal need not take
-    energies = {(kind, name): cost.energy(s.real(4000, 1).to(device), kind).cpu().numpy()
-                for name, s in held.items() for kind in ("classifier", "density")}
+
+    energies = {
+        (kind, name): cost.energy(s.real(4000, 1).to(device), kind).cpu().numpy()
+        for name, s in held.items()
+        for kind in ("classifier", "density")
+    }
     refuse_nan(sum(e.sum() for e in energies.values()), when)
     auc = {}
     for kind in ("classifier", "density"):
         e, c = energies[kind, EXPERT], energies[kind, RANDOM]
-        auc[kind] = float(roc_auc_score(np.r_[np.zeros(len(e)), np.ones(len(c))],
-                                        np.r_[e, c]))
+        auc[kind] = float(roc_auc_score(np.r_[np.zeros(len(e)), np.ones(len(c))], np.r_[e, c]))
     z, to_come = ahead.mixed(4000, np.random.default_rng(1), device, dtype)
     return energies, auc, 1 - float(value_loss(cost, z, to_come) / to_come.var())
 
@@ -126,8 +153,10 @@ def max_gas(predictor, held, device, dtype):
     rows = dream_errors(predictor, held, device, dtype)
     share = float(rows["predictor"][-1] / rows["copy-last"][-1])
     gas = 1.0 if share <= GOOD_DREAM else CAREFUL
-    tqdm.write(f"gas up to {gas:g}: {len(rows['predictor'])} steps ahead the predictor's error is "
-               f"{share:.3f} of copy-last's, {'over' if gas < 1 else 'at most'} {GOOD_DREAM}")
+    tqdm.write(
+        f"gas up to {gas:g}: {len(rows['predictor'])} steps ahead the predictor's error is "
+        f"{share:.3f} of copy-last's, {'over' if gas < 1 else 'at most'} {GOOD_DREAM}"
+    )
     return gas
 
 
@@ -140,11 +169,18 @@ def draw_energies(energies, auc, path):
         rows = {name: e for (k, name), e in energies.items() if k == kind}
         if kind == "density":
             rows = {name: np.log10(e + 1e-6) for name, e in rows.items()}
-        edges = np.linspace(min(e.min() for e in rows.values()),
-                            max(e.max() for e in rows.values()), 60)
+        edges = np.linspace(
+            min(e.min() for e in rows.values()), max(e.max() for e in rows.values()), 60
+        )
         for name, e in rows.items():
-            ax.hist(e, edges, histtype="stepfilled", alpha=0.45, density=True,
-                    label=plain(names.get(name, name)))
+            ax.hist(
+                e,
+                edges,
+                histtype="stepfilled",
+                alpha=0.45,
+                density=True,
+                label=plain(names.get(name, name)),
+            )
         ax.set_title(f"{kind}: AUC {auc[kind]:.3f}, random over expert", fontsize=9)
         ax.set_xlabel("energy (logit)" if kind == "classifier" else "log10 of the energy")
         ax.set_ylabel("density of held-out frames")
@@ -157,25 +193,38 @@ def main():
     began, stop = time.monotonic(), Stop()
     device, dtype = set_up(args, was=arithmetic_of("cost_model_resume.pth", args))
     args.data = args.data or list(DEFAULT)
-    if missing := [name for name in (EXPERT, RANDOM, RECOVERY)
-                   if name not in args.data or not chunk_files(args.root / name)]:
+    if missing := [
+        name
+        for name in (EXPERT, RANDOM, RECOVERY)
+        if name not in args.data or not chunk_files(args.root / name)
+    ]:
         how = "; ".join(made_by(args.root / name) for name in missing)
-        fail(f"--data {' '.join(args.data)}: the cost model needs {EXPERT}, {RANDOM} and "
-             f"{RECOVERY} to tell experts from random driving, and there is no episode of "
-             f"{' and '.join(missing)}; {how}")
+        fail(
+            f"--data {' '.join(args.data)}: the cost model needs {EXPERT}, {RANDOM} and "
+            f"{RECOVERY} to tell experts from random driving, and there is no episode of "
+            f"{' and '.join(missing)}; {how}"
+        )
     sources = load_sources(args, ZOOM_STEPS + 2)
     only_run(args, "cost_model")
     models = args.root / "models"
-    predictor, payload = load_frozen(latest(models, "predictor"), "predictor", device,
-                                     "train_predictor.py")
-    latents, encoder, key = load_latents(args, device, dtype, sources, stop,
-                                         "cost_model_resume.pth", payload)
-    parts = [{name: Sampler(latents, split[part], predictor, payload["horizon"])
-              for name, split in sources.items()} for part in (0, 1)]
+    predictor, payload = load_frozen(
+        latest(models, "predictor"), "predictor", device, "train_predictor.py"
+    )
+    latents, encoder, key = load_latents(
+        args, device, dtype, sources, stop, "cost_model_resume.pth", payload
+    )
+    parts = [
+        {
+            name: Sampler(latents, split[part], predictor, payload["horizon"])
+            for name, split in sources.items()
+        }
+        for part in (0, 1)
+    ]
     train, held = parts
     cost = CostModel(encoder.dim, args.hidden).to(device)
-    recovery, held_recovery = (Sampler(latents, part, predictor, payload["horizon"], cost)
-                               for part in sources[RECOVERY])
+    recovery, held_recovery = (
+        Sampler(latents, part, predictor, payload["horizon"], cost) for part in sources[RECOVERY]
+    )
     if args.compile:
         cost.net.compile()
         cost.value.compile()
@@ -183,35 +232,52 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=False)  # small and in fp32
     data = provenance(sources) | dict(encoder_key=key, predictor_key=fingerprint(predictor))
     resume = models / "cost_model_resume.pth"
-    saved = resume_run(resume, {"cost": cost}, optim, scaler, args,
-                       ("cost_model_final.pth", "cost_model.jsonl"), **data)
+    saved = resume_run(
+        resume,
+        {"cost": cost},
+        optim,
+        scaler,
+        args,
+        ("cost_model_final.pth", "cost_model.jsonl"),
+        **data,
+    )
     step = saved["step"] if saved else 0
-    per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or max(
-        1, len(train[EXPERT].starts) // args.batch_size)
+    per_epoch = (
+        saved["per_epoch"]
+        if saved
+        else args.steps_per_epoch or max(1, len(train[EXPERT].starts) // args.batch_size)
+    )
     steps, final = args.epochs * per_epoch, models / "cost_model_final.pth"
     frames = dict.fromkeys((EXPERT, RANDOM, RECOVERY), args.batch_size)  # of a step
     state = lambda step: so_far(args, step, per_epoch, frames, **data)
-    judged = lambda step: evaluate(cost, held, held_recovery, device, dtype,
-                                   f"step {step}, held out")
-    gas_of = lambda: max_gas(predictor, DreamSampler(latents, sources, 1, 512, payload["horizon"]),
-                             device, dtype)
-    write = lambda step, auc, r2: save(final, {"cost": cost}, **state(step), auc=auc, r2_value=r2,
-                                       max_gas=gas_of())
+    judged = lambda step: evaluate(
+        cost, held, held_recovery, device, dtype, f"step {step}, held out"
+    )
+    gas_of = lambda: max_gas(
+        predictor, DreamSampler(latents, sources, 1, 512, payload["horizon"]), device, dtype
+    )
+    write = lambda step, auc, r2: save(
+        final, {"cost": cost}, **state(step), auc=auc, r2_value=r2, max_gas=gas_of()
+    )
     if step >= steps:
-        return already_trained(final, step // per_epoch, args,
-                               lambda: write(step, *judged(step)[1:]))
+        return already_trained(
+            final, step // per_epoch, args, lambda: write(step, *judged(step)[1:])
+        )
     log = RunLog(args, "cost_model", resumed=bool(saved))
     keep = lambda step: save_run(resume, {"cost": cost}, optim, scaler, **state(step))
     if not saved:  # else it is in the file, and what the value has learned so far rests on it
-        cost.fit_density(*(train[k].real(DENSITY_SAMPLE).to(device) for k in (EXPERT, RANDOM)),
-                         args.shrinkage)
+        cost.fit_density(
+            *(train[k].real(DENSITY_SAMPLE).to(device) for k in (EXPERT, RANDOM)), args.shrinkage
+        )
         keep(step)  # the last file is never there without it
     last_save = time.monotonic()
-    for step in progress(range(step, steps), initial=step, total=steps, desc="cost model",
-                         unit="step"):
+    for step in progress(
+        range(step, steps), initial=step, total=steps, desc="cost model", unit="step"
+    ):
         rng = np.random.default_rng([args.seed, step])
-        expert, chaos = (train[k].mixed(args.batch_size, rng, device, dtype)
-                         for k in (EXPERT, RANDOM))
+        expert, chaos = (
+            train[k].mixed(args.batch_size, rng, device, dtype) for k in (EXPERT, RANDOM)
+        )
         loss, logs = loss_fn(cost, expert, chaos)
         ahead = value_loss(cost, *recovery.mixed(args.batch_size, rng, device, dtype))
         loss, logs["value"] = loss + ahead, ahead.detach()
@@ -236,9 +302,11 @@ def main():
                 draw_energies(energies, auc, histogram)
         if stop and step + 1 < steps:
             return stopped(args, f"at step {step + 1} of {steps}")
-    print(f"{final} in {(time.monotonic() - began) / 60:.1f} min; held-out AUC of "
-          f"random over expert: classifier {auc['classifier']:.3f}, density {auc['density']:.3f}; "
-          f"R² of the energy to come of recoveries {r2:.3f}")
+    print(
+        f"{final} in {(time.monotonic() - began) / 60:.1f} min; held-out AUC of "
+        f"random over expert: classifier {auc['classifier']:.3f}, density {auc['density']:.3f}; "
+        f"R² of the energy to come of recoveries {r2:.3f}"
+    )
     return 0
 
 

@@ -22,11 +22,41 @@ import torch.nn.functional as F
 
 from buffer import Loader, load_sources, provenance, sample_frames
 from car_env import ZOOM_STEPS
-from networks import (TinyDecoder, arithmetic_of, build, epoch_of, fingerprint, hold, latest,
-                      load_frozen, numbered, optimise, read, read_run, refuse_nan, restore, rotate,
-                      save, save_run, set_aside, so_far, stack)
-from support.cli import (Number, Refusal, Stop, batch_number, command, fail, parser, positive, rate,
-                         run, stopped)
+from networks import (
+    TinyDecoder,
+    arithmetic_of,
+    build,
+    epoch_of,
+    fingerprint,
+    hold,
+    latest,
+    load_frozen,
+    numbered,
+    optimise,
+    read,
+    read_run,
+    refuse_nan,
+    restore,
+    rotate,
+    save,
+    save_run,
+    set_aside,
+    so_far,
+    stack,
+)
+from support.cli import (
+    Number,
+    Refusal,
+    Stop,
+    batch_number,
+    command,
+    fail,
+    parser,
+    positive,
+    rate,
+    run,
+    stopped,
+)
 from support.pictures import ornament, plain, pyplot, save_figure
 from support.progress import progress
 from support.training import RunLog, autocast, on_device, only_run, set_up
@@ -40,11 +70,16 @@ def arguments():
     p = parser(__doc__, data=True)
     g = p.add_argument_group("watching")
     g.add_argument("--once", action="store_true", help="draw what is there, do not wait for more")
-    g.add_argument("--newest", action="store_true",
-                   help="draw only the newest of the checkpoints there are")
+    g.add_argument(
+        "--newest", action="store_true", help="draw only the newest of the checkpoints there are"
+    )
     g = p.add_argument_group("model")
-    g.add_argument("--width", type=Number(int, 2, 1024), default=64,
-                   help="channels of the decoder's last but one map, times 4 in its first")
+    g.add_argument(
+        "--width",
+        type=Number(int, 2, 1024),
+        default=64,
+        help="channels of the decoder's last but one map, times 4 in its first",
+    )
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=positive, default=600, help="on each checkpoint")
     g.add_argument("--batch_size", type=batch_number, default=128, help="frames in a step")
@@ -84,8 +119,11 @@ def version(path):
 def waiting(models, visuals, given_up, newest):
     """Encoder checkpoints that are not drawn yet, in numeric order: [(epoch, path)]."""
     found = numbered(models, "encoder_mixed_ep*.pth")
-    return [(n, p) for n, p in found[-1 if newest else 0:] if (n, version(p)) not in given_up
-            and not drawn(n, p, models, visuals)]
+    return [
+        (n, p)
+        for n, p in found[-1 if newest else 0 :]
+        if (n, version(p)) not in given_up and not drawn(n, p, models, visuals)
+    ]
 
 
 def drawn(epoch, path, models, visuals):
@@ -108,11 +146,12 @@ def draw_sheet(real, painted, names, epoch, path):
     error = (real - painted).abs().mean(dim=(1, 2, 3)) * 255
     sources = list(dict.fromkeys(names))
     n = len(sources)
-    fig, axes = plt.subplots(2 * n, PICTURES, figsize=(1.75 * PICTURES, 3.7 * n),
-                             layout="constrained")
+    fig, axes = plt.subplots(
+        2 * n, PICTURES, figsize=(1.75 * PICTURES, 3.7 * n), layout="constrained"
+    )
     for i, name in enumerate(sources):
         own = [j for j, source in enumerate(names) if source == name]
-        for ax in axes[2 * i:2 * i + 2, len(own):].flat:
+        for ax in axes[2 * i : 2 * i + 2, len(own) :].flat:
             ax.axis("off")
         for k, j in enumerate(own[:PICTURES]):
             for row, frame in ((2 * i, real[j]), (2 * i + 1, painted[j])):
@@ -146,17 +185,19 @@ def main():
     resume = models / "decoder_resume.pth"
     sources = load_sources(args, ZOOM_STEPS + 2)
     if args.once and not numbered(models, "encoder_mixed_ep*.pth"):
-        fail(f"{models}/encoder_mixed_ep1.pth: not found; {command('train_encoder.py', args.root)} "
-             "makes it")
+        fail(
+            f"{models}/encoder_mixed_ep1.pth: not found; {command('train_encoder.py', args.root)} "
+            "makes it"
+        )
     only_run(args, "decoder")
     if args.fresh:
         set_aside(models, MADE)
         set_aside(visuals, ("reconstruct_ep*.png",))
     log = RunLog(args, "decoder", resumed=True)  # one log for all checkpoints, the present one last
-    given_up, last, idle = set(), None, False
+    given_up, last, idle, locks = set(), None, False, []
     while not stop:
         todo = waiting(models, visuals, given_up, args.newest)
-        held = [hold(path) for _, path in todo]  # until the next look no rotation deletes them
+        locks[:] = [hold(path) for _, path in todo]  # until the next look no rotation deletes them
         if not todo:
             if args.once or last and last.get("done") or not idle and finished(models, visuals):
                 break
@@ -178,16 +219,26 @@ def main():
             print(f"skipped: {bad}", flush=True)
             continue
         torch.manual_seed(args.seed)  # what is learned of a checkpoint depends on files alone
-        nets = {"decoder": warm_start(models, epoch, encoder.dim, args.width).to(
-            device, memory_format=torch.channels_last)}
+        nets = {
+            "decoder": warm_start(models, epoch, encoder.dim, args.width).to(
+                device, memory_format=torch.channels_last
+            )
+        }
         decoder = nets["decoder"].train()
         optim = torch.optim.AdamW(decoder.parameters(), args.lr)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         if args.compile:
             decoder.compile()
-        loader = Loader([s[0] for s in sources.values()], args.batch_size, 1, encoder.history,
-                        encoder.repeat, args.shares, args.seed + epoch,
-                        pinned=device.type == "cuda")
+        loader = Loader(
+            [s[0] for s in sources.values()],
+            args.batch_size,
+            1,
+            encoder.history,
+            encoder.repeat,
+            args.shares,
+            args.seed + epoch,
+            pinned=device.type == "cuda",
+        )
         data = provenance(sources) | {"encoder_key": fingerprint(encoder)}
         frames = dict(zip(sources, loader.counts))  # of a step
         state = lambda step: so_far(args, step, args.steps, frames, **data) | {"epoch": epoch}
@@ -196,8 +247,13 @@ def main():
             restore(resume, half, nets, optim, scaler, args)
             i = half["step"]
         batches = on_device(loader.batches(i), device)
-        for i in progress(range(i, args.steps), desc=f"decoder, epoch {epoch}", unit="step",
-                          initial=i, total=args.steps):
+        for i in progress(
+            range(i, args.steps),
+            desc=f"decoder, epoch {epoch}",
+            unit="step",
+            initial=i,
+            total=args.steps,
+        ):
             obs = next(batches)[0]
             with autocast(device, dtype):
                 with torch.no_grad():
@@ -216,8 +272,12 @@ def main():
         if i + 1 < args.steps:
             break  # stopped and saved: the same command goes on here
         decoder.eval()
-        shown = {name: sample_frames(s[1], encoder.history, encoder.repeat, PICTURES, 3, fields=(),
-                                     skip=ZOOM_STEPS)[0] for name, s in sources.items()}
+        shown = {
+            name: sample_frames(
+                s[1], encoder.history, encoder.repeat, PICTURES, 3, fields=(), skip=ZOOM_STEPS
+            )[0]
+            for name, s in sources.items()
+        }
         obs, names = torch.cat(list(shown.values())), [n for n, own in shown.items() for _ in own]
         painted = reconstruct(encoder, decoder, obs, device, dtype)
         refuse_nan(painted.sum(), f"step {args.steps} on epoch {epoch}, held out")
@@ -240,8 +300,12 @@ def main():
     minutes = f"{(time.monotonic() - began) / 60:.1f} min"
     if stop:
         return stopped(args, f"after {minutes}")
-    print(f"done in {minutes}" if last else f"nothing to draw: what is whole in {models} has its "
-          f"decoder and its sheet in {visuals}; --fresh draws them anew")
+    print(
+        f"done in {minutes}"
+        if last
+        else f"nothing to draw: what is whole in {models} has its "
+        f"decoder and its sheet in {visuals}; --fresh draws them anew"
+    )
     return 0
 
 

@@ -28,14 +28,45 @@ from tqdm import tqdm
 
 from buffer import Loader, load_sources, provenance, sample_frames, shares_of
 from car_env import MAX_STEPS, SCENE_H, TELEMETRY, ZOOM_STEPS, mirrored
-from networks import (PANEL, BendModel, InverseModel, Predictor, Projector, TinyEncoder,
-                      already_trained, arithmetic_of, cosine, optimise, over_ranks, refuse_nan,
-                      reopen, resume_run, rotate, save, save_run, so_far, stack, unit_act)
+from networks import (
+    PANEL,
+    BendModel,
+    InverseModel,
+    Predictor,
+    Projector,
+    TinyEncoder,
+    already_trained,
+    arithmetic_of,
+    cosine,
+    optimise,
+    over_ranks,
+    refuse_nan,
+    reopen,
+    resume_run,
+    rotate,
+    save,
+    save_run,
+    so_far,
+    stack,
+    unit_act,
+)
 from support.cli import Number, Stop, fail, fraction, optimisation, parser, run, stopped, weight
 from support.pictures import ornament
 from support.progress import progress
-from support.training import (RANK, RANKS, RunLog, autocast, encoded_at_once, in_turn, name_of,
-                              on_device, only_run, same_start, set_up, stopped_anywhere)
+from support.training import (
+    RANK,
+    RANKS,
+    RunLog,
+    autocast,
+    encoded_at_once,
+    in_turn,
+    name_of,
+    on_device,
+    only_run,
+    same_start,
+    set_up,
+    stopped_anywhere,
+)
 from vicreg import covariance, effective_rank, gather, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
@@ -59,45 +90,89 @@ MADE = ("encoder_mixed_ep*.pth", "encoder.jsonl", "decoder_ep*.pth")  # a fresh 
 def arguments(argv=None):
     p = parser(__doc__, data=True)
     g = p.add_argument_group("model")
-    g.add_argument("--width", type=Number(float, 0, 8, above=True), default=1.0,
-                   help="channels over ResNet-18's; 0.25 learns ten times faster on a CPU")
-    g.add_argument("--dim", type=Number(int, 3, 8192), default=512,
-                   help="size of a latent; 128 learns in fewer steps and plans faster")
-    g.add_argument("--embedding", type=Number(int, 3, 16384), default=1024,
-                   help="vicreg: size of its expander")
-    g.add_argument("--history", type=Number(int, 1, 16), default=3,
-                   help="frames a latent sees; one hides speed and yaw rate")
-    g.add_argument("--strides", type=Number(int, 1, 8), nargs=4, default=[1, 2, 2, 2],
-                   help="of ResNet-18's stages, product 8; 2 2 2 1 is twice as fast")
-    g.add_argument("--gauges", type=Number(int, 0, PANEL - 1),
-                   help="numbers of a latent that are principal components of the instruments' "
-                        "pixels, straight from the frame (joint 8, vicreg 0): what they hold needs "
-                        "no learning")
-    g.add_argument("--repeat", type=Number(int, 1, 10), default=2,
-                   help="environment steps between frames, and between latents: 2 is 25 Hz; with "
-                        "more than 10 no episode of 1000 steps is long enough for the cost model")
+    g.add_argument(
+        "--width",
+        type=Number(float, 0, 8, above=True),
+        default=1.0,
+        help="channels over ResNet-18's; 0.25 learns ten times faster on a CPU",
+    )
+    g.add_argument(
+        "--dim",
+        type=Number(int, 3, 8192),
+        default=512,
+        help="size of a latent; 128 learns in fewer steps and plans faster",
+    )
+    g.add_argument(
+        "--embedding", type=Number(int, 3, 16384), default=1024, help="vicreg: size of its expander"
+    )
+    g.add_argument(
+        "--history",
+        type=Number(int, 1, 16),
+        default=3,
+        help="frames a latent sees; one hides speed and yaw rate",
+    )
+    g.add_argument(
+        "--strides",
+        type=Number(int, 1, 8),
+        nargs=4,
+        default=[1, 2, 2, 2],
+        help="of ResNet-18's stages, product 8; 2 2 2 1 is twice as fast",
+    )
+    g.add_argument(
+        "--gauges",
+        type=Number(int, 0, PANEL - 1),
+        help="numbers of a latent that are principal components of the instruments' "
+        "pixels, straight from the frame (joint 8, vicreg 0): what they hold needs "
+        "no learning",
+    )
+    g.add_argument(
+        "--repeat",
+        type=Number(int, 1, 10),
+        default=2,
+        help="environment steps between frames, and between latents: 2 is 25 Hz; with "
+        "more than 10 no episode of 1000 steps is long enough for the cost model",
+    )
     g = p.add_argument_group("objective")
-    g.add_argument("--objective", choices=["joint", "vicreg"], default="joint",
-                   help="joint drives; vicreg is the plain two-view loss")
-    g.add_argument("--targets", type=Number(int, 1, MAX_STEPS), nargs="+", default=[1, 3, 8],
-                   help="joint: steps of the dream that are compared with encoded frames; each "
-                        "costs as much as the window's first, the steps between nearly nothing")
+    g.add_argument(
+        "--objective",
+        choices=["joint", "vicreg"],
+        default="joint",
+        help="joint drives; vicreg is the plain two-view loss",
+    )
+    g.add_argument(
+        "--targets",
+        type=Number(int, 1, MAX_STEPS),
+        nargs="+",
+        default=[1, 3, 8],
+        help="joint: steps of the dream that are compared with encoded frames; each "
+        "costs as much as the window's first, the steps between nearly nothing",
+    )
     g.add_argument("--pred", type=weight, default=25.0, help="joint: weight of the prediction")
-    g.add_argument("--std", type=weight,
-                   help="weight of the variance hinge (joint 16, vicreg 25)")
+    g.add_argument("--std", type=weight, help="weight of the variance hinge (joint 16, vicreg 25)")
     g.add_argument("--cov", type=weight, default=1.0, help="weight of the covariance term")
-    g.add_argument("--inverse", type=weight, default=2.0,
-                   help="joint: weight of inverse dynamics")
-    g.add_argument("--bend", type=weight, default=15.0,
-                   help="joint: weight of telling how a picture was bent, which teaches where the "
-                        "road lies and where it leads; 0 leaves the bent pictures out")
-    g.add_argument("--align", type=weight, default=0.0,
-                   help="joint: weight of telling how to bend a picture straight, so that all look "
-                        "alike: where the road lies, not only how far it was moved; needs --bend. "
-                        "The weights that come with the code have 25, with --pred 30 --cov 2")
-    g.add_argument("--mirror", type=fraction, default=0.0,
-                   help="share of the windows with left and right exchanged, in pictures and "
-                        "steering: a lap has few bends to the right, 0.5 knows more of them")
+    g.add_argument("--inverse", type=weight, default=2.0, help="joint: weight of inverse dynamics")
+    g.add_argument(
+        "--bend",
+        type=weight,
+        default=15.0,
+        help="joint: weight of telling how a picture was bent, which teaches where the "
+        "road lies and where it leads; 0 leaves the bent pictures out",
+    )
+    g.add_argument(
+        "--align",
+        type=weight,
+        default=0.0,
+        help="joint: weight of telling how to bend a picture straight, so that all look "
+        "alike: where the road lies, not only how far it was moved; needs --bend. "
+        "The weights that come with the code have 25, with --pred 30 --cov 2",
+    )
+    g.add_argument(
+        "--mirror",
+        type=fraction,
+        default=0.0,
+        help="share of the windows with left and right exchanged, in pictures and "
+        "steering: a lap has few bends to the right, 0.5 knows more of them",
+    )
     g.add_argument("--sim", type=weight, default=25.0, help="vicreg: weight of the invariance")
     optimisation(p, batch_size=256)
     args = p.parse_args(argv)
@@ -106,19 +181,25 @@ def arguments(argv=None):
     if math.prod(args.strides) != 8:
         p.error(f"--strides {args.strides}: expected four numbers with product 8, such as 2 2 2 1")
     if args.align and not args.bend:
-        p.error(f"--align {args.align:g} --bend 0: what straightens a picture is told by the head "
-                "that tells how it was bent; add --align 0")
+        p.error(
+            f"--align {args.align:g} --bend 0: what straightens a picture is told by the head "
+            "that tells how it was bent; add --align 0"
+        )
     own = {"joint": {"std": 16.0, "gauges": 8}, "vicreg": {"std": 25.0, "gauges": 0}}
     for name, value in own[args.objective].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.dim - args.gauges <= COLLAPSED_RANK:
-        p.error(f"--dim {args.dim} --gauges {args.gauges}: leaves {args.dim - args.gauges} numbers "
-                f"of a latent to learn, expected more than {COLLAPSED_RANK}, which a collapse has")
+        p.error(
+            f"--dim {args.dim} --gauges {args.gauges}: leaves {args.dim - args.gauges} numbers "
+            f"of a latent to learn, expected more than {COLLAPSED_RANK}, which a collapse has"
+        )
     together = args.batch_size // RANKS * len(latents_of(args))
     if together <= COLLAPSED_RANK + 1:
-        p.error(f"--batch_size {args.batch_size}: {together} latents of a step are compared with "
-                f"one another, expected {COLLAPSED_RANK + 2} or more")
+        p.error(
+            f"--batch_size {args.batch_size}: {together} latents of a step are compared with "
+            f"one another, expected {COLLAPSED_RANK + 2} or more"
+        )
     return args
 
 
@@ -184,9 +265,9 @@ def bend_(x, generator):
         scene = x[part, :SCENE_H]
         edge = lambda column, n: scene[:, :, column, None].expand(-1, -1, n, -1)
         wider = torch.cat([edge(0, MOST), scene, edge(-1, MOST + 1)], dim=2)
-        beside = scene[:, tall, wide.start - 1:wide.stop + 1:wide.stop - wide.start + 1].float()
+        beside = scene[:, tall, wide.start - 1 : wide.stop + 1 : wide.stop - wide.start + 1].float()
         under = torch.lerp(beside[:, :, :1], beside[:, :, 1:], share).short()  # the car
-        wider[:, tall, MOST + wide.start:MOST + wide.stop] = under
+        wider[:, tall, MOST + wide.start : MOST + wide.stop] = under
         starts = wider.view(-1, wider.shape[2] * C).unfold(1, (W + 1) * C, C)  # of every row
         first = left[part].long().view(-1)
         taken = starts[torch.arange(len(first), device=x.device), first].short()
@@ -209,8 +290,9 @@ def straightened(scenes, how):
     row = torch.arange(H, device=how.device)[:, None].expand_as(column)
     at = (torch.stack([column, row], dim=-1) + 0.5) / (column.new_tensor([W, H]) / 2) - 1
     seen = scenes.float()
-    seen = F.grid_sample(torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1), at,
-                         align_corners=False)
+    seen = F.grid_sample(
+        torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1), at, align_corners=False
+    )
     return seen[:, :3], seen[:, 3:]
 
 
@@ -239,9 +321,11 @@ def spread(z):
 def refuse_collapse(z, when):
     """Refuses latents (N, D) that have become one point, or one line."""
     if spread(z) < COLLAPSED or effective_rank(z) < COLLAPSED_RANK:
-        fail(f"{when}: the latents collapsed (spread {spread(z):.4f}, expected about 1, effective "
-             f"rank {effective_rank(z):.1f}, expected over {COLLAPSED_RANK}); nothing was saved "
-             "over the last good file; raise --std or --cov or lower --lr, with --fresh")
+        fail(
+            f"{when}: the latents collapsed (spread {spread(z):.4f}, expected about 1, effective "
+            f"rank {effective_rank(z):.1f}, expected over {COLLAPSED_RANK}); nothing was saved "
+            "over the last good file; raise --std or --cov or lower --lr, with --fresh"
+        )
 
 
 def latents_of(args):
@@ -263,7 +347,7 @@ def views(obs, args, generator):
     again = [0] if bent or args.objective == "vicreg" else []
     x = stack(obs, args.history, again + at)
     if bent:
-        how = bend_(x[::1 + len(at)], generator)
+        how = bend_(x[:: 1 + len(at)], generator)
         if args.align:
             scenes = x.unflatten(0, (-1, 1 + len(at)))[:, 1:, -3:, :AHEAD].flatten(0, 1).clone()
     jitter_(x, generator)
@@ -277,13 +361,16 @@ def joint_loss(nets, x, how, scenes, act, args):
     (N, D)), bent ones and gauges not among them.
     """
     seen = nets["encoder"].features(x).unflatten(0, (len(act), -1))
-    z = seen[:, how is not None:]  # (B, 1 + len(targets), D)
+    z = seen[:, how is not None :]  # (B, 1 + len(targets), D)
     flat = z.flatten(0, 1)
     z_hat = nets["predictor"].rollout(z[:, 0], act)[:, [t - 1 for t in args.targets]]
     told = nets["inverse"](z[:, 0], z[:, 1])  # the first target is the next latent
-    logs = {"pred": F.mse_loss(z_hat.float(), z[:, 1:]),
-            "inverse": F.mse_loss(told.float(), unit_act(act[:, 0])),
-            "std": variance(flat), "cov": covariance(flat)}
+    logs = {
+        "pred": F.mse_loss(z_hat.float(), z[:, 1:]),
+        "inverse": F.mse_loss(told.float(), unit_act(act[:, 0])),
+        "std": variance(flat),
+        "cov": covariance(flat),
+    }
     if how is not None:
         logs["bend"] = F.mse_loss(nets["bend"](z[:, 0], seen[:, 0]).float(), how)
     if scenes is not None:
@@ -311,8 +398,11 @@ def loss_fn(nets, x, how, scenes, act, args):
 def make_nets(args, device, dtype):
     """(the encoder and the heads that its objective needs, their optimiser, its scaler)."""
     torch.backends.cudnn.benchmark = True  # steps are alike: it tries which convolution is fastest
-    nets = {"encoder": TinyEncoder(args.width, args.history, args.repeat, args.dim, args.strides,
-                                   args.gauges)}
+    nets = {
+        "encoder": TinyEncoder(
+            args.width, args.history, args.repeat, args.dim, args.strides, args.gauges
+        )
+    }
     if args.objective == "joint":
         nets |= {"predictor": Predictor(args.dim), "inverse": InverseModel(args.dim)}
         if args.bend:
@@ -320,8 +410,9 @@ def make_nets(args, device, dtype):
     else:
         nets["projector"] = Projector(args.dim, args.embedding)
     nets = {k: n.to(device, memory_format=torch.channels_last) for k, n in nets.items()}
-    optim = torch.optim.AdamW([p for n in nets.values() for p in n.parameters()], args.lr,
-                              weight_decay=args.weight_decay)
+    optim = torch.optim.AdamW(
+        [p for n in nets.values() for p in n.parameters()], args.lr, weight_decay=args.weight_decay
+    )
     return nets, optim, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
@@ -331,8 +422,16 @@ def make_loader(args, sources, part, batch_size, seed, rank=0, ranks=1, pinned=F
     chunks = [s[part][rank::ranks] for s in sources.values()]
     if not all(chunks):
         fail(f"--data: a folder has fewer episodes than the {ranks} processes; collect more")
-    return Loader(chunks, batch_size, seed=seed, latents=latents_of(args)[-1] + 1,
-                  history=args.history, repeat=args.repeat, shares=args.shares, pinned=pinned)
+    return Loader(
+        chunks,
+        batch_size,
+        seed=seed,
+        latents=latents_of(args)[-1] + 1,
+        history=args.history,
+        repeat=args.repeat,
+        shares=args.shares,
+        pinned=pinned,
+    )
 
 
 def some_mirrored(batches, share, seed, start):
@@ -352,7 +451,8 @@ def training_batches(loader, args, device, start=0):
 
     def seen(obs, act):
         generator = torch.Generator(device).manual_seed(
-            args.seed * 1_000_003 + next(steps) + (RANK << 40))
+            args.seed * 1_000_003 + next(steps) + (RANK << 40)
+        )
         return *views(obs, args, generator), act
 
     batches = some_mirrored(loader.batches(start), args.mirror, args.seed, start)
@@ -379,8 +479,9 @@ class Probe:
         self.parts = []
         for part in (0, 1):
             chunks = [c for split in sources.values() for c in split[part]]
-            obs, rows = sample_frames(chunks, args.history, args.repeat, count, args.seed,
-                                      skip=ZOOM_STEPS)
+            obs, rows = sample_frames(
+                chunks, args.history, args.repeat, count, args.seed, skip=ZOOM_STEPS
+            )
             col = lambda name: rows["telemetry"][:, list(TELEMETRY).index(name)]
             seen = (abs(col("lateral_offset")) < 7) & (abs(col("heading_error")) < 1)
             self.parts.append((obs, seen, np.stack([col(k) for k in PROBED], 1)))
@@ -389,23 +490,28 @@ class Probe:
         """Sets the encoder's standardisation; returns {quantity: R²}, rank, spread of what is
         learned of the latents."""
         encoder.eval()
-        (za, ma, ya), (zb, mb, yb) = [(features_of(encoder, obs, device, dtype), seen, y)
-                                      for obs, seen, y in self.parts]
+        (za, ma, ya), (zb, mb, yb) = [
+            (features_of(encoder, obs, device, dtype), seen, y) for obs, seen, y in self.parts
+        ]
         refuse_nan(za.sum() + zb.sum(), "the probe")
         encoder.calibrate(za.to(device))
         learned = encoder.learned(zb)
         error = np.full(len(PROBED), np.nan)  # a few random drives may never see the road
         if ma.any() and mb.any():
             from sklearn.linear_model import Ridge  # 1 s, which a refusal need not take
+
             mean, std = ya[ma].mean(0), ya[ma].std(0) + 1e-6
             scale = za.std(0) + 1e-6
             fit = Ridge(alpha=1.0).fit((za / scale)[ma], (ya[ma] - mean) / std)
             y = (yb[mb] - mean) / std
             spread_of = ((y - y.mean(0)) ** 2).sum(0)
-            error = (((fit.predict((zb / scale)[mb]) - y) ** 2).sum(0)
-                     / np.where(spread_of > 0, spread_of, np.nan))
+            error = ((fit.predict((zb / scale)[mb]) - y) ** 2).sum(0) / np.where(
+                spread_of > 0, spread_of, np.nan
+            )
         return {"val_r2_" + k: 1 - e for k, e in zip(PROBED, error)} | {
-            "val_rank": effective_rank(learned), "val_spread": float(spread(learned))}
+            "val_rank": effective_rank(learned),
+            "val_spread": float(spread(learned)),
+        }
 
 
 @torch.no_grad()
@@ -427,19 +533,22 @@ def evaluate(nets, loader, device, dtype, args, batches=8):
 
 def table(values):
     """One line of the probe."""
-    return "  ".join(f"{k.removeprefix('val_').replace('r2_', 'R² ')} {v:.3f}"
-                     for k, v in values.items())
+    return "  ".join(
+        f"{k.removeprefix('val_').replace('r2_', 'R² ')} {v:.3f}" for k, v in values.items()
+    )
 
 
 def main():
     args = arguments()
     began = time.monotonic()
     device, dtype = set_up(args, True, arithmetic_of("encoder_resume.pth", args))
-    sources = load_sources(args, max(ZOOM_STEPS + 2, args.targets[-1] * args.repeat),
-                           len(TELEMETRY))
+    sources = load_sources(
+        args, max(ZOOM_STEPS + 2, args.targets[-1] * args.repeat), len(TELEMETRY)
+    )
     only_run(args, "encoder")
-    loader = make_loader(args, sources, 0, args.batch_size // RANKS, args.seed, RANK, RANKS,
-                         device.type == "cuda")
+    loader = make_loader(
+        args, sources, 0, args.batch_size // RANKS, args.seed, RANK, RANKS, device.type == "cuda"
+    )
     held = make_loader(args, sources, 1, min(args.batch_size, 96), 1)
 
     nets, optim, scaler = make_nets(args, device, dtype)
@@ -448,21 +557,37 @@ def main():
     with in_turn():
         saved = resume_run(models / "encoder_resume.pth", nets, optim, scaler, args, MADE, **data)
     step = saved["step"] if saved else 0
-    per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or max(
-        1, RANKS * loader.windows // (args.batch_size * len(latents_of(args))))
+    per_epoch = (
+        saved["per_epoch"]
+        if saved
+        else args.steps_per_epoch
+        or max(1, RANKS * loader.windows // (args.batch_size * len(latents_of(args))))
+    )
     per_epoch = same_start(step, per_epoch)
     steps = args.epochs * per_epoch
 
-    frames = dict(zip(sources, RANKS * len(latents_of(args)) * shares_of(
-        sources, args.batch_size // RANKS, args.shares, each=True)))  # of a step
+    frames = dict(
+        zip(
+            sources,
+            RANKS
+            * len(latents_of(args))
+            * shares_of(sources, args.batch_size // RANKS, args.shares, each=True),
+        )
+    )  # of a step
     state = lambda: so_far(args, step, per_epoch, frames, **data)
     keep = lambda: save_run(models / "encoder_resume.pth", nets, optim, scaler, **state())
 
     newest = lambda: models / f"encoder_mixed_ep{step // per_epoch}.pth"
 
     def write():
-        save(newest(), nets, **state(), epochs=max(args.epochs, step // per_epoch),
-             objective=args.objective, done=step >= steps)
+        save(
+            newest(),
+            nets,
+            **state(),
+            epochs=max(args.epochs, step // per_epoch),
+            objective=args.objective,
+            done=step >= steps,
+        )
 
     if step >= steps:
         return already_trained(newest(), step // per_epoch, args, write)
@@ -471,8 +596,10 @@ def main():
     log = RunLog(args, "encoder", resumed=bool(saved))
     probe = Probe(sources, args) if RANK == 0 else None
     size = sum(p.numel() for p in nets["encoder"].parameters()) / 1e6
-    print(f"{size:.2f}M encoder on {device} in {name_of(dtype)}, {steps} steps "
-          f"from {step}, {args.batch_size} windows" + f" on {RANKS} processes" * (RANKS > 1))
+    print(
+        f"{size:.2f}M encoder on {device} in {name_of(dtype)}, {steps} steps "
+        f"from {step}, {args.batch_size} windows" + f" on {RANKS} processes" * (RANKS > 1)
+    )
     if not saved and RANK == 0:
         if args.gauges:
             nets["encoder"].fit_gauges(stack(probe.parts[0][0], args.history))
@@ -486,8 +613,7 @@ def main():
         keep()  # no epoch's file is ever there without it
     stop = Stop()  # until here a signal ends it at once: there is nothing to save
     batches, last_save = training_batches(loader, args, device, step), time.monotonic()
-    bar = progress(total=steps, initial=step, desc="encoder", unit="step",
-                   disable=RANK > 0)
+    bar = progress(total=steps, initial=step, desc="encoder", unit="step", disable=RANK > 0)
     while step < steps:
         for net in nets.values():
             net.train()
@@ -499,8 +625,9 @@ def main():
         if step % CHECK_EVERY == 0 and step > 0:
             refuse_collapse(z, f"step {step}")
         if log.due(step, steps):
-            shown = log.log(step, loss=loss, lr=lr, spread=spread(z), rank=effective_rank(z),
-                            **logs)
+            shown = log.log(
+                step, loss=loss, lr=lr, spread=spread(z), rank=effective_rank(z), **logs
+            )
             bar.set_postfix(loss=f"{shown['loss']:.3f}", rank=f"{shown['rank']:.0f}")
         step += 1
         bar.update()
@@ -529,10 +656,15 @@ def main():
     bar.close()
     if RANK:
         return 0
-    peak = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" \
+    peak = (
+        f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+        if device.type == "cuda"
         else ""
-    print(f"{newest()}: {steps} steps in "
-          f"{(time.monotonic() - began) / 60:.1f} min{peak}; {table(values)}")
+    )
+    print(
+        f"{newest()}: {steps} steps in "
+        f"{(time.monotonic() - began) / 60:.1f} min{peak}; {table(values)}"
+    )
     return 0
 
 

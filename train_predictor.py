@@ -25,15 +25,46 @@ from tqdm import tqdm
 
 from buffer import Loader, load_sources, provenance, shares_of
 from car_env import FPS, MAX_STEPS
-from networks import (Predictor, already_trained, arithmetic_of, build, cosine, fingerprint, latest,
-                      load_frozen, numbered, of_these, optimise, over_ranks, read, read_run,
-                      refuse_nan, resume_run, rotate, save, save_run, so_far, stack)
+from networks import (
+    Predictor,
+    already_trained,
+    arithmetic_of,
+    build,
+    cosine,
+    fingerprint,
+    latest,
+    load_frozen,
+    numbered,
+    of_these,
+    optimise,
+    over_ranks,
+    read,
+    read_run,
+    refuse_nan,
+    resume_run,
+    rotate,
+    save,
+    save_run,
+    so_far,
+    stack,
+)
 from support.cli import Number, Refusal, Stop, command, fail, optimisation, parser, run, stopped
 from support.latents import Latents
 from support.pictures import ornament, plain, pyplot, save_figure, save_gif
 from support.progress import progress
-from support.training import (DTYPES, RANK, RANKS, RunLog, autocast, in_turn, name_of, only_run,
-                              same_start, set_up, stopped_anywhere)
+from support.training import (
+    DTYPES,
+    RANK,
+    RANKS,
+    RunLog,
+    autocast,
+    in_turn,
+    name_of,
+    only_run,
+    same_start,
+    set_up,
+    stopped_anywhere,
+)
 from support.window import GRID, INK, PAPER, write
 
 SHOWN = (0, 1, 5, 10, 15)  # steps of a dream that the picture shows
@@ -46,14 +77,21 @@ GIF_FPS = 8
 def arguments():
     p = parser(__doc__, data=True)
     g = p.add_argument_group("model")
-    g.add_argument("--hidden", type=Number(int, 1, 16384), default=512,
-                   help="width; plans take longer with it")
-    g.add_argument("--state", type=Number(int, 1, 16384), default=256,
-                   help="coordinates in which it dreams; plans take longer with them")
-    g.add_argument("--dropout", type=Number(float, 0, 0.99), default=0.0,
-                   help="in each step, while training")
-    g.add_argument("--horizon", type=Number(int, 1, MAX_STEPS), default=15,
-                   help="steps that are imagined")
+    g.add_argument(
+        "--hidden", type=Number(int, 1, 16384), default=512, help="width; plans take longer with it"
+    )
+    g.add_argument(
+        "--state",
+        type=Number(int, 1, 16384),
+        default=256,
+        help="coordinates in which it dreams; plans take longer with them",
+    )
+    g.add_argument(
+        "--dropout", type=Number(float, 0, 0.99), default=0.0, help="in each step, while training"
+    )
+    g.add_argument(
+        "--horizon", type=Number(int, 1, MAX_STEPS), default=15, help="steps that are imagined"
+    )
     optimisation(p, batch_size=1024)
     return p.parse_args()
 
@@ -61,14 +99,17 @@ def arguments():
 def load_latents(args, device, dtype, sources, stop, resume, predictor=None):
     """(latents of all chunks, frozen encoder, its key): encodes what the cache lacks, unless the
     `predictor`'s payload, or ROOT/models/`resume`, the run to go on, is of another encoder."""
-    encoder, _ = load_frozen(latest(args.root / "models", "encoder_mixed"), "encoder", device,
-                             "train_encoder.py")
+    encoder, _ = load_frozen(
+        latest(args.root / "models", "encoder_mixed"), "encoder", device, "train_encoder.py"
+    )
     key = fingerprint(encoder)
     models = args.root / "models"
     if predictor and predictor["encoder_key"] != key:
-        fail(f"{latest(models, 'predictor')}: was trained on another encoder than "
-             f"{latest(models, 'encoder_mixed')}; run "
-             f"{command('train_predictor.py', args.root, '--fresh')}")
+        fail(
+            f"{latest(models, 'predictor')}: was trained on another encoder than "
+            f"{latest(models, 'encoder_mixed')}; run "
+            f"{command('train_predictor.py', args.root, '--fresh')}"
+        )
     if (models / resume).is_file() and not args.fresh:
         of_these(models / resume, read_run(models / resume), encoder_key=key)
 
@@ -80,13 +121,26 @@ def load_latents(args, device, dtype, sources, stop, resume, predictor=None):
     bar = lambda items: progress(items, desc="encode", unit="episode", disable=RANK > 0)
     stem = f"{key}-p{chunks[0].meta['preprocess']}"
     with in_turn():
-        there = [name for name in (name_of(dtype), *DTYPES)  # whatever they were encoded in
-                 if (models / f"latents_{stem}-{name}.json").is_file()]
+        there = [
+            name
+            for name in (name_of(dtype), *DTYPES)  # whatever they were encoded in
+            if (models / f"latents_{stem}-{name}.json").is_file()
+        ]
         encoded_in = (there or [name_of(dtype)])[0]
         if encoded_in != name_of(dtype):
             print(f"takes the latents that are there, encoded in {encoded_in}")
-        latents = Latents(args.root, f"{stem}-{encoded_in}", encoder.dim, encoder.history,
-                          encoder.repeat, encode, chunks, bar, stop, device)
+        latents = Latents(
+            args.root,
+            f"{stem}-{encoded_in}",
+            encoder.dim,
+            encoder.history,
+            encoder.repeat,
+            encode,
+            chunks,
+            bar,
+            stop,
+            device,
+        )
     return latents, encoder, key
 
 
@@ -94,15 +148,19 @@ class Sampler:
     """Balanced windows of cached latents: a pure function of seed and step. Of several ranks each
     reads every so-manieth window of the same batch."""
 
-    def __init__(self, latents, sources, part, batch_size, horizon, shares=None, seed=0, rank=0,
-                 ranks=1):
+    def __init__(
+        self, latents, sources, part, batch_size, horizon, shares=None, seed=0, rank=0, ranks=1
+    ):
         self.latents, self.sources, self.K, self.seed = latents, sources, horizon + 1, seed
         self.part = slice(rank, None, ranks)
         self.starts = [latents.starts(split[part], self.K) for split in sources.values()]
         for split, starts in zip(sources.values(), self.starts):
             if len(starts) == 0:
-                latents.refuse_short(split[part], horizon * latents.repeat,
-                                     f" ({horizon} latents, {latents.repeat} steps each)")
+                latents.refuse_short(
+                    split[part],
+                    horizon * latents.repeat,
+                    f" ({horizon} latents, {latents.repeat} steps each)",
+                )
         self.counts = shares_of(self.starts, batch_size, shares)
         self.steps_per_epoch = max(1, sum(map(len, self.starts)) // batch_size)
 
@@ -113,14 +171,15 @@ class Sampler:
     def _starts(self, step):
         """The rows at which the windows of this step begin, an array a source."""
         rng = np.random.default_rng([self.seed, step])
-        return [np.sort(s[rng.integers(len(s), size=n)])
-                for s, n in zip(self.starts, self.counts)]
+        return [np.sort(s[rng.integers(len(s), size=n)]) for s, n in zip(self.starts, self.counts)]
 
     @cached_property
     def _every(self):
         """The rows at which windows of both parts can begin, in order, an array a source."""
-        return [np.sort(self.latents.starts(train + held, self.K))
-                for train, held in self.sources.values()]
+        return [
+            np.sort(self.latents.starts(train + held, self.K))
+            for train, held in self.sources.values()
+        ]
 
     def swapped(self, step):
         """act (B, K - 1, 3) for the windows of this step: of another episode of the same source,
@@ -154,10 +213,12 @@ def evaluate(predictor, sampler, device, dtype, batches=4):
         z, act = (x.to(device) for x in sampler(i))
         other = sampler.swapped(i).to(device)
         with autocast(device, dtype):
-            dreams = {"predictor": predictor.rollout(z[:, 0], act),
-                      "copy-last": z[:, :1].expand_as(z[:, 1:]),
-                      SWAPPED: predictor.rollout(z[:, 0], other),
-                      "untrained predictor": untrained.rollout(z[:, 0], act)}
+            dreams = {
+                "predictor": predictor.rollout(z[:, 0], act),
+                "copy-last": z[:, :1].expand_as(z[:, 1:]),
+                SWAPPED: predictor.rollout(z[:, 0], other),
+                "untrained predictor": untrained.rollout(z[:, 0], act),
+            }
         for name, z_hat in dreams.items():
             error = (z_hat.float() - z[:, 1:]).pow(2).mean(dim=(0, 2)).cpu().numpy()
             rows[name] = rows.get(name, 0) + error / batches
@@ -168,11 +229,13 @@ def table(rows):
     """The errors as text, one column a step."""
     H = len(rows["predictor"])
     lines = [f"{'held-out error at step':26}" + "".join(f"{t:6}" for t in range(1, H + 1))]
-    return "\n".join(lines + [f"{name:26}" + "".join(f"{e:6.3f}" for e in row)
-                              for name, row in rows.items()])
+    return "\n".join(
+        lines + [f"{name:26}" + "".join(f"{e:6.3f}" for e in row) for name, row in rows.items()]
+    )
 
 
 # ------------------------------------------------------------------ pictures
+
 
 def load_decoder(models, key, device):
     """The newest decoder of a folder that was trained on this encoder, or None, and says so."""
@@ -183,9 +246,11 @@ def load_decoder(models, key, device):
                 return build(payload, "decoder", path).to(device).eval().requires_grad_(False)
         except (Refusal, OSError) as e:  # pictures are for the eye: nothing stops for one
             tqdm.write(f"skipped: {e}")
-    tqdm.write(f"no decoder of this encoder, so no picture of dreams; "
-               f"{command('train_decoder.py', models.parent, '--once')} makes it, this command "
-               "again then draws them")
+    tqdm.write(
+        f"no decoder of this encoder, so no picture of dreams; "
+        f"{command('train_decoder.py', models.parent, '--once')} makes it, this command "
+        "again then draws them"
+    )
     return None
 
 
@@ -193,8 +258,9 @@ def dream_windows(sources, encoder, horizon, seed=0):
     """Held-out windows to dream, the same every time: obs (n, H + history, 3, 64, 64), act, and the
     name of the source that each is from; two of each source, in order of the sources."""
     held = [s[1] for s in sources.values()]
-    stream = Loader(held, 2 * len(held), horizon + 1, encoder.history, encoder.repeat,
-                    seed=seed + 5).batches(labels=True)
+    stream = Loader(
+        held, 2 * len(held), horizon + 1, encoder.history, encoder.repeat, seed=seed + 5
+    ).batches(labels=True)
     obs, act, labels = next(stream)
     stream.close()
     order = sorted(range(len(labels)), key=lambda i: labels[i][0])
@@ -209,15 +275,20 @@ def dream(encoder, predictor, decoder, obs, act, device):
     z = torch.cat([z0[:, None], predictor.rollout(z0, act.to(device))], dim=1)  # (n, H + 1, D)
     frames = decoder(z.flatten(0, 1)).clamp(0, 1).mul(255).byte().cpu()
     frames = frames.view(n, -1, 3, 64, 64)
-    return obs[:, h - 1:].permute(0, 1, 3, 4, 2).numpy(), frames.permute(0, 1, 3, 4, 2).numpy()
+    return obs[:, h - 1 :].permute(0, 1, 3, 4, 2).numpy(), frames.permute(0, 1, 3, 4, 2).numpy()
 
 
 def draw_dream(real, dreamt, names, path, seconds):
     """The sheet: for each window a row of real frames above its dream; `seconds` between steps."""
     shown = [t for t in SHOWN if t < real.shape[1]]
     plt = pyplot()
-    fig, axes = plt.subplots(2 * len(names), len(shown), layout="constrained", squeeze=False,
-                             figsize=(1.5 * len(shown) + 0.6, 3.0 * len(names)))
+    fig, axes = plt.subplots(
+        2 * len(names),
+        len(shown),
+        layout="constrained",
+        squeeze=False,
+        figsize=(1.5 * len(shown) + 0.6, 3.0 * len(names)),
+    )
     for i, name in enumerate(names):
         for row, frames, what in ((2 * i, real, "real"), (2 * i + 1, dreamt, "dreamt")):
             for ax, t in zip(axes[row], shown):
@@ -241,19 +312,21 @@ def animate_dream(real, dreamt, names, path, seconds):
             write(canvas, word, 8, row + side // 2 - 8)
             for i in range(n):
                 x = left + i * pitch
-                canvas[row:row + side, x:x + side] = pictures[i, t].repeat(
-                    GIF_SCALE, 0).repeat(GIF_SCALE, 1)
+                canvas[row : row + side, x : x + side] = (
+                    pictures[i, t].repeat(GIF_SCALE, 0).repeat(GIF_SCALE, 1)
+                )
         for i, name in enumerate(names):
             write(canvas, name, left + i * pitch, 8)
         y, width, done = head + side, n * pitch - GIF_GAP, t / max(1, steps - 1)
         write(canvas, f"{t * seconds:.2f} s", 8, y + 7)
-        canvas[y + 11:y + 19, left:left + width] = GRID
-        canvas[y + 11:y + 19, left:left + round(width * done)] = INK
+        canvas[y + 11 : y + 19, left : left + width] = GRID
+        canvas[y + 11 : y + 19, left : left + round(width * done)] = INK
         frames.append(canvas)
     save_gif(path, [frames[0]] * 4 + frames, GIF_FPS, last_s=0.7)
 
 
 # ------------------------------------------------------------------ main
+
 
 def main():
     args = arguments()
@@ -261,10 +334,10 @@ def main():
     device, dtype = set_up(args, True, arithmetic_of("predictor_resume.pth", args))
     sources = load_sources(args)
     only_run(args, "predictor")
-    latents, encoder, key = load_latents(args, device, dtype, sources, stop,
-                                         "predictor_resume.pth")
-    sampler = Sampler(latents, sources, 0, args.batch_size, args.horizon, args.shares, args.seed,
-                      RANK, RANKS)
+    latents, encoder, key = load_latents(args, device, dtype, sources, stop, "predictor_resume.pth")
+    sampler = Sampler(
+        latents, sources, 0, args.batch_size, args.horizon, args.shares, args.seed, RANK, RANKS
+    )
     held = Sampler(latents, sources, 1, 512, args.horizon, seed=args.seed)
     *windows, names = dream_windows(sources, encoder, args.horizon)
 
@@ -275,8 +348,15 @@ def main():
     models, visuals = args.root / "models", args.root / "visuals"
     data = provenance(sources) | {"encoder_key": key}
     with in_turn():
-        saved = resume_run(models / "predictor_resume.pth", nets, optim, scaler, args,
-                           ("predictor_ep*.pth", "predictor.jsonl"), **data)
+        saved = resume_run(
+            models / "predictor_resume.pth",
+            nets,
+            optim,
+            scaler,
+            args,
+            ("predictor_ep*.pth", "predictor.jsonl"),
+            **data,
+        )
     step = saved["step"] if saved else 0
     per_epoch = saved["per_epoch"] if saved else args.steps_per_epoch or sampler.steps_per_epoch
     per_epoch = same_start(step, per_epoch)
@@ -296,12 +376,19 @@ def main():
             with ornament(sheet()):
                 draw_dream(real[some], dreamt[some], list(sources), sheet(), encoder.repeat / FPS)
             with ornament(visuals / "output_dream.gif"):
-                animate_dream(real, dreamt, names, visuals / "output_dream.gif",
-                              encoder.repeat / FPS)
+                animate_dream(
+                    real, dreamt, names, visuals / "output_dream.gif", encoder.repeat / FPS
+                )
 
     def write():
-        save(newest(), nets, **state(), epochs=max(args.epochs, step // per_epoch),
-             horizon=args.horizon, done=step >= steps)
+        save(
+            newest(),
+            nets,
+            **state(),
+            epochs=max(args.epochs, step // per_epoch),
+            horizon=args.horizon,
+            done=step >= steps,
+        )
 
     if step >= steps:
         done = already_trained(newest(), step // per_epoch, args, write)
@@ -309,9 +396,12 @@ def main():
             paint()
         return done
     log = RunLog(args, "predictor", resumed=bool(saved))
-    print(f"{sum(p.numel() for p in predictor.parameters()) / 1e6:.2f}M predictor on {device}, "
-          f"{len(latents.z):,} latents, {steps} steps from {step}"
-          + f" on {RANKS} processes" * (RANKS > 1))
+    print(
+        f"{sum(p.numel() for p in predictor.parameters()) / 1e6:.2f}M predictor on {device}, "
+        f"{len(latents.z):,} latents, {steps} steps from {step}"
+        + f" on {RANKS} processes"
+        * (RANKS > 1)
+    )
     loss_of = over_ranks(loss_fn, nets)
     if args.compile:
         predictor.rollout = torch.compile(predictor.rollout)  # what is called; not `forward`
@@ -319,8 +409,7 @@ def main():
     if not saved and RANK == 0:
         keep()  # no epoch's file is ever there without it
     last_save = time.monotonic()
-    bar = progress(total=steps, initial=step, desc="predictor", unit="step",
-                   disable=RANK > 0)
+    bar = progress(total=steps, initial=step, desc="predictor", unit="step", disable=RANK > 0)
     while step < steps:
         predictor.train()
         z, act = (x.to(device, non_blocking=True) for x in sampler(step))
@@ -338,9 +427,14 @@ def main():
             rows = evaluate(predictor, held, device, dtype)
             own = rows["predictor"]
             refuse_nan(own.mean(), f"step {step}, held out")
-            log.log(step, val_loss=own.mean(), val_first_step=own[0], val_last_step=own[-1],
-                    val_last_over_copy_last=own[-1] / rows["copy-last"][-1],
-                    val_last_over_swapped=own[-1] / rows[SWAPPED][-1])
+            log.log(
+                step,
+                val_loss=own.mean(),
+                val_first_step=own[0],
+                val_last_step=own[-1],
+                val_last_over_copy_last=own[-1] / rows["copy-last"][-1],
+                val_last_over_swapped=own[-1] / rows[SWAPPED][-1],
+            )
             write()
             rotate(models, "predictor")
         late = time.monotonic() - last_save > 60 * args.save_every
@@ -359,10 +453,12 @@ def main():
         return 0
     print(table(rows))
     H = args.horizon
-    print(f"{newest()}: {steps} steps in "
-          f"{(time.monotonic() - began) / 60:.1f} min; at step {H} the error is "
-          f"{own[-1] / rows['copy-last'][-1]:.3f} of copy-last's and "
-          f"{own[-1] / rows[SWAPPED][-1]:.3f} of that with swapped actions")
+    print(
+        f"{newest()}: {steps} steps in "
+        f"{(time.monotonic() - began) / 60:.1f} min; at step {H} the error is "
+        f"{own[-1] / rows['copy-last'][-1]:.3f} of copy-last's and "
+        f"{own[-1] / rows[SWAPPED][-1]:.3f} of that with swapped actions"
+    )
     return 0
 
 

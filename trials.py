@@ -29,8 +29,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from car_env import (FPS, TELEMETRY, ZOOM_STEPS, centre_line, make_env, place_beside,
-                     telemetry)
+from car_env import FPS, TELEMETRY, ZOOM_STEPS, centre_line, make_env, place_beside, telemetry
 from collect_race_data import PACES, WIDTH, Expert
 from drive_mpc import BRAKE, STEER, Blind, load_driver, planning, to_action
 from networks import some_root, stack
@@ -43,16 +42,23 @@ from support.training import autocast
 WITHIN, HELD = 3.0, 0.2  # s: to be back in, and to stay back
 BEND = 6  # tiles of 3.5 units from the sharpest one of a bend to its end
 GRID = 31  # steerings, and throttles, of a landscape
-BEHAVIOURS = ("lapping", "the same way at 45 units/s", "the wrong way at 45 units/s",
-              "creeping", "standing on the road", "circling on the grass")
+BEHAVIOURS = (
+    "lapping",
+    "the same way at 45 units/s",
+    "the wrong way at 45 units/s",
+    "creeping",
+    "standing on the road",
+    "circling on the grass",
+)
 SECONDS = 3.0  # that each behaviour is watched on each track
 
 
 def arguments():
     p = parser(__doc__, models=True)
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to try")
-    p.add_argument("--starts", type=Number(int, 1, 10**6), default=200,
-                   help="recovery: cars in trouble")
+    p.add_argument(
+        "--starts", type=Number(int, 1, 10**6), default=200, help="recovery: cars in trouble"
+    )
     p.add_argument("--track_seed", type=track_number, default=200_600, help="the first track")
     p.add_argument("--tracks", type=Number(int, 1, 10**6), default=20, help="how many tracks")
     planning(p)
@@ -83,21 +89,31 @@ def bend(curvature, rng):
 
 # ------------------------------------------------------------------ recovery
 
+
 def trouble(kind, env, curvature, rng):
     """Places the car in trouble of a kind -> (what it sees, tiles to pass before it can be back)"""
     sign, tile = rng.choice((-1, 1)), int(rng.integers(len(curvature)))
     if kind == "on the grass":
-        return place_beside(env, tile, sign * rng.uniform(8, 16), rng.uniform(-0.5, 0.5),
-                            rng.uniform(0, 30)), 0
+        return place_beside(
+            env, tile, sign * rng.uniform(8, 16), rng.uniform(-0.5, 0.5), rng.uniform(0, 30)
+        ), 0
     if kind == "askew":
-        return place_beside(env, tile, rng.uniform(-4, 4), sign * rng.uniform(0.5, math.pi / 2),
-                            rng.uniform(0, 40)), 0
+        return place_beside(
+            env, tile, rng.uniform(-4, 4), sign * rng.uniform(0.5, math.pi / 2), rng.uniform(0, 40)
+        ), 0
     if kind == "too fast":  # 10 to 20 units before a bend that is made for 50 units/s
         ahead = int(rng.integers(3, 7))
-        return place_beside(env, bend(curvature, rng) - ahead, rng.uniform(-2, 2), 0.0,
-                            rng.uniform(60, 80)), ahead + BEND
-    return place_beside(env, tile, rng.uniform(-4, 4), rng.uniform(-0.5, 0.5), rng.uniform(10, 50),
-                        sign * rng.uniform(3, 6)), 0
+        return place_beside(
+            env, bend(curvature, rng) - ahead, rng.uniform(-2, 2), 0.0, rng.uniform(60, 80)
+        ), ahead + BEND
+    return place_beside(
+        env,
+        tile,
+        rng.uniform(-4, 4),
+        rng.uniform(-0.5, 0.5),
+        rng.uniform(10, 50),
+        sign * rng.uniform(3, 6),
+    ), 0
 
 
 KINDS = ("on the grass", "askew", "too fast", "spinning")
@@ -116,8 +132,12 @@ def recover(env, driver, frame, passed, track_seed):
         frame, _, ended, _, _ = env.unwrapped.step(driver.act(frame))
         s = seen(env)
         made = (s["tile_index"] - start + n / 2) % n - n / 2
-        back = (s["wheels_off_road"] <= 1 and abs(s["heading_error"]) < 0.5
-                and s["forward_speed"] > 15 and made >= passed)
+        back = (
+            s["wheels_off_road"] <= 1
+            and abs(s["heading_error"]) < 0.5
+            and s["forward_speed"] > 15
+            and made >= passed
+        )
         held = held + 1 if back else 0
         if ended:
             return None
@@ -136,8 +156,11 @@ def wilson(hits, n, z=1.96):
 def recovery(args, driver):
     """{driver: {kind or "all": {share, low, high, n, seconds}}}"""
     env = make_env("fast")
-    drivers = {"mpc": driver, "expert": Blind(env, "expert", PACES[0], args.seed),
-               "random": Blind(env, "random", 0, args.seed)}
+    drivers = {
+        "mpc": driver,
+        "expert": Blind(env, "expert", PACES[0], args.seed),
+        "random": Blind(env, "random", 0, args.seed),
+    }
     took = {name: {kind: [] for kind in KINDS} for name in drivers}
     for i in progress(range(args.starts), desc="recovery", unit="start", leave=False):
         kind, track = KINDS[i % len(KINDS)], args.track_seed + i % args.tracks
@@ -154,29 +177,45 @@ def recovery(args, driver):
             if seconds:
                 back = [s for s in seconds if s is not None]
                 low, high = wilson(len(back), len(seconds))
-                out[name][kind] = {"share": len(back) / len(seconds), "low": low, "high": high,
-                                   "n": len(seconds),
-                                   "seconds": float(np.median(back)) if back else None}
-    print(f"\nback on the road and moving within {WITHIN:.0f} s (95 % interval)\n{'':14}"
-          + "".join(f"{name:>24}" for name in out))
+                out[name][kind] = {
+                    "share": len(back) / len(seconds),
+                    "low": low,
+                    "high": high,
+                    "n": len(seconds),
+                    "seconds": float(np.median(back)) if back else None,
+                }
+    print(
+        f"\nback on the road and moving within {WITHIN:.0f} s (95 % interval)\n{'':14}"
+        + "".join(f"{name:>24}" for name in out)
+    )
     for kind in out["mpc"]:
-        print(f"{kind:14}" + "".join(
-            f"{r[kind]['share']:10.1%} ({r[kind]['low']:.0%} to {r[kind]['high']:.0%})".rjust(24)
-            for r in out.values()) + f"   n = {out['mpc'][kind]['n']}")
+        print(
+            f"{kind:14}"
+            + "".join(
+                f"{r[kind]['share']:10.1%} ({r[kind]['low']:.0%} to {r[kind]['high']:.0%})".rjust(
+                    24
+                )
+                for r in out.values()
+            )
+            + f"   n = {out['mpc'][kind]['n']}"
+        )
     return out
 
 
 # ------------------------------------------------------------------ behaviours
 
+
 def hold_line(speed, way, env):
     """Keeps to the middle of the road at a speed, way 1 as the lap goes, -1 against it."""
     s = seen(env)
-    askew = s["heading_error"] if way > 0 else math.remainder(s["heading_error"] - math.pi,
-                                                              2 * math.pi)
+    askew = (
+        s["heading_error"] if way > 0 else math.remainder(s["heading_error"] - math.pi, 2 * math.pi)
+    )
     turn = askew + way * (0.06 * s["lateral_offset"] + 6.0 * s["curvature_10"] * (way > 0))
     slow = s["forward_speed"] - speed
-    return np.array([np.clip(-turn, -0.5, 0.5), np.clip(-slow, 0, 0.3), 0.1 * (slow > 10)],
-                    np.float32)
+    return np.array(
+        [np.clip(-turn, -0.5, 0.5), np.clip(-slow, 0, 0.3), 0.1 * (slow > 10)], np.float32
+    )
 
 
 def behave(name, env, rng):
@@ -214,38 +253,48 @@ def behaviours(args, driver):
             act = behave(name, env, rng)
             for _ in range(round(SECONDS * FPS)):
                 frames.append(env.unwrapped.step(act(env))[0])
-            film = np.stack(frames[::encoder.repeat])[None].transpose(0, 1, 4, 2, 3)
+            film = np.stack(frames[:: encoder.repeat])[None].transpose(0, 1, 4, 2, 3)
             with torch.inference_mode(), autocast(driver.device, driver.dtype):
-                z.append(encoder(stack(torch.from_numpy(film).to(driver.device),
-                                       encoder.history)))
-        energies[name] = {kind: driver.nets["cost"].energy(torch.cat(z), kind).cpu().numpy()
-                          for kind in ("density", "classifier")}
+                z.append(encoder(stack(torch.from_numpy(film).to(driver.device), encoder.history)))
+        energies[name] = {
+            kind: driver.nets["cost"].energy(torch.cat(z), kind).cpu().numpy()
+            for kind in ("density", "classifier")
+        }
     env.close()
     out = {}
-    print(f"\nenergy of a frame: median (quarters), and share above the median of lapping\n{'':28}"
-          + "".join(f"{kind:>34}" for kind in ("density", "classifier")))
+    print(
+        f"\nenergy of a frame: median (quarters), and share above the median of lapping\n{'':28}"
+        + "".join(f"{kind:>34}" for kind in ("density", "classifier"))
+    )
     for name, found in energies.items():
         out[name] = {}
         for kind, e in found.items():
             above = float((e > np.median(energies["lapping"][kind])).mean())
             out[name][kind] = [*np.percentile(e, (25, 50, 75)).tolist(), above]
-        print(f"{name:28}" + "".join(
-            f"{r[1]:10.2f} ({r[0]:.2f} to {r[2]:.2f}) {r[3]:5.0%}".rjust(34)
-            for r in out[name].values()))
+        print(
+            f"{name:28}"
+            + "".join(
+                f"{r[1]:10.2f} ({r[0]:.2f} to {r[2]:.2f}) {r[3]:5.0%}".rjust(34)
+                for r in out[name].values()
+            )
+        )
     return out
 
 
 # ------------------------------------------------------------------ landscape
+
 
 def situations(env, curvature, rng):
     """{name: tile and place} of four situations on the present track."""
     n = len(curvature)
     ahead = lambda tiles: np.stack([np.roll(curvature, -k) for k in range(tiles)]).sum(axis=0)
     straight, hairpin = int(ahead(14).argmin()), bend(curvature, rng)
-    return {"on a straight, 45 units/s": dict(tile=straight, speed=45),
-            "into a bend, 45 units/s": dict(tile=(hairpin - 4) % n, speed=45),
-            "on the grass, road to the left": dict(tile=straight, offset=13, speed=20),
-            "too fast into a bend, 80 units/s": dict(tile=(hairpin - 6) % n, speed=80)}
+    return {
+        "on a straight, 45 units/s": dict(tile=straight, speed=45),
+        "into a bend, 45 units/s": dict(tile=(hairpin - 4) % n, speed=45),
+        "on the grass, road to the left": dict(tile=straight, offset=13, speed=20),
+        "too fast into a bend, 80 units/s": dict(tile=(hairpin - 6) % n, speed=80),
+    }
 
 
 def energies_of(driver, z, held):
@@ -261,31 +310,64 @@ def draw_landscape(ax, act, energy):
     i, j = np.unravel_index(energy.argmin(), energy.shape)
     logs = energy.min() > 0  # a classifier's energies are logits
     ax.contourf(steer, pedals, np.log10(energy.T) if logs else energy.T, 16, cmap="viridis_r")
-    ax.plot(steer[i], pedals[j], "o", color="crimson", markersize=8, markeredgecolor="white",
-            label="lowest energy", clip_on=False)
+    ax.plot(
+        steer[i],
+        pedals[j],
+        "o",
+        color="crimson",
+        markersize=8,
+        markeredgecolor="white",
+        label="lowest energy",
+        clip_on=False,
+    )
     if pedals[-1] < 1:
-        ax.axhspan(pedals[-1], 1, facecolor="0.95", edgecolor="0.7", hatch="//", lw=0,
-                   label=f"gas above {pedals[-1]:g}: not allowed")
+        ax.axhspan(
+            pedals[-1],
+            1,
+            facecolor="0.95",
+            edgecolor="0.7",
+            hatch="//",
+            lw=0,
+            label=f"gas above {pedals[-1]:g}: not allowed",
+        )
     ax.axhline(0, color="white", lw=0.5)
     ax.axvline(0, color="white", lw=0.5)
-    ax.set(xlabel="steering held, rad: left to right", ylabel="brake (below 0), gas (above)",
-           xlim=(-STEER, STEER), ylim=(-BRAKE, 1))
-    ax.set_title(f"energy {energy.min():.1f} (yellow) to {energy.max():.0f} (violet)"
-                 + ", log" * bool(logs), fontsize=8)
-    return {**dict(zip(("steer", "gas", "brake"), act[i, j].tolist())),
-            "energy": float(energy.min()), "highest": float(energy.max())}
+    ax.set(
+        xlabel="steering held, rad: left to right",
+        ylabel="brake (below 0), gas (above)",
+        xlim=(-STEER, STEER),
+        ylim=(-BRAKE, 1),
+    )
+    ax.set_title(
+        f"energy {energy.min():.1f} (yellow) to {energy.max():.0f} (violet)" + ", log" * bool(logs),
+        fontsize=8,
+    )
+    return {
+        **dict(zip(("steer", "gas", "brake"), act[i, j].tolist())),
+        "energy": float(energy.min()),
+        "highest": float(energy.max()),
+    }
 
 
 def landscape(args, driver):
     """Draws visuals/energy_landscape.png -> {situation: the actions of lowest energy}."""
     env, rng = make_env("fast"), np.random.default_rng(args.seed)
     curvature = on_track(env, args.track_seed)
-    held = torch.stack(torch.meshgrid(
-        torch.linspace(-1, 1, GRID), torch.linspace(-1, args.gas, GRID), indexing="ij"), dim=-1)
+    held = torch.stack(
+        torch.meshgrid(
+            torch.linspace(-1, 1, GRID), torch.linspace(-1, args.gas, GRID), indexing="ij"
+        ),
+        dim=-1,
+    )
     plt = pyplot()
     places, out = situations(env, curvature, rng), {}
-    fig, axes = plt.subplots(2, len(places), figsize=(3.2 * len(places), 5.6),
-                             layout="constrained", height_ratios=(1, 1.25))
+    fig, axes = plt.subplots(
+        2,
+        len(places),
+        figsize=(3.2 * len(places), 5.6),
+        layout="constrained",
+        height_ratios=(1, 1.25),
+    )
     for (name, place), (eye, ax) in zip(places.items(), axes.T):
         frame = place_beside(env, **place)
         driver.reset(args.track_seed)
@@ -302,9 +384,11 @@ def landscape(args, driver):
     env.close()
     print("\nplans that hold steering and throttle: the one of lowest energy")
     for name, best in out.items():
-        print(f"{name:34} steer {best['steer']:+.2f} rad  gas {best['gas']:.2f}  "
-              f"brake {best['brake']:.2f}  energy {best['energy']:8.1f} of up to "
-              f"{best['highest']:.0f}")
+        print(
+            f"{name:34} steer {best['steer']:+.2f} rad  gas {best['gas']:.2f}  "
+            f"brake {best['brake']:.2f}  energy {best['energy']:8.1f} of up to "
+            f"{best['highest']:.0f}"
+        )
     return out
 
 
@@ -315,8 +399,12 @@ def main():
     args = arguments()
     visuals = writable(some_root(args.root) / "visuals")
     driver, _ = load_driver(args, args)
-    body = {"models": driver.models, "versions": versions(), "track_seed": args.track_seed,
-            "tracks": args.tracks}
+    body = {
+        "models": driver.models,
+        "versions": versions(),
+        "track_seed": args.track_seed,
+        "tracks": args.tracks,
+    }
     for name in (name for name in PARTS if name in args.parts):
         body[name] = PARTS[name](args, driver)
         text = json.dumps(body, indent=1).encode()

@@ -16,10 +16,12 @@ STD_EPS = 1e-4  # the paper's epsilon, inside the square root
 
 def in_float32(term):
     """Decorator: autocast would take matrix products back to half precision, `.float()` or not."""
+
     @wraps(term)
     def computed(*z):
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return term(*(x.float() for x in z))
+
     return computed
 
 
@@ -78,8 +80,9 @@ def vicreg_loss(za, zb, sim=25.0, std=25.0, cov=1.0):
     are averaged, their covariance terms are added. Raises ValueError on unlike or non-2-D shapes.
     """
     if za.shape != zb.shape or za.dim() != 2:
-        raise ValueError(f"vicreg_loss wants two equal (N, D), found {tuple(za.shape)} "
-                         f"and {tuple(zb.shape)}")
+        raise ValueError(
+            f"vicreg_loss wants two equal (N, D), found {tuple(za.shape)} and {tuple(zb.shape)}"
+        )
     s = invariance(za, zb)
     v = (variance(za) + variance(zb)) / 2
     c = covariance(za) + covariance(zb)

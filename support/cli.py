@@ -64,7 +64,8 @@ class Output:
 HINTS = dict.fromkeys(FULL, "free some space and run the same command again") | {
     errno.EMFILE: "too many for this shell's limit: raise it with `ulimit -n 4096`",
     errno.ENFILE: "too many for this machine",
-    errno.EAGAIN: "too many processes for this user: see `ulimit -u`"}
+    errno.EAGAIN: "too many processes for this user: see `ulimit -u`",
+}
 
 
 def run(main):
@@ -127,58 +128,115 @@ def parser(doc, seed=True, device=True, data=False, shares=True, models=False):
     """An ArgumentParser with the flags that stages share; `doc` is the script's docstring."""
     p = Parser(description=doc, formatter_class=Help)
     g = p.add_argument_group("runtime")
-    g.add_argument("--root", type=Path, default=Path("."),
-                   help="folder that holds data*/, models/ and visuals/: one experiment each "
-                        "(default: here)")
+    g.add_argument(
+        "--root",
+        type=Path,
+        default=Path("."),
+        help="folder that holds data*/, models/ and visuals/: one experiment each (default: here)",
+    )
     if models:
-        g.add_argument("--models", type=Path, metavar="FOLDER",
-                       help="of weights to take, such as models/pretrained (default: ROOT/models, "
-                            "or where it has no encoder, those that come with the code)")
+        g.add_argument(
+            "--models",
+            type=Path,
+            metavar="FOLDER",
+            help="of weights to take, such as models/pretrained (default: ROOT/models, "
+            "or where it has no encoder, those that come with the code)",
+        )
     if seed:
-        g.add_argument("--seed", type=seed_number, default=0,
-                       help="same seed, same machine: same run (default 0)")
+        g.add_argument(
+            "--seed",
+            type=seed_number,
+            default=0,
+            help="same seed, same machine: same run (default 0)",
+        )
     if device:
-        g.add_argument("--device", default="auto",
-                       help="auto, cpu, cuda or cuda:1 (ROCm cards are cuda too); auto takes the "
-                            "first GPU there is")
-        g.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                       help="auto: bf16 where the hardware has it (never on RDNA2), else fp16 on a "
-                            "GPU, else fp32; a resumed run keeps its own; losses are fp32 always")
-        g.add_argument("--threads", type=Number(int, 0, 1024), default=0,
-                       help="CPU threads (0: all cores); lower it beside another heavy job")
+        g.add_argument(
+            "--device",
+            default="auto",
+            help="auto, cpu, cuda or cuda:1 (ROCm cards are cuda too); auto takes the "
+            "first GPU there is",
+        )
+        g.add_argument(
+            "--precision",
+            default="auto",
+            choices=["auto", "bf16", "fp16", "fp32"],
+            help="auto: bf16 where the hardware has it (never on RDNA2), else fp16 on a "
+            "GPU, else fp32; a resumed run keeps its own; losses are fp32 always",
+        )
+        g.add_argument(
+            "--threads",
+            type=Number(int, 0, 1024),
+            default=0,
+            help="CPU threads (0: all cores); lower it beside another heavy job",
+        )
     if data:
-        g.add_argument("--data", nargs="+", type=os.path.normpath,
-                       help="folders under --root to learn from (default: data_race, "
-                            "data_recovery and data, those of them that are there)")
+        g.add_argument(
+            "--data",
+            nargs="+",
+            type=os.path.normpath,
+            help="folders under --root to learn from (default: data_race, "
+            "data_recovery and data, those of them that are there)",
+        )
         if shares:
-            g.add_argument("--shares", type=weight, nargs="+",
-                           help="share of each folder of --data in a batch, in the same order "
-                                "(default: equal)")
-        g.add_argument("--fresh", action="store_true",
-                       help="start again although a half-finished run could be resumed")
-        g.add_argument("--compile", action="store_true",
-                       help="torch.compile the net: minutes at the start, then faster steps where "
-                            "torch knows the device well; one process only, not tried on ROCm")
-        g.add_argument("--tensorboard", action="store_true",
-                       help="log to ROOT/models/tensorboard/ too, where the package is installed")
-        g.add_argument("--save_every", type=rate, default=15,
-                       help="minutes of training that a crash may cost at most, where epochs are "
-                            "longer")
-        g.add_argument("--log_every", type=weight, default=5,
-                       help="seconds between two lines of the log; 0 logs each step, which a GPU "
-                            "waits for")
+            g.add_argument(
+                "--shares",
+                type=weight,
+                nargs="+",
+                help="share of each folder of --data in a batch, in the same order "
+                "(default: equal)",
+            )
+        g.add_argument(
+            "--fresh",
+            action="store_true",
+            help="start again although a half-finished run could be resumed",
+        )
+        g.add_argument(
+            "--compile",
+            action="store_true",
+            help="torch.compile the net: minutes at the start, then faster steps where "
+            "torch knows the device well; one process only, not tried on ROCm",
+        )
+        g.add_argument(
+            "--tensorboard",
+            action="store_true",
+            help="log to ROOT/models/tensorboard/ too, where the package is installed",
+        )
+        g.add_argument(
+            "--save_every",
+            type=rate,
+            default=15,
+            help="minutes of training that a crash may cost at most, where epochs are longer",
+        )
+        g.add_argument(
+            "--log_every",
+            type=weight,
+            default=5,
+            help="seconds between two lines of the log; 0 logs each step, which a GPU waits for",
+        )
     return p
 
 
 def optimisation(p, batch_size, epochs=50, steps_per_epoch=0, lr=1e-3, weight_decay=1e-4):
     """The flags of a training loop, with a stage's own defaults; `batch_size` is in its units."""
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=positive, default=epochs,
-                   help="each ends with a look at held-out tracks, and a checkpoint")
-    g.add_argument("--batch_size", type=batch_number, default=batch_size,
-                   help="of a step: windows, or latents of each class for the cost model")
-    g.add_argument("--steps_per_epoch", type=natural, default=steps_per_epoch,
-                   help="0: as many as show the data about once")
+    g.add_argument(
+        "--epochs",
+        type=positive,
+        default=epochs,
+        help="each ends with a look at held-out tracks, and a checkpoint",
+    )
+    g.add_argument(
+        "--batch_size",
+        type=batch_number,
+        default=batch_size,
+        help="of a step: windows, or latents of each class for the cost model",
+    )
+    g.add_argument(
+        "--steps_per_epoch",
+        type=natural,
+        default=steps_per_epoch,
+        help="0: as many as show the data about once",
+    )
     g.add_argument("--lr", type=rate, default=lr, help="peak of the cosine schedule")
     g.add_argument("--weight_decay", type=weight, default=weight_decay, help="AdamW's, decoupled")
 
@@ -232,8 +290,7 @@ def cores():
 
 
 def optional(module, package):
-    """A module of a package that only this feature needs; without it one line says how to get it.
-    """
+    """A module of a package that only this feature needs; refuses where it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as e:

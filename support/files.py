@@ -30,8 +30,10 @@ def writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
-        fail(f"{folder}: cannot write there ({e.strerror}); choose another folder or mend its "
-             "permissions")
+        fail(
+            f"{folder}: cannot write there ({e.strerror}); choose another folder or mend its "
+            "permissions"
+        )
     return folder
 
 
@@ -48,8 +50,8 @@ def output_file(text):
         elif not os.access(path, os.W_OK):
             fail(f"{text}: cannot be written to; mend its permissions")
     except (OSError, ValueError) as e:
-        raise argparse.ArgumentTypeError(f"{text}: {e.strerror}" if isinstance(e, OSError)
-                                         else str(e))
+        line = f"{text}: {e.strerror}" if isinstance(e, OSError) else str(e)
+        raise argparse.ArgumentTypeError(line) from None
     return path
 
 
@@ -63,8 +65,9 @@ def own_output(path):
 def is_stream(path):
     """Whether `path` is written to as it is: a device, a pipe or our own output."""
     path = Path(path)
-    return own_output(path) is not None or (path.exists() and not path.is_file()
-                                            and not path.is_dir())
+    return own_output(path) is not None or (
+        path.exists() and not path.is_file() and not path.is_dir()
+    )
 
 
 def replace_atomically(path, write, patient=True):
@@ -123,6 +126,7 @@ def lock(file, wait=True):
     """Locks an open file for this process alone -> True; False where another process has it and
     `wait` is not set. A file system without locks says so once, and gives it."""
     import fcntl  # here: Windows has none, and may read checkpoints
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB * (not wait))
     except BlockingIOError:
@@ -162,12 +166,14 @@ def _unlock(file, path):
 
 # ------------------------------------------------------------------ provenance
 
+
 def git_commit():
     """Commit of the code that runs, '+' behind it when files differ; 'unknown' outside git, and in
     a copy that lies in another repository."""
     here = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # a hook's is another
-    git = lambda *args: subprocess.run(["git", "-C", REPO, *args], capture_output=True, text=True,
-                                       env=here).stdout.strip()
+    git = lambda *args: subprocess.run(
+        ["git", "-C", REPO, *args], capture_output=True, text=True, env=here
+    ).stdout.strip()
     try:
         top = git("rev-parse", "--show-toplevel")
         if not top or Path(top).resolve() != REPO:
@@ -181,6 +187,7 @@ def git_commit():
 def code_key():
     """16 hex digits that change with any line of the code."""
     import hashlib
+
     files = sorted([*REPO.glob("*.py"), *REPO.glob("support/*.py")])
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
@@ -188,9 +195,17 @@ def code_key():
 def versions():
     """Versions that decide what a run computes: a dict of str."""
     from importlib.metadata import PackageNotFoundError, version
+
     out = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "gymnasium", "box2d", "pygame-ce", "numpy",
-                 "opencv-python-headless"):
+    for name in (
+        "torch",
+        "torchvision",
+        "gymnasium",
+        "box2d",
+        "pygame-ce",
+        "numpy",
+        "opencv-python-headless",
+    ):
         try:
             out[name] = version(name)
         except PackageNotFoundError:

@@ -26,14 +26,29 @@ class Latents:
     latents, windows are cut there.
     """
 
-    def __init__(self, root, key, dim, history, repeat, encode, chunks, progress=iter,
-                 stop=False, device=torch.device("cpu")):
+    def __init__(
+        self,
+        root,
+        key,
+        dim,
+        history,
+        repeat,
+        encode,
+        chunks,
+        progress=iter,
+        stop=False,
+        device="cpu",
+    ):
+        device = torch.device(device)
         stem = writable(root / "models") / f"latents_{key}"
         self.path, self.index_path = stem.with_suffix(".f16"), stem.with_suffix(".json")
         self.dim, self.repeat = dim, repeat
         for old in self.path.parent.glob("latents_*"):
-            if (OURS.fullmatch(old.name) and old.is_file()
-                    and old.stem.split("-")[0] != stem.name.split("-")[0]):
+            if (
+                OURS.fullmatch(old.name)
+                and old.is_file()
+                and old.stem.split("-")[0] != stem.name.split("-")[0]
+            ):
                 old.unlink(missing_ok=True)  # another encoder's
         with open(self.path, "ab") as f:
             lock(f)
@@ -67,7 +82,7 @@ class Latents:
             a, T, _ = self.rows[chunk.meta["uid"]]
             if T >= repeat:
                 cum = np.cumsum(np.concatenate([np.zeros((1, 3)), act]), axis=0)
-                self.act[a:a + T + 1 - repeat] = (cum[repeat:] - cum[:-repeat]) / repeat
+                self.act[a : a + T + 1 - repeat] = (cum[repeat:] - cum[:-repeat]) / repeat
         self.table = torch.from_numpy(self.z), torch.from_numpy(self.act)  # as windows are cut
         if device.type == "cuda" and 2 * self.z.nbytes < torch.cuda.mem_get_info(device)[0]:
             self.table = [x.to(device) for x in self.table]
@@ -77,8 +92,11 @@ class Latents:
         lost and what is another episode now; returns the end of all rows that are promised."""
         there = self.path.stat().st_size // (2 * self.dim)
         try:
-            rows = {uid: (a, T, crc) for uid, (a, T, crc) in json.loads(
-                self.index_path.read_text())["rows"].items() if a + T + 1 <= there}
+            rows = {
+                uid: (a, T, crc)
+                for uid, (a, T, crc) in json.loads(self.index_path.read_text())["rows"].items()
+                if a + T + 1 <= there
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             rows = {}  # not there, or not written by this code
         now = {c.meta["uid"]: (c.frames, c.meta["crc"]) for c in chunks}
@@ -89,8 +107,10 @@ class Latents:
     def _encode(obs, history, repeat, encode):
         back = repeat * torch.arange(1 - history, 1, device=obs.device)
         rows = (torch.arange(len(obs), device=obs.device)[:, None] + back).clamp_min(0)
-        out = [encode(obs[some].permute(0, 1, 4, 2, 3))
-               for some in rows.split(encoded_at_once(obs.device))]
+        out = [
+            encode(obs[some].permute(0, 1, 4, 2, 3))
+            for some in rows.split(encoded_at_once(obs.device))
+        ]
         return torch.cat(out).half().cpu().numpy()
 
     def cached(self, chunks):
@@ -100,19 +120,23 @@ class Latents:
     def starts(self, chunks, latents, skip=0):
         """Rows at which a window of `latents` latents can begin without leaving its episode."""
         span = (latents - 1) * self.repeat
-        parts = [np.arange(a + skip, a + T + 1 - span)
-                 for a, T, _ in (self.rows[c.meta["uid"]] for c in self.cached(chunks))
-                 if T + 1 - span > skip]
+        parts = [
+            np.arange(a + skip, a + T + 1 - span)
+            for a, T, _ in (self.rows[c.meta["uid"]] for c in self.cached(chunks))
+            if T + 1 - span > skip
+        ]
         return np.concatenate(parts) if parts else np.zeros(0, int)
 
     def refuse_short(self, chunks, needed, why):
         """Says that none of the chunks, of one part of a folder, lasts so many steps: the longest,
         and what to lower."""
         part = "held-out" if chunks[0].held_out else "training"
-        fail(f"{chunks[0].path.parent}: no {part} episode lasts {needed} steps{why}, the longest "
-             f"has {max(c.frames for c in chunks)}; lower --horizon of train_predictor.py or "
-             f"--repeat of train_encoder.py ({self.repeat}), or collect longer episodes: "
-             f"{made_by(chunks[0].path.parent)}")
+        fail(
+            f"{chunks[0].path.parent}: no {part} episode lasts {needed} steps{why}, the longest "
+            f"has {max(c.frames for c in chunks)}; lower --horizon of train_predictor.py or "
+            f"--repeat of train_encoder.py ({self.repeat}), or collect longer episodes: "
+            f"{made_by(chunks[0].path.parent)}"
+        )
 
     def windows(self, starts, latents):
         """(z (B, latents, D) float32, act (B, latents - 1, 3)) of the windows at these rows."""

@@ -34,8 +34,10 @@ def ornament(path):
 def pyplot():
     """matplotlib.pyplot on a backend that needs no display."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     plt.rcParams["text.usetex"] = False  # a user's own setting asks for LaTeX
     return plt
 
@@ -56,13 +58,19 @@ def save_figure(fig, path):
 def save_gif(path, frames, fps, last_s=0.0):
     """Frames (H, W, 3) uint8 as an endless GIF, the last one for `last_s`, whole or not at all."""
     from PIL import Image
-    palette = Image.fromarray(np.concatenate(frames[::max(1, len(frames) // 8)])).quantize(255)
-    pictures = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE)
-                for f in frames]
+
+    palette = Image.fromarray(np.concatenate(frames[:: max(1, len(frames) // 8)])).quantize(255)
+    pictures = [
+        Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames
+    ]
     ms = [1000 / fps] * (len(frames) - 1) + [1000 * max(1 / fps, last_s)]
-    replace_atomically(path, lambda f: pictures[0].save(
-        f, format="GIF", save_all=True, append_images=pictures[1:], duration=ms, loop=0),
-        patient=False)
+    replace_atomically(
+        path,
+        lambda f: pictures[0].save(
+            f, format="GIF", save_all=True, append_images=pictures[1:], duration=ms, loop=0
+        ),
+        patient=False,
+    )
 
 
 class VideoRecorder:
@@ -81,8 +89,9 @@ class VideoRecorder:
         if self.container is None:
             self.container = self.av.open(self.file, "w", format="mp4")
             # superfast: 12 ms of one core a frame of 960x680, 3 MB a lap; veryfast: 18 ms, 2 MB
-            self.stream = self.container.add_stream("libx264", rate=self.fps, options={
-                "preset": "superfast", "crf": "23"})
+            self.stream = self.container.add_stream(
+                "libx264", rate=self.fps, options={"preset": "superfast", "crf": "23"}
+            )
             self.stream.height, self.stream.width = frame.shape[:2]
             self.stream.pix_fmt = "yuv420p"
             self.stream.codec_context.colorspace = 6  # SMPTE 170M, what swscale converts to
@@ -114,10 +123,12 @@ class VideoRecorder:
         self.container.close()
         film, fps, done = self._index_first(), GIF_SPEED * self.fps / GIF_EVERY, []
         for path, write in (
-                (stem.with_suffix(".mp4"), lambda path: replace_atomically(
-                    path, lambda f: f.write(film), patient=False)),
-                (stem.with_suffix(".gif"), lambda path: save_gif(path, self.gif, fps,
-                                                                 self.gif_last_s))):
+            (
+                stem.with_suffix(".mp4"),
+                lambda path: replace_atomically(path, lambda f: f.write(film), patient=False),
+            ),
+            (stem.with_suffix(".gif"), lambda path: save_gif(path, self.gif, fps, self.gif_last_s)),
+        ):
             with ornament(path):
                 write(path)
                 done.append(path)
@@ -127,8 +138,10 @@ class VideoRecorder:
         """The bytes of the film with its index (moov) in front, so that it plays while it loads."""
         out, room = io.BytesIO(), {"moov_size": str(MOOV_BYTES * self.frames + 4096)}
         self.file.seek(0)
-        with (self.av.open(self.file) as film,
-              self.av.open(out, "w", format="mp4", options=room) as moved):
+        with (
+            self.av.open(self.file) as film,
+            self.av.open(out, "w", format="mp4", options=room) as moved,
+        ):
             stream = moved.add_stream_from_template(film.streams.video[0])
             for packet in film.demux(video=0):
                 if packet.dts is not None:  # the last one is empty

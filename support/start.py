@@ -1,5 +1,5 @@
-"""A script imports this before all else, and nothing else does: then Ctrl-C ends it quietly while it
-imports, and a package that is missing is said in one line.
+"""A script imports this before all else, and nothing else does: then Ctrl-C ends it
+quietly while it imports, and a package that is missing is said in one line.
 """
 
 import os
@@ -12,13 +12,17 @@ def _explain(kind, error, trace):
     if not issubclass(kind, ImportError):
         return sys.__excepthook__(kind, error, trace)
     if "libGL" in str(error) or "libgthread" in str(error):
-        mend = ("OpenCV's windows need it; the one without windows does not: `pip uninstall "
-                "opencv-python`, `pip install --force-reinstall opencv-python-headless`")
+        mend = (
+            "OpenCV's windows need it; the one without windows does not: `pip uninstall "
+            "opencv-python`, `pip install --force-reinstall opencv-python-headless`"
+        )
     elif ".so" in str(error):
         mend = "a library of the system is missing"
     else:
-        mend = (f"{sys.executable} lacks a package; `make install` makes .venv with all of them, "
-                "then use .venv/bin/python")
+        mend = (
+            f"{sys.executable} lacks a package; `make install` makes .venv with all of them, "
+            "then use .venv/bin/python"
+        )
     print(f"error: {error}; {mend}", file=sys.stderr, flush=True)
     os._exit(2)
 

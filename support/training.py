@@ -25,7 +25,8 @@ from support.pictures import pyplot, save_figure
 
 RANK, LOCAL_RANK, RANKS = (  # which process this is of all, and on its machine; how many there are
     int(os.environ[k]) if dist.is_torchelastic_launched() else default
-    for k, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    for k, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+)
 PATIENCE = timedelta(hours=4)  # others wait while rank 0 encodes, evaluates and paints alone
 POINTS = 20  # lines of a log at least, where there are so many steps
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt
@@ -50,15 +51,22 @@ def pick_device(args):
     if device is None or device.type not in ("cpu", "cuda"):
         fail(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        fail(f"--device {name}: no such GPU, torch sees {torch.cuda.device_count()}"
-             f"{why_no_gpu() or f'; {torch_build()}; use --device cpu or auto'}")
+        fail(
+            f"--device {name}: no such GPU, torch sees {torch.cuda.device_count()}"
+            f"{why_no_gpu() or f'; {torch_build()}; use --device cpu or auto'}"
+        )
     return device
 
 
 def torch_build():
     """Which torch is installed, in words."""
-    kind = (f"ROCm {torch.version.hip}" if torch.version.hip else
-            f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only")
+    kind = (
+        f"ROCm {torch.version.hip}"
+        if torch.version.hip
+        else f"CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else "CPUs only"
+    )
     return f"torch {torch.__version__} (built for {kind})"
 
 
@@ -73,13 +81,16 @@ def why_no_gpu(dev=Path("/dev")):
     maker, node, kind, built = next((m for m in there if m[3]), there[-1])
     found = f"; the machine has an {maker} GPU ({node}), but {torch_build()}"
     if not built:
-        return (f"{found} cannot use it: `make install TORCH_INDEX=URL` with pytorch's index for "
-                f"{kind}, see the README")
+        return (
+            f"{found} cannot use it: `make install TORCH_INDEX=URL` with pytorch's index for "
+            f"{kind}, see the README"
+        )
     if not os.access(node, os.R_OK | os.W_OK):
-        return (f"{found} may not open it: `sudo usermod -aG render,video $USER`, then log in "
-                "again")
-    return (f"{found} sees none: look at HIP_VISIBLE_DEVICES, CUDA_VISIBLE_DEVICES and the "
-            "driver's version")
+        return f"{found} may not open it: `sudo usermod -aG render,video $USER`, then log in again"
+    return (
+        f"{found} sees none: look at HIP_VISIBLE_DEVICES, CUDA_VISIBLE_DEVICES and the "
+        "driver's version"
+    )
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -128,8 +139,11 @@ def describe_device(device, dtype, why):
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         where = f"{device}, {about.name}, {about.total_memory / 2**30:.0f} GiB"
-    print(f"device {where}; {name_of(dtype)} ({why}); {torch_build()}"
-          f"{why_no_gpu() if device.type == 'cpu' else ''}", flush=True)
+    print(
+        f"device {where}; {name_of(dtype)} ({why}); {torch_build()}"
+        f"{why_no_gpu() if device.type == 'cpu' else ''}",
+        flush=True,
+    )
 
 
 def set_up(args, ranks=False, was=""):
@@ -140,8 +154,10 @@ def set_up(args, ranks=False, was=""):
     if RANKS > 1 and not ranks:
         fail("this stage runs as one process: start it with python, not torchrun")
     if RANKS > 1 and args.batch_size % RANKS:
-        fail(f"--batch_size {args.batch_size}: expected a multiple of the {RANKS} processes, which "
-             "take equal parts of it")
+        fail(
+            f"--batch_size {args.batch_size}: expected a multiple of the {RANKS} processes, which "
+            "take equal parts of it"
+        )
     if RANKS > 1 and args.compile:
         fail("--compile: for one process only; leave it out under torchrun")
     if RANK:
@@ -152,8 +168,9 @@ def set_up(args, ranks=False, was=""):
     if RANKS > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo" + ",cuda:nccl" * (device.type == "cuda"),
-                                timeout=PATIENCE)
+        dist.init_process_group(
+            "cpu:gloo" + ",cuda:nccl" * (device.type == "cuda"), timeout=PATIENCE
+        )
     keep_memory()
     dtype, why = pick_precision(args.precision, device, was.split(", ")[1] if was else "")
     if len({tuple(pick) for pick in everywhere(list(DTYPES).index(name_of(dtype)))}) > 1:
@@ -161,8 +178,10 @@ def set_up(args, ranks=False, was=""):
     describe_device(device, dtype, why)
     if getattr(args, "compile", False):
         try_compiler(device)
-    args.arithmetic = (f"{device.type}, {name_of(dtype)}, threads {torch.get_num_threads()}, "
-                       f"processes {RANKS}" + ", compiled" * getattr(args, "compile", False))
+    args.arithmetic = (
+        f"{device.type}, {name_of(dtype)}, threads {torch.get_num_threads()}, "
+        f"processes {RANKS}" + ", compiled" * getattr(args, "compile", False)
+    )
     torch.manual_seed(args.seed)
     return device, dtype
 
@@ -173,8 +192,10 @@ def try_compiler(device):
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as e:  # of a dozen kinds, and a hundred lines
         line = next((x.strip() for x in str(e).splitlines() if x.strip()), type(e).__name__)
-        fail(f"--compile: torch cannot compile here ({line[:200]}); install a C++ compiler (on "
-             "Debian g++), or leave it out")
+        fail(
+            f"--compile: torch cannot compile here ({line[:200]}); install a C++ compiler (on "
+            "Debian g++), or leave it out"
+        )
 
 
 def keep_memory():
@@ -234,15 +255,17 @@ def everywhere(*numbers):
 
 def stopped_anywhere(stop):
     """True once a Stop came to any rank. All ranks ask together, between the same two steps."""
-    return any(requested for requested, in everywhere(stop.requested))
+    return any(requested for (requested,) in everywhere(stop.requested))
 
 
 def same_start(step, per_epoch):
     """Steps an epoch as rank 0 counts them; refuses ranks that would not start at the same step."""
     starts = everywhere(step, per_epoch)
     if len({step for step, _ in starts}) > 1:
-        fail(f"the processes would start at steps {[int(step) for step, _ in starts]}: all "
-             "machines need the same files under --root/models")
+        fail(
+            f"the processes would start at steps {[int(step) for step, _ in starts]}: all "
+            "machines need the same files under --root/models"
+        )
     return int(starts[0][1])
 
 
@@ -261,8 +284,11 @@ def only_run(args, stage):
     several ranks the first one holds the lock."""
     if RANK == 0:
         models = writable(args.root / "models")
-        lock_file(models / f".{stage}.lock", f"{models}: another train_{stage}.py is at work "
-                  "there; wait until it has ended, or give this one another --root")
+        lock_file(
+            models / f".{stage}.lock",
+            f"{models}: another train_{stage}.py is at work "
+            "there; wait until it has ended, or give this one another --root",
+        )
 
 
 class RunLog:
@@ -281,9 +307,15 @@ class RunLog:
         self.png = writable(args.root / "visuals") / f"{stage}_curves.png"
         if not resumed and RANK == 0:
             self.path.unlink(missing_ok=True)
-        self._write({"command": shlex.join(sys.argv), "time": time.strftime("%F %T"),
-                     "args": {k: str(v) for k, v in vars(args).items()},
-                     "versions": versions(), "commit": git_commit()})
+        self._write(
+            {
+                "command": shlex.join(sys.argv),
+                "time": time.strftime("%F %T"),
+                "args": {k: str(v) for k, v in vars(args).items()},
+                "versions": versions(),
+                "commit": git_commit(),
+            }
+        )
         self.board = summary_writer(args, stage, self.rows()) if args.tensorboard else None
 
     def _write(self, row):
@@ -295,8 +327,10 @@ class RunLog:
             self.lost = False
         except OSError as e:
             if not self.lost:
-                tqdm.write(f"{self.path}: {e.strerror}; lines of the log are lost until it can be "
-                           "written again")
+                tqdm.write(
+                    f"{self.path}: {e.strerror}; lines of the log are lost until it can be "
+                    "written again"
+                )
             self.lost = True
 
     def rows(self):
@@ -312,14 +346,16 @@ class RunLog:
     def due(self, step, steps):
         """Whether this step is logged: --log_every seconds after the last line, and POINTS times in
         all steps, so that short runs have curves too; on the first rank."""
-        return RANK == 0 and (step % max(1, steps // POINTS) == 0
-                              or time.monotonic() - self.last >= self.every)
+        return RANK == 0 and (
+            step % max(1, steps // POINTS) == 0 or time.monotonic() - self.last >= self.every
+        )
 
     def log(self, step, **values):
         """One line; tensors and numpy numbers become floats (this is where the device waits)."""
         self.last = time.monotonic()
-        numbers = {k: v.item() if isinstance(v, torch.Tensor) else float(v)
-                   for k, v in values.items()}
+        numbers = {
+            k: v.item() if isinstance(v, torch.Tensor) else float(v) for k, v in values.items()
+        }
         values = {k: float(f"{v:.9g}") for k, v in numbers.items()}  # float32 to the last bit
         self._write({"step": int(step), "seconds": round(self.last - self.start, 1), **values})
         if self.board:
@@ -331,29 +367,41 @@ class RunLog:
         """Redraws the picture: one panel a quantity, `val_x` over `x`, and `untrained_x`, what a
         net had before its training, as a dashed line: the one to beat."""
         rows = self.rows()
-        names = [k for k in dict.fromkeys(k for r in rows for k in r)
-                 if k not in ("step", "seconds")]
+        names = [
+            k for k in dict.fromkeys(k for r in rows for k in r) if k not in ("step", "seconds")
+        ]
         panels = dict.fromkeys(n.removeprefix("val_").removeprefix("untrained_") for n in names)
         if not panels:
             return
         plt = pyplot()
         cols = min(4, len(panels))
-        fig, axes = plt.subplots(-(-len(panels) // cols), cols, squeeze=False, figsize=(
-            3.4 * cols, 2.5 * -(-len(panels) // cols)), layout="constrained")
-        for ax in axes.flat[len(panels):]:
+        fig, axes = plt.subplots(
+            -(-len(panels) // cols),
+            cols,
+            squeeze=False,
+            figsize=(3.4 * cols, 2.5 * -(-len(panels) // cols)),
+            layout="constrained",
+        )
+        for ax in axes.flat[len(panels) :]:
             ax.axis("off")
         for ax, name in zip(axes.flat, panels):
-            for key, style in ((name, dict(lw=1, marker=".", ms=2, color="tab:blue",
-                                           label="train")),
-                               ("val_" + name, dict(lw=1.5, marker="o", ms=3, color="tab:orange",
-                                                    label="held out"))):
+            for key, style in (
+                (name, dict(lw=1, marker=".", ms=2, color="tab:blue", label="train")),
+                (
+                    "val_" + name,
+                    dict(lw=1.5, marker="o", ms=3, color="tab:orange", label="held out"),
+                ),
+            ):
                 pts = np.array([(r["step"], r[key]) for r in rows if key in r])
                 if len(pts):
                     ax.plot(*pts.T, **style, clip_on=False)  # an AUC of 1 lies on the edge
-            for untrained in [r["untrained_" + name] for r in rows if "untrained_" + name in r][-1:]:
+            for untrained in [r["untrained_" + name] for r in rows if "untrained_" + name in r][
+                -1:
+            ]:
                 ax.axhline(untrained, color="tab:gray", ls="--", lw=1.2, label="untrained")
-            pts = np.array([r[k] for r in rows
-                            for k in (name, "val_" + name, "untrained_" + name) if k in r])
+            pts = np.array(
+                [r[k] for r in rows for k in (name, "val_" + name, "untrained_" + name) if k in r]
+            )
             pts = pts[np.isfinite(pts)]
             if len(pts) and (pts > 0).all() and pts.max() > 50 * pts.min():
                 ax.set_yscale("log")
@@ -363,8 +411,9 @@ class RunLog:
             ax.set_title(name, fontsize=9)
             ax.tick_params(labelsize=7)
             ax.grid(alpha=0.3)
-        shown = {label: line for ax in axes.flat for line, label in zip(
-            *ax.get_legend_handles_labels())}
+        shown = {
+            label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())
+        }
         fig.legend(shown.values(), shown.keys(), loc="outside upper right", ncols=3, fontsize=8)
         fig.supxlabel("step", fontsize=8)
         save_figure(fig, self.png)

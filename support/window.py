@@ -25,14 +25,23 @@ BAR, BAR_TEXT = 26, 20  # px, the line of keys below the picture, and its text
 SLACK = 0.2  # s that a picture may be late before the clock waits for it
 END_S = 2.0  # how long the last picture of a lap stands
 DRIVERS = ("x11", "wayland", "cocoa", "windows")  # of SDL, that show a window on a desktop
-KEYS = {"space": "pause", "s or right": "one step", "r": "next track", "v": "record on or off",
-        "f": "full screen", "h": "help", "q or Esc": "quit"}
+KEYS = {
+    "space": "pause",
+    "s or right": "one step",
+    "r": "next track",
+    "v": "record on or off",
+    "f": "full screen",
+    "h": "help",
+    "q or Esc": "quit",
+}
 KEYS_BAR = "space pause   s step   r next track   v record   f full screen   h help   q quit"
 KEYS_TEXT = textwrap.fill(
-    "keys of the window: " + ", ".join(f"{key} ({what})" for key, what in KEYS.items()), 98)
+    "keys of the window: " + ", ".join(f"{key} ({what})" for key, what in KEYS.items()), 98
+)
 
 
 # ------------------------------------------------------------------ drawing
+
 
 @lru_cache(maxsize=256)
 def letters(text, size):
@@ -48,8 +57,8 @@ def write(canvas, text, x, y, color=INK, size=TEXT, center=False):
     Returns the x of its right end."""
     cover = letters(text, size)
     x = max(0, x - cover.shape[1] // 2) if center else x
-    spot = canvas[y:y + cover.shape[0], x:x + cover.shape[1]]
-    cover = cover[:spot.shape[0], :spot.shape[1]]
+    spot = canvas[y : y + cover.shape[0], x : x + cover.shape[1]]
+    cover = cover[: spot.shape[0], : spot.shape[1]]
     spot[:] = spot + (np.array(color, np.float32) - spot) * cover
     return x + cover.shape[1]
 
@@ -80,11 +89,21 @@ def log_axis(canvas, box, values):
     low, high = np.log10(values.min()), np.log10(values.max())
     steps = (1, 2, 5) if high - low < 1.5 else (1,)
     ticks = np.log10([m * 10.0**k for k in range(int(low) - 2, int(high) + 3) for m in steps])
-    ticks = ticks[max(0, np.searchsorted(ticks, low + 1e-9, "right") - 1):
-                  np.searchsorted(ticks, max(high, low + 1e-6) - 1e-9) + 1]
+    ticks = ticks[
+        max(0, np.searchsorted(ticks, low + 1e-9, "right") - 1) : np.searchsorted(
+            ticks, max(high, low + 1e-6) - 1e-9
+        )
+        + 1
+    ]
     low, high = ticks[0], ticks[-1]
-    _draw_ticks(canvas, box, ticks[::max(1, (len(ticks) + 3) // 5)], low, high,
-                lambda tick: f"{10.0**tick:g}")
+    _draw_ticks(
+        canvas,
+        box,
+        ticks[:: max(1, (len(ticks) + 3) // 5)],
+        low,
+        high,
+        lambda tick: f"{10.0**tick:g}",
+    )
     return low, high
 
 
@@ -94,7 +113,7 @@ def linear_axis(canvas, box, values):
     step = 10.0 ** np.floor(np.log10(max(high - low, 1e-6)))
     low, high = np.floor(low / step) * step, (np.floor(high / step) + 1) * step
     ticks = np.arange(low, high + step / 2, step)
-    _draw_ticks(canvas, box, ticks[::max(1, (len(ticks) + 3) // 5)], low, high, "{:g}".format)
+    _draw_ticks(canvas, box, ticks[:: max(1, (len(ticks) + 3) // 5)], low, high, "{:g}".format)
     return low, high
 
 
@@ -111,7 +130,7 @@ def banner(canvas, *lines):
     """A dark band with lines of text in the middle of the car's view."""
     (w, h), height = VIEW, 34 * len(lines) + 18
     top = (h - height) // 2
-    band = canvas[top:top + height, :w]
+    band = canvas[top : top + height, :w]
     band[:] = band // 4
     for i, line in enumerate(lines):
         write(canvas, line, w // 2, top + 12 + 34 * i, INK, 36 if i == 0 else 28, center=True)
@@ -127,6 +146,7 @@ def icon():
 
 
 # ------------------------------------------------------------------ windows
+
 
 class NoWindow:
     """Where nothing is shown, nobody waits: a window's methods without a window."""
@@ -308,8 +328,13 @@ class Window(NoWindow):
         (w, h), picture = self.screen.get_size(), self.picture
         scale = max(min(w / picture.shape[1], (h - BAR) / picture.shape[0]), 0.05)
         size = [max(1, round(scale * side)) for side in picture.shape[1::-1]]
-        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1
-                             else cv2.INTER_LINEAR) if scale != 1 else picture
+        picture = (
+            cv2.resize(
+                picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+            )
+            if scale != 1
+            else picture
+        )
         if self.help:
             picture = self._help(picture)
         bar = np.full((BAR, w, 3), (44, 44, 50), np.uint8)
@@ -342,9 +367,12 @@ class Window(NoWindow):
 
 def open_window(title):
     """A Window, or where there is no display a NoWindow; says why."""
-    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-            or sys.platform in ("darwin", "win32")):
-        print("no window (no display: README, \"Windows\"); files only")
+    if not (
+        os.environ.get("DISPLAY")
+        or os.environ.get("WAYLAND_DISPLAY")
+        or sys.platform in ("darwin", "win32")
+    ):
+        print('no window (no display: README, "Windows"); files only')
         return NoWindow()
     try:
         window = Window(title)
@@ -354,6 +382,6 @@ def open_window(title):
     driver = pygame.display.get_driver()
     if driver not in DRIVERS:
         window.close()
-        print(f"no window (SDL finds no desktop, only its driver \"{driver}\"); files only")
+        print(f'no window (SDL finds no desktop, only its driver "{driver}"); files only')
         return NoWindow()
     return window

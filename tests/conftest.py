@@ -13,14 +13,31 @@ sys.path.insert(0, str(REPO))
 
 SMALL = "--width 0.125 --dim 32 --batch_size 12 --precision fp32 --threads 1".split()
 CHAIN = {  # stage: the README's command, small
-    "collect_race_data.py": ["--frames", "2500", "--workers", "2", "--pace", "0.1", "0.2",
-                             "--width", "3"],
+    "collect_race_data.py": [
+        "--frames",
+        "2500",
+        "--workers",
+        "2",
+        "--pace",
+        "0.1",
+        "0.2",
+        "--width",
+        "3",
+    ],
     "collect_recovery_data.py": ["--frames", "2500", "--workers", "2"],
     "collect_data.py": ["--frames", "3200", "--workers", "2"],
     "train_encoder.py": [*SMALL, "--epochs", "2", "--steps_per_epoch", "20"],
     "train_decoder.py": ["--once", "--steps", "20", "--batch_size", "16", "--width", "16"],
-    "train_predictor.py": ["--epochs", "2", "--steps_per_epoch", "20", "--batch_size", "32",
-                           "--hidden", "64"],
+    "train_predictor.py": [
+        "--epochs",
+        "2",
+        "--steps_per_epoch",
+        "20",
+        "--batch_size",
+        "32",
+        "--hidden",
+        "64",
+    ],
     "train_cost_model.py": ["--epochs", "1", "--steps_per_epoch", "20", "--batch_size", "64"],
 }
 
@@ -31,8 +48,9 @@ def script(name, *args, root=None, **kw):
     if root is not None:
         command += ["--root", str(root)]
     env = {**os.environ, "DISPLAY": "", "WAYLAND_DISPLAY": ""}
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=REPO, timeout=400,
-                          **kw)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=env, cwd=REPO, timeout=400, **kw
+    )
 
 
 @pytest.fixture(scope="session")

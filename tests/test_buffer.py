@@ -35,10 +35,23 @@ def make(folder, uid, T, number, track_seed=None, **meta):
     act = np.stack([np.full(T, number), np.arange(T), np.zeros(T)], 1).astype(np.float32)
     ends = np.zeros(T, bool)
     folder.mkdir(parents=True, exist_ok=True)
-    return write_chunk(folder, {"source": folder.name, "track_seed": track_seed, "uid": uid,
-                                "policy": {"name": "test"}, "preprocess": 1, **meta}, obs=obs,
-                       act=act, reward=np.ones(T, np.float32), terminated=ends, truncated=ends,
-                       telemetry=np.zeros((T + 1, 4), np.float32))
+    return write_chunk(
+        folder,
+        {
+            "source": folder.name,
+            "track_seed": track_seed,
+            "uid": uid,
+            "policy": {"name": "test"},
+            "preprocess": 1,
+            **meta,
+        },
+        obs=obs,
+        act=act,
+        reward=np.ones(T, np.float32),
+        terminated=ends,
+        truncated=ends,
+        telemetry=np.zeros((T + 1, 4), np.float32),
+    )
 
 
 @pytest.fixture
@@ -70,9 +83,14 @@ def test_a_chunk_comes_back_as_it_went(tmp_path):
 
 
 def test_half_a_transition_is_refused(tmp_path):
-    good = dict(obs=np.zeros((4, 64, 64, 3), np.uint8), act=np.zeros((3, 3), np.float32),
-                reward=np.zeros(3, np.float32), terminated=np.zeros(3, bool),
-                truncated=np.zeros(3, bool), telemetry=np.zeros((4, 2), np.float32))
+    good = dict(
+        obs=np.zeros((4, 64, 64, 3), np.uint8),
+        act=np.zeros((3, 3), np.float32),
+        reward=np.zeros(3, np.float32),
+        terminated=np.zeros(3, bool),
+        truncated=np.zeros(3, bool),
+        telemetry=np.zeros((4, 2), np.float32),
+    )
     meta = {"source": "a", "track_seed": 1, "uid": "u", "policy": {}, "preprocess": 1}
     for name in ("obs", "act", "reward", "telemetry"):
         with pytest.raises(ValueError):
@@ -87,8 +105,10 @@ def rewritten(path, name, **members):
     stem = name.removesuffix(".npz")
     meta = buffer.read_meta(path) | {"uid": stem, "track_seed": sum(stem.encode())}
     members = {"meta": npy(np.array(json.dumps(meta)))} | members
-    with zipfile.ZipFile(path) as z, zipfile.ZipFile(path.with_name(name), "w",
-                                                     zipfile.ZIP_DEFLATED) as out:
+    with (
+        zipfile.ZipFile(path) as z,
+        zipfile.ZipFile(path.with_name(name), "w", zipfile.ZIP_DEFLATED) as out,
+    ):
         for member in z.namelist():
             out.writestr(member, members.get(member.removesuffix(".npy"), z.read(member)))
 
@@ -114,7 +134,7 @@ def ruins(tmp_path):
     raw = whole.read_bytes()
     meta = json.loads(str(np.load(whole)["meta"]))
     flip(make(folder, "flipped", 50, 1), back=100)
-    (folder / "truncated.npz").write_bytes(raw[:len(raw) // 2])
+    (folder / "truncated.npz").write_bytes(raw[: len(raw) // 2])
     (folder / "text.npz").write_text("this is not a chunk")
     (folder / "empty.npz").touch()
     np.savez(folder / "objects.npz", obs=np.array([{}], dtype=object), meta=np.array("{}"))
@@ -122,8 +142,11 @@ def ruins(tmp_path):
     rewritten(whole, "pickled.npz", act=objects.ljust(728)[:728])
     rewritten(whole, "nan.npz", act=npy(np.full((50, 3), np.nan, np.float32)))
     rewritten(whole, "schema.npz", meta=npy(np.array(json.dumps({**meta, "schema": 99}))))
-    for name, change in (("list", {"uid": ["x"]}), ("seed", {"track_seed": "1"}),
-                         ("nothing", {"preprocess": None})):
+    for name, change in (
+        ("list", {"uid": ["x"]}),
+        ("seed", {"track_seed": "1"}),
+        ("nothing", {"preprocess": None}),
+    ):
         rewritten(whole, f"{name}.npz", meta=npy(np.array(json.dumps({**meta, **change}))))
     broken = npy(np.array(json.dumps(meta)))
     rewritten(whole, "header.npz", meta=broken.replace(b"{'descr'", b"{'descr("))
@@ -131,12 +154,24 @@ def ruins(tmp_path):
     os.mkfifo(folder / "pipe.npz")
     rewritten(whole, "bomb.npz", obs=bytes(10**8))
     rewritten(whole, "shape.npz", obs=npy(np.zeros((51, 32, 128, 3), np.uint8)))
-    return folder, {"flipped": "damaged inside", "truncated": "zip", "text": "zip",
-                    "empty": "zip", "objects": "move it away", "pickled": "another array",
-                    "nan": "finite", "schema": "schema 99", "list": "uid", "seed": "track_seed",
-                    "nothing": "preprocess", "header": "meta", "deep": "recursion",
-                    "pipe": "not a file", "bomb": "obs holds",
-                    "shape": "obs"}
+    return folder, {
+        "flipped": "damaged inside",
+        "truncated": "zip",
+        "text": "zip",
+        "empty": "zip",
+        "objects": "move it away",
+        "pickled": "another array",
+        "nan": "finite",
+        "schema": "schema 99",
+        "list": "uid",
+        "seed": "track_seed",
+        "nothing": "preprocess",
+        "header": "meta",
+        "deep": "recursion",
+        "pipe": "not a file",
+        "bomb": "obs holds",
+        "shape": "obs",
+    }
 
 
 def test_each_damage_is_named_with_its_reason(ruins):
@@ -191,8 +226,9 @@ def test_no_track_is_in_both_halves(tmp_path):
         for i in range(20):
             make(tmp_path / name, f"{name}{i}", 3, 0, track_seed=10_000_000 + i)
     sources = buffer.load_sources(argparse.Namespace(root=tmp_path, data=["a", "b"]))
-    train, held = ({c.meta["track_seed"] for split in sources.values() for c in split[part]}
-                   for part in (0, 1))
+    train, held = (
+        {c.meta["track_seed"] for split in sources.values() for c in split[part]} for part in (0, 1)
+    )
     assert not train & held and len(train | held) == 20 and len(held) == 2
 
 
@@ -208,8 +244,8 @@ def test_windows_stay_inside_one_episode(folders, latents, history, repeat):
         gap = step.diff(dim=1)
         assert ((gap == repeat) | ((step[:, :-1] == 0) & (gap <= repeat))).all()
         if latents > 1:  # act[k] is the mean action between latents k and k + 1
-            now = step[:, history - 1:-1]
-            assert torch.equal(act[..., 0].int(), episode[:, :latents - 1])
+            now = step[:, history - 1 : -1]
+            assert torch.equal(act[..., 0].int(), episode[:, : latents - 1])
             assert torch.allclose(act[..., 1], now + (repeat - 1) / 2)
     stream.close()
 
@@ -338,7 +374,7 @@ def test_a_latent_cache_that_lost_its_end_is_encoded_again(tmp_path, folders):
         again = Latents(tmp_path, "k", 2, 3, 2, encode, folders[0])
         for chunk in folders[0]:
             (a, T, _), (b, *_) = whole.rows[chunk.meta["uid"]], again.rows[chunk.meta["uid"]]
-            assert np.array_equal(rows[a:a + T + 1], again.z[b:b + T + 1])
+            assert np.array_equal(rows[a : a + T + 1], again.z[b : b + T + 1])
 
 
 def test_a_source_without_held_out_tracks_is_refused(tmp_path, folders):
@@ -370,13 +406,19 @@ def test_the_loader_skips_and_counts_damage_and_refuses_much_of_it(tmp_path, cap
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(lengths=st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=8), min_size=1,
-                        max_size=3),
-       latents=st.integers(1, 6), history=st.integers(1, 3), repeat=st.integers(1, 3),
-       size=st.integers(1, 20), threads=st.integers(1, 5), seed=st.integers(0, 9),
-       start=st.integers(0, 30))
-def test_any_mix_of_lengths_windows_and_threads(lengths, latents, history, repeat, size, threads,
-                                                seed, start):
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=8), min_size=1, max_size=3),
+    latents=st.integers(1, 6),
+    history=st.integers(1, 3),
+    repeat=st.integers(1, 3),
+    size=st.integers(1, 20),
+    threads=st.integers(1, 5),
+    seed=st.integers(0, 9),
+    start=st.integers(0, 30),
+)
+def test_any_mix_of_lengths_windows_and_threads(
+    lengths, latents, history, repeat, size, threads, seed, start
+):
     """Windows inside one episode, each once per pass, the same stream however it is read."""
     span, ids, sources = (latents - 1) * repeat, {}, []
     size = max(size, len(lengths))
@@ -399,8 +441,9 @@ def test_any_mix_of_lengths_windows_and_threads(lengths, latents, history, repea
             episode, step = where(obs)
             assert (episode == episode[:, :1]).all()
             now = step[:, history - 1]
-            assert torch.equal(step, (now[:, None] + repeat * torch.arange(1 - history, latents)
-                                      ).clamp(min=0))
+            assert torch.equal(
+                step, (now[:, None] + repeat * torch.arange(1 - history, latents)).clamp(min=0)
+            )
             owner = [ids[int(e)] for e in episode[:, 0]]
             assert all(t + span <= T for (_, T), t in zip(owner, now.tolist()))
             assert [sum(s == k for s, _ in owner) for k in range(len(sources))] == loader.counts
@@ -410,8 +453,8 @@ def test_any_mix_of_lengths_windows_and_threads(lengths, latents, history, repea
             one_pass = sum(max(0, T + 1 - span) for T in ts)
             whole = len(seen[s]) // one_pass * one_pass if n == 1 else 0
             for i in range(0, whole, one_pass):  # a batch of one is in the order of service
-                assert len(set(seen[s][i:i + one_pass])) == one_pass
-            first = seen[s][:one_pass // n * n]
+                assert len(set(seen[s][i : i + one_pass])) == one_pass
+            first = seen[s][: one_pass // n * n]
             assert len(set(first)) == len(first)
         again = Loader(sources, size, latents, history, repeat, seed=seed, threads=1)
         stream = again.batches(start)

@@ -9,8 +9,7 @@ from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
 import benchmark
 import car_env
-from car_env import (TELEMETRY, make_env, mirrored, observe, place_car, preprocess,
-                     telemetry)
+from car_env import TELEMETRY, make_env, mirrored, observe, place_car, preprocess, telemetry
 
 MAX_MEAN, MAX_WORST = 0.3, 1.0  # grey levels of 255 off the official picture
 
@@ -226,11 +225,13 @@ def test_telemetry_goes_over_smoothly_from_tile_to_tile(offset):
             blend = lambda v: (1 - t) * v[i] + t * v[i + 1]
             turn = (betas[i + 1] - betas[i] + np.pi) % (2 * np.pi) - np.pi
             beta = betas[i] + t * turn
-            place_car(env, blend(xs) + offset * np.cos(beta), blend(ys) + offset * np.sin(beta),
-                      beta)
+            place_car(
+                env, blend(xs) + offset * np.cos(beta), blend(ys) + offset * np.sin(beta), beta
+            )
             state = named(telemetry(env))
-            worst = np.maximum(worst, (abs(state["lateral_offset"] - offset),
-                                       abs(state["heading_error"])))
+            worst = np.maximum(
+                worst, (abs(state["lateral_offset"] - offset), abs(state["heading_error"]))
+            )
             curvature.append(state["curvature_20"])
     assert worst[0] < 0.01 and worst[1] < 0.005
     assert len(np.unique(np.float32(curvature))) > 0.5 * len(curvature)  # not tile by tile
@@ -262,11 +263,13 @@ def test_place_car_puts_the_car_there(kind):
 @pytest.mark.parametrize("steer, yaw_rate", [(0.3, -2.0), (-0.4, 6.0), (0.11, 10.0), (0.0, -0.7)])
 def test_mirrored_instruments_are_those_of_the_mirrored_car(steer, yaw_rate):
     def shown(way):
-        sight = car_env.Sight(1.0, 0.0, 0.0, 0.0, 60.0, way * yaw_rate,
-                              [(100.0, 0.0, way * steer)] * 4, [])
+        sight = car_env.Sight(
+            1.0, 0.0, 0.0, 0.0, 60.0, way * yaw_rate, [(100.0, 0.0, way * steer)] * 4, []
+        )
         frame = np.zeros((64, 64, 3), np.uint8)
-        car_env.Hud().draw(sight, frame[car_env.SCENE_H:])
+        car_env.Hud().draw(sight, frame[car_env.SCENE_H :])
         return frame
+
     right, left = shown(1), shown(-1)
     off = np.abs(mirrored(right).astype(int) - left)
     assert off.max() <= 20 and off.sum() < np.abs(right.astype(int) - left).sum() / 10

@@ -11,7 +11,6 @@ import time
 import cv2
 import pytest
 import torch
-
 from conftest import CHAIN, REPO, SMALL, script
 
 DRIVE = ["--episodes", "1", "--track_seed", "200000", "--samples", "16", "--horizon", "6"]
@@ -33,9 +32,11 @@ def weights(path):
 
 def test_collectors_reach_their_targets_and_say_so(chain):
     root, said = chain
-    for name, folder, frames in (("collect_race_data.py", "data_race", 2500),
-                                 ("collect_recovery_data.py", "data_recovery", 2500),
-                                 ("collect_data.py", "data", 3200)):
+    for name, folder, frames in (
+        ("collect_race_data.py", "data_race", 2500),
+        ("collect_recovery_data.py", "data_recovery", 2500),
+        ("collect_data.py", "data", 3200),
+    ):
         assert "frames/s" in said[name] and "on grass" in said[name]
         done = script("buffer.py", root / folder, "--verify")
         assert done.returncode == 0, done.stdout
@@ -50,6 +51,7 @@ def test_collectors_reach_their_targets_and_say_so(chain):
 
 def test_seeds_of_collectors_are_never_for_evaluation(chain):
     from buffer import index
+
     chunks = [c for f in ("data", "data_race", "data_recovery") for c in index(chain[0] / f)[0]]
     seeds = [c.meta["track_seed"] for c in chunks]
     assert min(seeds) >= 10_000_000 and len(set(seeds)) == len(seeds)
@@ -60,8 +62,12 @@ def test_seeds_of_collectors_are_never_for_evaluation(chain):
 def test_training_leaves_checkpoints_logs_and_pictures(chain):
     root, said = chain
     models, visuals = root / "models", root / "visuals"
-    for stage, last in (("encoder", "encoder_mixed_ep2.pth"), ("decoder", "decoder_ep2.pth"),
-                        ("predictor", "predictor_ep2.pth"), ("cost_model", "cost_model_final.pth")):
+    for stage, last in (
+        ("encoder", "encoder_mixed_ep2.pth"),
+        ("decoder", "decoder_ep2.pth"),
+        ("predictor", "predictor_ep2.pth"),
+        ("cost_model", "cost_model_final.pth"),
+    ):
         head, *rows = lines(models / f"{stage}.jsonl")
         assert {"command", "args", "versions", "commit"} <= set(head) and rows
         assert weights(models / last)
@@ -92,8 +98,16 @@ def test_driving_writes_scores_and_films(chain, tmp_path):
     report = json.loads((tmp_path / "s.json").read_text())
     row = report["episodes"][0]
     assert report["env_id"] == "CarRacing-v3" and report["versions"]["gymnasium"] == "1.4.0"
-    assert set(row) == {"track_seed", "return", "steps", "tiles", "tiles_missed", "lap_finished",
-                        "plan_ms_p50", "plan_ms_p99"}
+    assert set(row) == {
+        "track_seed",
+        "return",
+        "steps",
+        "tiles",
+        "tiles_missed",
+        "lap_finished",
+        "plan_ms_p50",
+        "plan_ms_p99",
+    }
     assert row["track_seed"] == 200000 and row["plan_ms_p50"] > 0
     assert report["mean"] == row["return"] and report["laps_finished"] == row["lap_finished"]
     N = row["tiles"] + row["tiles_missed"]
@@ -109,28 +123,61 @@ def test_the_expert_is_far_above_random(chain):
     root, _ = chain
     scores = {}
     for policy in ("random", "expert"):
-        out = script("drive_mpc.py", "--policy", policy, "--episodes", "1", "--track_seed",
-                     "200001", "--no_video", "--env", "fast", root=root).stdout
+        out = script(
+            "drive_mpc.py",
+            "--policy",
+            policy,
+            "--episodes",
+            "1",
+            "--track_seed",
+            "200001",
+            "--no_video",
+            "--env",
+            "fast",
+            root=root,
+        ).stdout
         scores[policy] = float(out.splitlines()[-1].split()[1])  # the table's last line
     assert scores["expert"] > 850 and scores["random"] < 100
 
 
 def test_rows_to_compare_with_come_from_the_same_code(chain, tmp_path):
     root, _ = chain
-    done = script("drive_mpc.py", *DRIVE, "--policy", "no_model", "--compare", "untrained", "--env",
-                  "fast", "--no_video", "--json", tmp_path / "s.json", root=root)
+    done = script(
+        "drive_mpc.py",
+        *DRIVE,
+        "--policy",
+        "no_model",
+        "--compare",
+        "untrained",
+        "--env",
+        "fast",
+        "--no_video",
+        "--json",
+        tmp_path / "s.json",
+        root=root,
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "s.json").read_text())
     assert report["policy"] == "no_model" and set(report["rows"]) == {"no_model", "untrained"}
     assert report["env_id"] == "CarRacing-v3 fast"  # not to be taken for the official one's
-    assert all(r["mean"] < 500 and r["episodes"][0]["plan_ms_p50"] > 0
-               for r in report["rows"].values())
+    assert all(
+        r["mean"] < 500 and r["episodes"][0]["plan_ms_p50"] > 0 for r in report["rows"].values()
+    )
 
 
 def test_demo_energy_writes_its_pictures(chain):
     root, _ = chain
-    done = script("demo_energy.py", "--headless", "--steps", "140", "--samples", "16", "--horizon",
-                  "6", root=root)
+    done = script(
+        "demo_energy.py",
+        "--headless",
+        "--steps",
+        "140",
+        "--samples",
+        "16",
+        "--horizon",
+        "6",
+        root=root,
+    )
     assert done.returncode == 0 and done.stdout.count("AUROC") == 4, done.stderr
     picture(root / "visuals" / "demo_energy.png")
     assert (root / "visuals" / "demo_energy.mp4").stat().st_size > 10_000
@@ -142,8 +189,12 @@ def test_resume_equals_no_interruption(chain, tmp_path):
     for name in ("data", "data_race", "data_recovery"):
         (tmp_path / name).symlink_to(chain[0] / name)
     args = [*CHAIN["train_encoder.py"], "--root", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, str(REPO / "train_encoder.py"), *args],
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(REPO / "train_encoder.py"), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     log, deadline = tmp_path / "models" / "encoder.jsonl", time.time() + 120
     while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 1):
         time.sleep(0.02)
@@ -154,8 +205,9 @@ def test_resume_equals_no_interruption(chain, tmp_path):
     assert 0 < step < 40, step
     done = script("train_encoder.py", *CHAIN["train_encoder.py"], root=tmp_path)
     assert done.returncode == 0 and f"from {step}" in done.stdout
-    for a, b in zip(*(weights(r / "models" / "encoder_mixed_ep2.pth").values()
-                      for r in (chain[0], tmp_path))):
+    for a, b in zip(
+        *(weights(r / "models" / "encoder_mixed_ep2.pth").values() for r in (chain[0], tmp_path))
+    ):
         assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
     other = script("train_encoder.py", *CHAIN["train_encoder.py"], "--lr", "0.5", root=tmp_path)
     assert other.returncode == 2 and "--lr" in other.stderr
@@ -164,9 +216,23 @@ def test_resume_equals_no_interruption(chain, tmp_path):
 def test_the_watcher_draws_what_is_good_in_order_names_the_bad_and_ends(chain, tmp_path):
     for name in ("data", "data_race", "data_recovery"):
         (tmp_path / name).symlink_to(chain[0] / name)
-    process = subprocess.Popen([sys.executable, str(REPO / "train_decoder.py"), "--steps", "4",
-                                "--width", "8", "--batch_size", "8", "--root", str(tmp_path)],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(REPO / "train_decoder.py"),
+            "--steps",
+            "4",
+            "--width",
+            "8",
+            "--batch_size",
+            "8",
+            "--root",
+            str(tmp_path),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     models = tmp_path / "models"
     while process.poll() is None and not (models / "decoder.jsonl").exists():
         time.sleep(0.1)  # it started before there was any checkpoint
@@ -190,8 +256,19 @@ def test_a_stopped_decoder_goes_on_where_it_was(chain, tmp_path):
     models = tmp_path / "models"
     models.mkdir()
     shutil.copy(chain[0] / "models" / "encoder_mixed_ep2.pth", models)
-    args = [sys.executable, str(REPO / "train_decoder.py"), "--once", "--steps", "300", "--width",
-            "8", "--batch_size", "8", "--root", str(tmp_path)]
+    args = [
+        sys.executable,
+        str(REPO / "train_decoder.py"),
+        "--once",
+        "--steps",
+        "300",
+        "--width",
+        "8",
+        "--batch_size",
+        "8",
+        "--root",
+        str(tmp_path),
+    ]
     process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log, deadline = models / "decoder.jsonl", time.time() + 120
     while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 1):
@@ -213,6 +290,7 @@ def test_a_stopped_decoder_goes_on_where_it_was(chain, tmp_path):
 def test_more_data_does_not_renumber_what_is_trained(chain, tmp_path):
     shutil.copytree(chain[0] / "models", tmp_path / "models")
     from buffer import index
+
     for name in ("data", "data_race", "data_recovery"):
         (tmp_path / name).mkdir()
         chunks = index(chain[0] / name)[0]
@@ -251,12 +329,31 @@ def test_an_aligned_encoder_trains_and_a_run_of_before_goes_on(chain, tmp_path):
 def test_plain_vicreg_trains_too(chain, tmp_path):
     for name in ("data", "data_race", "data_recovery"):
         (tmp_path / name).symlink_to(chain[0] / name)
-    done = script("train_encoder.py", *SMALL, "--objective", "vicreg", "--epochs", "1",
-                  "--steps_per_epoch", "6", root=tmp_path)
+    done = script(
+        "train_encoder.py",
+        *SMALL,
+        "--objective",
+        "vicreg",
+        "--epochs",
+        "1",
+        "--steps_per_epoch",
+        "6",
+        root=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "projector" in weights(tmp_path / "models" / "encoder_mixed_ep1.pth")
-    explode = script("train_encoder.py", *SMALL, "--epochs", "9", "--steps_per_epoch", "40", "--lr",
-                     "1e12", "--fresh", root=tmp_path)
+    explode = script(
+        "train_encoder.py",
+        *SMALL,
+        "--epochs",
+        "9",
+        "--steps_per_epoch",
+        "40",
+        "--lr",
+        "1e12",
+        "--fresh",
+        root=tmp_path,
+    )
     refused(explode, "nothing was saved over the last good file")
     aside = list((tmp_path / "models").glob("replaced-*/encoder_mixed_ep1.pth"))
     assert len(aside) == 1  # --fresh deletes nothing
@@ -271,6 +368,7 @@ def test_the_fast_env_is_at_least_eight_times_the_stock_one(tmp_path):
 
 # ------------------------------------------------------------------ bad input: one line, exit 2
 
+
 def refused(done, *words):
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -279,12 +377,15 @@ def refused(done, *words):
         assert word in said[0], said[0]
 
 
-@pytest.mark.parametrize("name,words", [
-    ("train_encoder.py", ["data_race", "collect_race_data.py"]),
-    ("train_decoder.py", ["data_race", "collect_race_data.py"]),
-    ("train_predictor.py", ["data_race", "collect_race_data.py"]),
-    ("train_cost_model.py", ["data_race", "collect_race_data.py"]),
-])
+@pytest.mark.parametrize(
+    "name,words",
+    [
+        ("train_encoder.py", ["data_race", "collect_race_data.py"]),
+        ("train_decoder.py", ["data_race", "collect_race_data.py"]),
+        ("train_predictor.py", ["data_race", "collect_race_data.py"]),
+        ("train_cost_model.py", ["data_race", "collect_race_data.py"]),
+    ],
+)
 def test_missing_input_names_the_command_that_makes_it(tmp_path, name, words):
     refused(script(name, root=tmp_path), *words, f"--root {tmp_path}")
     refused(script(name, "--data", "rides", root=tmp_path), "rides", "data_race", "data_recovery")
@@ -301,8 +402,9 @@ def test_missing_checkpoints_name_the_command_that_makes_them(chain, tmp_path):
     for path in (tmp_path / "models").glob("predictor*.pth"):
         path.unlink()
     refused(script("train_cost_model.py", root=tmp_path), "predictor", "train_predictor.py")
-    refused(script("train_cost_model.py", "--data", "data_race", "data", root=tmp_path),
-            "data_recovery")
+    refused(
+        script("train_cost_model.py", "--data", "data_race", "data", root=tmp_path), "data_recovery"
+    )
 
 
 def test_damaged_chunks_are_named(chain, tmp_path):
@@ -352,21 +454,27 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     refused(script("collect_data.py", "--frames", "300", root=tmp_path / "file"), "cannot write")
 
 
-@pytest.mark.parametrize("command,words", [
-    ("collect_data.py --frames 0", ["--frames", "from 1 to"]),
-    ("train_encoder.py --mirror 2", ["--mirror"]),
-    ("train_encoder.py --width 0", ["--width"]),
-    ("train_encoder.py --align -1", ["--align", "from 0 to", "-1"]),
-    ("train_encoder.py --dim 10", ["--dim 10 --gauges 8", "2 numbers"]),
-    ("train_encoder.py --batch_size 2", ["--batch_size 2", "data"]),
-    ("train_encoder.py --objective vicreg --batch_size 3", ["--batch_size 3", "4 or more"]),
-    ("train_encoder.py --targets 1 900", ["1800 steps", "longest has", "--targets"]),
-    ("train_predictor.py --horizon 900", ["1800 steps", "longest has", "--horizon", "--repeat"]),
-    ("train_encoder.py --align 40 --bend 0", ["--align 40 --bend 0"]),
-    ("train_predictor.py --shares 0.5 0.5", ["--shares 0.5 0.5", "3 numbers", "data_recovery"]),
-    ("train_cost_model.py --hidden 7", ["--hidden 256", "repeat its arguments"]),
-    ("demo_energy.py --headless --steps 60", ["--steps 60", "step 61"]),
-])
+@pytest.mark.parametrize(
+    "command,words",
+    [
+        ("collect_data.py --frames 0", ["--frames", "from 1 to"]),
+        ("train_encoder.py --mirror 2", ["--mirror"]),
+        ("train_encoder.py --width 0", ["--width"]),
+        ("train_encoder.py --align -1", ["--align", "from 0 to", "-1"]),
+        ("train_encoder.py --dim 10", ["--dim 10 --gauges 8", "2 numbers"]),
+        ("train_encoder.py --batch_size 2", ["--batch_size 2", "data"]),
+        ("train_encoder.py --objective vicreg --batch_size 3", ["--batch_size 3", "4 or more"]),
+        ("train_encoder.py --targets 1 900", ["1800 steps", "longest has", "--targets"]),
+        (
+            "train_predictor.py --horizon 900",
+            ["1800 steps", "longest has", "--horizon", "--repeat"],
+        ),
+        ("train_encoder.py --align 40 --bend 0", ["--align 40 --bend 0"]),
+        ("train_predictor.py --shares 0.5 0.5", ["--shares 0.5 0.5", "3 numbers", "data_recovery"]),
+        ("train_cost_model.py --hidden 7", ["--hidden 256", "repeat its arguments"]),
+        ("demo_energy.py --headless --steps 60", ["--steps 60", "step 61"]),
+    ],
+)
 def test_odd_arguments(chain, command, words):
     name, *args = command.split()
     if name == "demo_energy.py":
@@ -384,9 +492,11 @@ def test_a_last_file_that_is_gone_or_damaged_is_written_anew(chain, tmp_path):
     shutil.copytree(chain[0] / "models", tmp_path / "models")
     for name in ("data", "data_race", "data_recovery"):
         (tmp_path / name).symlink_to(chain[0] / name)
-    for name, last in (("train_encoder.py", "encoder_mixed_ep2.pth"),
-                       ("train_predictor.py", "predictor_ep2.pth"),
-                       ("train_cost_model.py", "cost_model_final.pth")):
+    for name, last in (
+        ("train_encoder.py", "encoder_mixed_ep2.pth"),
+        ("train_predictor.py", "predictor_ep2.pth"),
+        ("train_cost_model.py", "cost_model_final.pth"),
+    ):
         path = tmp_path / "models" / last
         if name == "train_predictor.py":
             path.unlink()
@@ -394,18 +504,21 @@ def test_a_last_file_that_is_gone_or_damaged_is_written_anew(chain, tmp_path):
             path.write_bytes(path.read_bytes()[:5000])
         done = script(name, *CHAIN[name], root=tmp_path)
         assert done.returncode == 0 and "written anew" in done.stdout, done.stderr
-        ours, was = (torch.load(f / "models" / last, weights_only=True)
-                     for f in (tmp_path, chain[0]))
+        ours, was = (
+            torch.load(f / "models" / last, weights_only=True) for f in (tmp_path, chain[0])
+        )
         assert ours.keys() == was.keys()
         for key in ("step", "epoch", "epochs", "done", "data_key", "frames_seen", "auc", "max_gas"):
             assert ours.get(key) == was.get(key), key
         for net, entry in was["nets"].items():
-            assert all(torch.equal(ours["nets"][net]["weights"][k], v)
-                       for k, v in entry["weights"].items())
+            assert all(
+                torch.equal(ours["nets"][net]["weights"][k], v) for k, v in entry["weights"].items()
+            )
 
 
-SCRIPTS = sorted(p.name for p in REPO.glob("*.py")
-                 if p.name not in ("vicreg.py", "networks.py", "car_env.py"))
+SCRIPTS = sorted(
+    p.name for p in REPO.glob("*.py") if p.name not in ("vicreg.py", "networks.py", "car_env.py")
+)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -422,9 +535,23 @@ def test_help_gives_a_reason_for_every_flag(name):
 
 
 def test_without_nets_it_drives_with_the_weights_that_come_with_the_code(tmp_path):
-    done = script("drive_mpc.py", "--episodes", 1, "--track_seed", 200_000, "--env", "fast",
-                  "--samples", 64, "--threads", 1, "--no_video", "--json", tmp_path / "s.json",
-                  root=tmp_path)
+    done = script(
+        "drive_mpc.py",
+        "--episodes",
+        1,
+        "--track_seed",
+        200_000,
+        "--env",
+        "fast",
+        "--samples",
+        64,
+        "--threads",
+        1,
+        "--no_video",
+        "--json",
+        tmp_path / "s.json",
+        root=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "weights that come with the code" in done.stdout
     report = json.loads((tmp_path / "s.json").read_text())

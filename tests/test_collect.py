@@ -28,9 +28,22 @@ REPLACED = 5  # s within which a killed worker has a successor
 
 
 def start(root, frames, workers=2, name="collect_data.py", more=()):
-    return subprocess.Popen([sys.executable, str(REPO / name), "--root", str(root), "--frames",
-                             str(frames), "--workers", str(workers), *more],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(REPO / name),
+            "--root",
+            str(root),
+            "--frames",
+            str(frames),
+            "--workers",
+            str(workers),
+            *more,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def descendants(pid):
@@ -49,11 +62,13 @@ def wait_for(condition, seconds):
 
 def alive(pids):
     """Those of the pids that run; one that is dead and not yet waited for does not."""
+
     def runs(pid):
         try:
             return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
         except OSError:
             return False
+
     return [p for p in pids if runs(p)]
 
 
@@ -132,8 +147,9 @@ def test_two_collectors_of_one_machine_do_not_drive_the_same(tmp_path):
     wait_for(lambda: list((tmp_path / "data").glob("*.npz")), 30)
     second = script("collect_data.py", "--frames", "60000", "--workers", "1", root=tmp_path)
     assert second.returncode == 2 and "--machine_id" in second.stderr
-    other = script("collect_data.py", "--frames", "2000", "--workers", "1", "--machine_id", "1",
-                   root=tmp_path)
+    other = script(
+        "collect_data.py", "--frames", "2000", "--workers", "1", "--machine_id", "1", root=tmp_path
+    )
     assert other.returncode == 0, other.stderr
     first.terminate()
     first.communicate(timeout=GONE)
@@ -163,8 +179,9 @@ def test_stopped_it_keeps_what_is_finished_and_goes_on_to_the_target(tmp_path, n
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 580 MiB."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=580m", "none", tmp_path],
-                      capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=580m", "none", tmp_path], capture_output=True
+    ).returncode:
         pytest.skip("mounting a small disk takes root")
     yield tmp_path
     subprocess.run(["umount", "--lazy", tmp_path], check=True)
@@ -214,8 +231,13 @@ def all_seeds(machines, workers, episodes):
 
 def test_no_seed_comes_twice():
     all_seeds(machines=2, workers=32, episodes=100)
-    jobs = [{"seed": s, "machine_id": m, "source": d, "run": r, "workers": 1}
-            for s in (0, 1) for m in (0, 1) for d in ("data", "data_race") for r in (0, 1)]
+    jobs = [
+        {"seed": s, "machine_id": m, "source": d, "run": r, "workers": 1}
+        for s in (0, 1)
+        for m in (0, 1)
+        for d in ("data", "data_race")
+        for r in (0, 1)
+    ]
     assert len({seeds_of(job, 0, 0)[0] for job in jobs}) == len(jobs)
 
 
@@ -225,8 +247,14 @@ def test_no_seed_comes_twice_in_six_million_episodes():
 
 
 def test_a_tenth_of_the_tracks_is_held_out_on_every_machine():
-    job = {"seed": 0, "machine_id": 3, "source": "data", "run": 2, "workers": 4,
-           "paces": [0.1, 0.3, 0.6, 1.0]}
+    job = {
+        "seed": 0,
+        "machine_id": 3,
+        "source": "data",
+        "run": 2,
+        "workers": 4,
+        "paces": [0.1, 0.3, 0.6, 1.0],
+    }
     paces = Counter()
     for worker in range(4):
         for episode in range(100):
@@ -238,8 +266,16 @@ def test_a_tenth_of_the_tracks_is_held_out_on_every_machine():
 @pytest.mark.slow
 def test_two_machines_are_merged_by_copying(tmp_path):
     for machine in (0, 1):
-        done = script("collect_data.py", "--frames", "1200", "--workers", "2", "--machine_id",
-                      machine, root=tmp_path / str(machine))
+        done = script(
+            "collect_data.py",
+            "--frames",
+            "1200",
+            "--workers",
+            "2",
+            "--machine_id",
+            machine,
+            root=tmp_path / str(machine),
+        )
         assert done.returncode == 0, done.stderr
     ours, theirs = (tmp_path / m / "data" for m in "01")
     parts = [whole(ours), whole(theirs)]
@@ -264,8 +300,9 @@ def test_two_machines_are_merged_by_copying(tmp_path):
     assert "renamed.npz" in done.stdout and "cut.npz" in done.stdout
     assert "target is reached" in done.stdout
     assert len({c.meta["track_seed"] for c in chunks}) == len(chunks)
-    assert all(re.match(r"data-.+-s0m[01]r000-[0-9a-f]{6}-w0[01]-e\d{6}\.npz", c.path.name)
-               for c in chunks)
+    assert all(
+        re.match(r"data-.+-s0m[01]r000-[0-9a-f]{6}-w0[01]-e\d{6}\.npz", c.path.name) for c in chunks
+    )
 
 
 def test_a_fumble_is_as_random_as_a_planner_and_never_gas_with_brake():

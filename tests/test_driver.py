@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import script
 
 from car_env import make_env, observe
-from conftest import script
 from drive_mpc import Disturbance, LapView, drive, load_driver, planning, to_action
 from networks import fingerprint
 from support.cli import parser
@@ -39,8 +39,9 @@ def simulate(pipe):
 def driver(tmp_path_factory):
     p = parser("")
     planning(p)
-    args = p.parse_args(["--root", str(tmp_path_factory.mktemp("none")), "--samples", "32",
-                         "--horizon", "5"])
+    args = p.parse_args(
+        ["--root", str(tmp_path_factory.mktemp("none")), "--samples", "32", "--horizon", "5"]
+    )
     return load_driver(args, args)[0]
 
 
@@ -109,23 +110,33 @@ def test_the_film_shows_zoom_dream_plan_and_end(driver):
     assert dark(zoom) < 0.5 * dark(after) and dark(end) < 0.5 * dark(after)
     w, h = VIEW
     drawn = lambda frame, box: (frame[box] != PAPER).any()
-    curve, numbers = np.s_[h + 60:h + 180, 70:w], np.s_[h + 60:h + 180, :50]
-    plans, dreams = np.s_[h + 60:h + 180, w + 80:w + 300], np.s_[280:430, w + 14:w + 350]
+    curve, numbers = np.s_[h + 60 : h + 180, 70:w], np.s_[h + 60 : h + 180, :50]
+    plans, dreams = np.s_[h + 60 : h + 180, w + 80 : w + 300], np.s_[280:430, w + 14 : w + 350]
     for box in (curve, numbers, plans, dreams):
         assert drawn(after, box) and not drawn(zoom, box)
-    assert drawn(zoom, np.s_[60:200, w + 14:w + 170])  # what the driver sees
+    assert drawn(zoom, np.s_[60:200, w + 14 : w + 170])  # what the driver sees
 
 
 def test_its_own_episodes_are_data_to_learn_from(tmp_path):
     small = ["--samples", "2", "--horizon", "1", "--env", "fast", "--no_video"]
-    refused = script("drive_mpc.py", *small, "--save_data", "--track_seed", "200000",
-                     root=tmp_path)
+    refused = script("drive_mpc.py", *small, "--save_data", "--track_seed", "200000", root=tmp_path)
     assert refused.returncode == 2 and "never learned from" in refused.stderr
-    done = script("drive_mpc.py", *small, "--save_data", "--track_seed", "10000019", "--episodes",
-                  "2", "--json", tmp_path / "s.json", root=tmp_path)
+    done = script(
+        "drive_mpc.py",
+        *small,
+        "--save_data",
+        "--track_seed",
+        "10000019",
+        "--episodes",
+        "2",
+        "--json",
+        tmp_path / "s.json",
+        root=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "s.json").read_text())
     from buffer import index, read_chunk
+
     chunks, damaged, _ = index(tmp_path / "data_mpc")
     assert not damaged and sorted(c.held_out for c in chunks) == [False, True]
     assert sorted(c.meta["track_seed"] for c in chunks) == [10_000_019, 10_000_020]
@@ -135,13 +146,26 @@ def test_its_own_episodes_are_data_to_learn_from(tmp_path):
         assert arrays["obs"].std() > 20 and arrays["act"].std() > 0
     from buffer import load_sources
     from train_encoder import arguments
+
     sources = load_sources(arguments(["--root", str(tmp_path), "--data", "data_mpc"]))
     assert [len(part) for part in sources["data_mpc"]] == [1, 1]  # to train, held out
 
 
 def test_trials_judge_every_driver_by_the_same_starts(tmp_path):
-    done = script("trials.py", "--starts", "4", "--tracks", "2", "--samples", "8", "--horizon", "4",
-                  "--threads", "1", root=tmp_path)
+    done = script(
+        "trials.py",
+        "--starts",
+        "4",
+        "--tracks",
+        "2",
+        "--samples",
+        "8",
+        "--horizon",
+        "4",
+        "--threads",
+        "1",
+        root=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "visuals" / "trials.json").read_text())
     assert [r["all"]["n"] for r in found["recovery"].values()] == [4, 4, 4]
@@ -160,8 +184,18 @@ def test_trials_judge_every_driver_by_the_same_starts(tmp_path):
 
 
 def test_a_landscape_has_the_units_that_it_prints_and_no_gas_that_is_forbidden(tmp_path):
-    done = script("trials.py", "--parts", "landscape", "--gas", "0.35", "--samples", "8",
-                  "--threads", "1", root=tmp_path)
+    done = script(
+        "trials.py",
+        "--parts",
+        "landscape",
+        "--gas",
+        "0.35",
+        "--samples",
+        "8",
+        "--threads",
+        "1",
+        root=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "visuals" / "trials.json").read_text())["landscape"]
     assert max(best["gas"] for best in found.values()) == 0.35  # the straight wants more
@@ -182,8 +216,11 @@ def test_the_lowest_place_is_drawn_where_it_is_printed(gas):
     best = draw_landscape(ax, act, energy)
     marker = next(line for line in ax.lines if line.get_label() == "lowest energy")
     assert marker.get_xdata()[0] == pytest.approx(best["steer"]) == pytest.approx(0.2, abs=0.02)
-    assert marker.get_ydata()[0] == pytest.approx(best["gas"]) == pytest.approx(min(gas, 0.9),
-                                                                               abs=0.05)
+    assert (
+        marker.get_ydata()[0]
+        == pytest.approx(best["gas"])
+        == pytest.approx(min(gas, 0.9), abs=0.05)
+    )
     assert "rad" in ax.get_xlabel() and ax.get_xlim() == (-0.5, 0.5) and ax.get_ylim() == (-0.4, 1)
     drawn = ax.collections[0].get_datalim(ax.transData)
     assert drawn.ymax == pytest.approx(gas) and drawn.ymin == pytest.approx(-0.4)

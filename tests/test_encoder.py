@@ -12,16 +12,32 @@ from conftest import script
 from car_env import SCENE_H, mirrored
 from networks import BendModel, InverseModel, Predictor, TinyEncoder, stack, unit_act
 from support.cli import Refusal
-from train_encoder import (AHEAD, CAR, JITTER, MEAN_OF, MOST, TINT, bend_, bend_rows, jitter_,
-                           loss_fn, refuse_collapse, some_mirrored, straightened, unlikeness, views)
+from train_encoder import (
+    AHEAD,
+    CAR,
+    JITTER,
+    MEAN_OF,
+    MOST,
+    TINT,
+    bend_,
+    bend_rows,
+    jitter_,
+    loss_fn,
+    refuse_collapse,
+    some_mirrored,
+    straightened,
+    unlikeness,
+    views,
+)
 
 
 @pytest.fixture
 def obs():
     """Windows as the loader serves them: (B, L, 3, 64, 64) uint8 that lie (B, L, 64, 64, 3)."""
     g = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (3, 5, 64, 64, 3), dtype=torch.uint8,
-                         generator=g).permute(0, 1, 4, 2, 3)
+    return torch.randint(0, 256, (3, 5, 64, 64, 3), dtype=torch.uint8, generator=g).permute(
+        0, 1, 4, 2, 3
+    )
 
 
 @pytest.mark.parametrize("history", [1, 3])
@@ -73,8 +89,12 @@ def test_vicreg_sees_each_frame_twice_and_in_unlike_light(obs):
 
 
 def test_the_strongest_light_and_the_faintest_stay_in_range():
-    x = torch.randint(0, 2, (4000, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator(
-        ).manual_seed(0)) * 255
+    x = (
+        torch.randint(
+            0, 2, (4000, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
+        * 255
+    )
     x[::2, :, 3:] = 255
     x[1::2, :, 3:] = 0
     view = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
@@ -99,8 +119,8 @@ def test_a_bend_moves_a_road_as_it_says_and_neither_car_nor_instruments():
     car = lambda frames: frames[on_road][:, :, 46:50, 30:34]
     assert on_road.any() and torch.equal(car(bent), car(x))
     assert abs(how.mean()) < 0.2 and abs(how.std() - 1) < 0.1
-    moved = (how @ bend_rows())[:, :CAR[0].start]  # the rows ahead of the car
-    road = (bent[:, :, :CAR[0].start].float() - 50) / 100  # (N, C, rows, 64)
+    moved = (how @ bend_rows())[:, : CAR[0].start]  # the rows ahead of the car
+    road = (bent[:, :, : CAR[0].start].float() - 50) / 100  # (N, C, rows, 64)
     middle = (road * torch.arange(64)).sum(3) / road.sum(3) - 32
     whole = moved.abs() < 25  # the road is in the picture
     assert whole.float().mean() > 0.8
@@ -186,16 +206,29 @@ def test_collapsed_latents_stop_the_training():
 def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     """Terms of the joint objective with gaps between targets, against plain loops."""
     torch.manual_seed(0)
-    args = argparse.Namespace(objective="joint", targets=[1, 3, 4], history=2, pred=10.0, std=16.0,
-                              cov=1.0, inverse=2.0, bend=5.0, align=3.0)
-    nets = {"encoder": TinyEncoder(0.125, history=2, dim=16), "predictor": Predictor(16, 8),
-            "inverse": InverseModel(16, 8), "bend": BendModel(16, len(bend_rows()), True)}
+    args = argparse.Namespace(
+        objective="joint",
+        targets=[1, 3, 4],
+        history=2,
+        pred=10.0,
+        std=16.0,
+        cov=1.0,
+        inverse=2.0,
+        bend=5.0,
+        align=3.0,
+    )
+    nets = {
+        "encoder": TinyEncoder(0.125, history=2, dim=16),
+        "predictor": Predictor(16, 8),
+        "inverse": InverseModel(16, 8),
+        "bend": BendModel(16, len(bend_rows()), True),
+    }
     obs = obs.repeat(2, 2, 1, 1, 1)[:, :6]  # 4 steps and a frame of history
     act = torch.randn(6, 4, 3)
     seen = views(obs, args, torch.Generator().manual_seed(1))
     loss, logs, flat = loss_fn(nets, *seen, act, args)
     at, g = [0, 1, 3, 4], torch.Generator().manual_seed(1)
-    x = torch.stack([obs[b, t:t + 2] for b in range(6) for t in at])
+    x = torch.stack([obs[b, t : t + 2] for b in range(6) for t in at])
     x = x.flatten(1, 2).unflatten(0, (6, 4))
     x = torch.cat([x[:, :1], x], dim=1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     how = bend_(x[::5], g)
@@ -223,6 +256,7 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
 
 def test_gauges_are_the_principal_components_of_the_newest_instruments(obs):
     from sklearn.decomposition import PCA
+
     x = stack(obs.repeat(4, 2, 1, 1, 1)[:, :9], 2)
     x[:, :, SCENE_H:] = torch.randint(0, 256, x[:, :, SCENE_H:].shape).byte()
     net = TinyEncoder(0.125, history=2, dim=16, gauges=4).eval()
@@ -262,9 +296,12 @@ def test_mirrored_windows_are_mirrored_as_a_whole_and_so_is_their_steering():
     acts = rng.uniform(-1, 1, (7, 20, 4, 3)).astype(np.float32)
 
     def stream(start, share=0.3):
-        batches = ((torch.from_numpy(f.copy()).permute(0, 1, 4, 2, 3), torch.from_numpy(a.copy()))
-                   for f, a in zip(frames[start:], acts[start:]))
+        batches = (
+            (torch.from_numpy(f.copy()).permute(0, 1, 4, 2, 3), torch.from_numpy(a.copy()))
+            for f, a in zip(frames[start:], acts[start:])
+        )
         return list(some_mirrored(batches, share, 5, start))
+
     count = 0
     for (obs, act), frame, a in zip(stream(0), frames, acts):
         obs = obs.permute(0, 1, 3, 4, 2).numpy()
@@ -281,6 +318,7 @@ def test_mirrored_windows_are_mirrored_as_a_whole_and_so_is_their_steering():
 
 
 # ------------------------------------------------------------------ curves
+
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
@@ -299,15 +337,28 @@ def drawn(tmp_path, monkeypatch):
         log.curves()
         assert cv2.imread(str(log.png)).std() > 5
         return {ax.get_title(): ax for ax in kept[0].axes}
+
     return draw
 
 
 def test_axes_of_curves_do_not_turn_noise_into_learning(drawn):
     noise = np.random.default_rng(0).normal(0, 1e-4, 40)
-    axes = drawn([{"step": i, "val_r2_speed": 0.9976 + e, "val_r2_heading_error": 0.6 + i / 200,
-                   "val_auc_density": 0.9999, "val_auc_classifier": 0.4, "val_std": 0.5 + e,
-                   "loss": 2 - i / 30, "lr": 0.0, "val_rank": 40 + e}
-                  for i, e in enumerate(noise)])
+    axes = drawn(
+        [
+            {
+                "step": i,
+                "val_r2_speed": 0.9976 + e,
+                "val_r2_heading_error": 0.6 + i / 200,
+                "val_auc_density": 0.9999,
+                "val_auc_classifier": 0.4,
+                "val_std": 0.5 + e,
+                "loss": 2 - i / 30,
+                "lr": 0.0,
+                "val_rank": 40 + e,
+            }
+            for i, e in enumerate(noise)
+        ]
+    )
     ends = {name: ax.get_ylim() for name, ax in axes.items()}
     assert ends["r2_speed"] == (0.9, 1.0)
     assert 0.5 < ends["r2_heading_error"][0] < 0.6 and ends["r2_heading_error"][1] == 1
@@ -321,13 +372,16 @@ def test_axes_of_curves_do_not_turn_noise_into_learning(drawn):
 
 
 def test_the_untrained_net_is_a_dashed_line_with_its_name(drawn):
-    axes = drawn([{"step": 0, "untrained_r2_speed": 0.98, "untrained_rank": 80.0},
-                  {"step": 0, "loss": 3.0},
-                  *({"step": i, "loss": 3 - i, "val_r2_speed": 0.99, "val_rank": 50.0}
-                    for i in (1, 2))])
+    axes = drawn(
+        [
+            {"step": 0, "untrained_r2_speed": 0.98, "untrained_rank": 80.0},
+            {"step": 0, "loss": 3.0},
+            *({"step": i, "loss": 3 - i, "val_r2_speed": 0.99, "val_rank": 50.0} for i in (1, 2)),
+        ]
+    )
     assert set(axes) == {"r2_speed", "rank", "loss"}
     for name, value in (("r2_speed", 0.98), ("rank", 80)):
-        line, = [line for line in axes[name].lines if line.get_linestyle() == "--"]
+        (line,) = [line for line in axes[name].lines if line.get_linestyle() == "--"]
         assert list(line.get_ydata()) == [value] * 2 and line.get_label() == "untrained"
         low, high = axes[name].get_ylim()
         assert low < value < high
@@ -341,6 +395,7 @@ def test_the_probe_of_the_untrained_net_is_logged_once(chain):
     assert len(first) == 1 and first[0]["step"] == 0
     last = next(row for row in reversed(rows) if "val_r2_speed" in row)
     assert {k.removeprefix("untrained_") for k in first[0]} - {"step", "seconds"} == {
-        k.removeprefix("val_") for k in last if k.startswith(("val_r2", "val_rank", "val_spread"))}
+        k.removeprefix("val_") for k in last if k.startswith(("val_r2", "val_rank", "val_spread"))
+    }
     said = next(x for x in chain[1]["train_encoder.py"].splitlines() if x.startswith("untrained:"))
     assert f"R² speed {first[0]['untrained_r2_speed']:.3f}" in said

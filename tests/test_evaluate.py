@@ -10,23 +10,63 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import script
 from sklearn.metrics import roc_auc_score
 
 from car_env import FPS, TELEMETRY, centre_line, make_env, place_car
 from collect_data import FIRST_SEED, run_episode
 from collect_race_data import Expert
 from collect_recovery_data import FaultyExpert
-from conftest import script
-from evaluate import (AFTER, AHEAD, FAR, FIGURES, FILMS, JUDGES, OFF_ROAD, OWN, PARTS, POOLED,
-                      PROBED, TWIN, VIOLATIONS, Episode, Labels, Recorder, Scale, Spots, Subject,
-                      along, auc, cells, choose_spots, linear_dream, lived_frames, main,
-                      mark, numbered, on_grid, outcome, partners, play, possible, probe,
-                      restore_state, save_state, scales, separated, spearman, taught_outcome, text,
-                      way)
+from evaluate import (
+    AFTER,
+    AHEAD,
+    FAR,
+    FIGURES,
+    FILMS,
+    JUDGES,
+    OFF_ROAD,
+    OWN,
+    PARTS,
+    POOLED,
+    PROBED,
+    TWIN,
+    VIOLATIONS,
+    Episode,
+    Labels,
+    Recorder,
+    Scale,
+    Spots,
+    Subject,
+    along,
+    auc,
+    cells,
+    choose_spots,
+    linear_dream,
+    lived_frames,
+    main,
+    mark,
+    numbered,
+    on_grid,
+    outcome,
+    partners,
+    play,
+    possible,
+    probe,
+    restore_state,
+    save_state,
+    scales,
+    separated,
+    spearman,
+    taught_outcome,
+    text,
+    way,
+)
 from support.cli import Refusal
 
-TINY = ("--tracks 2 --train_frames 500 --frames 100 --windows 10 --states 1 --samples 16 --lived 4 "
-        "--ceiling_steps 3 --ceiling_batch 8 --bootstrap 5").split()
+TINY = (
+    "--tracks 2 --train_frames 500 --frames 100 --windows 10 --states 1 --samples 16 --lived 4 "
+    "--ceiling_steps 3 --ceiling_batch 8 --bootstrap 5"
+).split()
 SOURCES = ["data_race", "data_recovery", "data"]
 
 
@@ -56,17 +96,31 @@ def test_the_card_says_what_made_it(card):
     assert set(report["parts"]) == set(PARTS)
     tracks = [t for source in SOURCES for t in report["tracks"][source]]
     assert tracks == list(range(200_000, 200_006))  # for choosing, a track an episode
-    for words in ("What the latent knows", "How long dreams hold", "Impossible futures",
-                  "match the world", "report_dreams.png",
-                  "gas up to 0.5, stored with the cost model"):
+    for words in (
+        "What the latent knows",
+        "How long dreams hold",
+        "Impossible futures",
+        "match the world",
+        "report_dreams.png",
+        "gas up to 0.5, stored with the cost model",
+    ):
         assert words in said
     assert report["args"]["gas"] == "0.5"
 
 
 @pytest.mark.slow
 def test_without_episodes_or_nets_it_judges_the_weights_that_come_with_the_code(tmp_path):
-    done = script("evaluate.py", *TINY, "--parts", "knows", "--ceiling_steps", "0", "--threads",
-                  "1", root=tmp_path)
+    done = script(
+        "evaluate.py",
+        *TINY,
+        "--parts",
+        "knows",
+        "--ceiling_steps",
+        "0",
+        "--threads",
+        "1",
+        root=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "weights that come with the code" in done.stdout and "no episodes there" in done.stdout
     report = json.loads((tmp_path / "visuals" / "report_only_knows.json").read_text())
@@ -79,11 +133,16 @@ def test_every_probe_stands_in_the_card_and_one_saw_labels(card):
     nets = ("this encoder", "untrained encoder", "PCA of the pixels", "ceiling, saw the labels")
     expected = {f"{n}, {kind}" for n in nets for kind in ("ridge", "mlp")}
     for h in AHEAD:
-        expected |= {f"imagined +{h}, probe of real", f"imagined +{h}, probe of imagined",
-                     f"not imagined +{h}, from z now"}
+        expected |= {
+            f"imagined +{h}, probe of real",
+            f"imagined +{h}, probe of imagined",
+            f"not imagined +{h}, from z now",
+        }
     assert set(rows) == expected
     assert {n for n, row in rows.items() if row["saw_labels"]} == {
-        "ceiling, saw the labels, ridge", "ceiling, saw the labels, mlp"}
+        "ceiling, saw the labels, ridge",
+        "ceiling, saw the labels, mlp",
+    }
     for row in rows.values():
         assert set(row["cells"]) == {*PROBED, OFF_ROAD}
         for name in PROBED:
@@ -97,20 +156,24 @@ def test_dreams_are_measured_against_copy_last(card):
     found = card[0]["parts"]["dreams"]
     assert set(found) == {"all", *SOURCES}
     for rows in found.values():
-        assert set(rows) == {"this predictor", "copy-last", "swapped actions",
-                             "untrained predictor", "linear predictor"}
+        assert set(rows) == {
+            "this predictor",
+            "copy-last",
+            "swapped actions",
+            "untrained predictor",
+            "linear predictor",
+        }
         assert all(len(row) == FAR and sound(c, 0) > 0 for row in rows.values() for c in row)
         assert all(c["value"] == c["low"] == c["high"] == 1 for c in rows["copy-last"])
-    assert found["all"]["copy-last"][0]["n"] == sum(
-        found[s]["copy-last"][0]["n"] for s in SOURCES)
+    assert found["all"]["copy-last"][0]["n"] == sum(found[s]["copy-last"][0]["n"] for s in SOURCES)
 
 
 def test_every_violation_is_judged_by_all(card):
     found = card[0]["parts"]["futures"]
     assert set(found) == set(VIOLATIONS)
-    for violation, judges in found.items():
+    for judges in found.values():
         assert set(judges) == set(JUDGES)
-        for name, by_step in judges.items():
+        for by_step in judges.values():
             assert set(by_step) == {str(h) for h in AHEAD}
             for figures in by_step.values():
                 assert {"auroc", "tpr_at_1pct", "pairs"} == set(figures)
@@ -144,6 +207,7 @@ def test_pictures_are_pictures(card, name):
 
 # ------------------------------------------------------------------ what is refused or left out
 
+
 def refused(done, *words):
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -153,8 +217,11 @@ def refused(done, *words):
 
 def test_bad_checkpoints_are_refused(chain, tmp_path):
     models = chain[0] / "models"
-    refused(script("evaluate.py", "--checkpoint", models / "predictor_ep2.pth", root=chain[0]),
-            "predictor_ep2.pth", "expected a net named encoder")
+    refused(
+        script("evaluate.py", "--checkpoint", models / "predictor_ep2.pth", root=chain[0]),
+        "predictor_ep2.pth",
+        "expected a net named encoder",
+    )
     with pytest.raises(Refusal, match="none.pth: not found; .*train_encoder.py"):
         Subject(flags(chain[0], tmp_path / "none.pth"))
     payload = torch.load(models / "encoder_mixed_ep2.pth", weights_only=True)
@@ -166,8 +233,16 @@ def test_bad_checkpoints_are_refused(chain, tmp_path):
 
 def flags(root, checkpoint):
     """What Subject looks at."""
-    return argparse.Namespace(root=root, models=None, checkpoint=checkpoint, device="cpu",
-                              precision="fp32", threads=0, seed=0, parts=["plans"])
+    return argparse.Namespace(
+        root=root,
+        models=None,
+        checkpoint=checkpoint,
+        device="cpu",
+        precision="fp32",
+        threads=0,
+        seed=0,
+        parts=["plans"],
+    )
 
 
 def test_tracks_for_reporting_are_refused():
@@ -181,9 +256,19 @@ def test_parts_without_a_matching_predictor_are_left_out(chain, tmp_path, monkey
         (tmp_path / name).symlink_to(root / name)
     models = tmp_path / "models"
     shutil.copytree(root / "models", models)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *TINY, "--ceiling_steps", "0", "--root",
-                                     str(tmp_path), "--checkpoint",
-                                     str(models / "encoder_mixed_ep1.pth")])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "evaluate.py",
+            *TINY,
+            "--ceiling_steps",
+            "0",
+            "--root",
+            str(tmp_path),
+            "--checkpoint",
+            str(models / "encoder_mixed_ep1.pth"),
+        ],
+    )
     assert main() == 0
     said = capsys.readouterr().out
     assert "trained on another encoder" in said
@@ -198,6 +283,7 @@ def test_parts_without_a_matching_predictor_are_left_out(chain, tmp_path, monkey
 
 
 # ------------------------------------------------------------------ that the figures can be wrong
+
 
 def test_auc_is_that_of_scikit_learn_ties_included():
     rng = np.random.default_rng(0)
@@ -223,8 +309,10 @@ def test_films_show_what_their_names_say():
 def test_probes_find_what_is_there_and_nothing_else():
     rng, args = np.random.default_rng(0), argparse.Namespace(seed=0, bootstrap=20)
     z = [rng.normal(size=(n, 8)) for n in (800, 300)]
-    labels = [Labels(x[:, :6] * 3 + 1, np.ones(len(x), bool), x[:, 6] > 0, np.arange(len(x)) % 7)
-              for x in z]
+    labels = [
+        Labels(x[:, :6] * 3 + 1, np.ones(len(x), bool), x[:, 6] > 0, np.arange(len(x)) % 7)
+        for x in z
+    ]
     found = mark(probe("ridge", z[0], labels[0], 0), z[1], labels[1], args)
     assert all(found[q]["value"] > 0.999 for q in PROBED) and found[OFF_ROAD]["value"] > 0.97
     noise = [rng.normal(size=x.shape) for x in z]
@@ -241,8 +329,17 @@ def episodes_of_a_linear_world(count, K=60, D=4):
         act, z = rng.normal(size=(K - 1, 3)).astype(np.float32) * 0.2, [rng.normal(size=D)]
         for a in act:
             z.append(z[-1] @ turn + a @ push)
-        out.append(Episode("data", i, np.zeros((K, 1, 1, 3), np.uint8), act, np.zeros((K, 20)),
-                           25, z={OWN: torch.from_numpy(np.array(z, np.float32))}))
+        out.append(
+            Episode(
+                "data",
+                i,
+                np.zeros((K, 1, 1, 3), np.uint8),
+                act,
+                np.zeros((K, 20)),
+                25,
+                z={OWN: torch.from_numpy(np.array(z, np.float32))},
+            )
+        )
     return out
 
 
@@ -275,10 +372,10 @@ def test_a_restored_state_goes_on_as_the_first_one_did():
     worst, careless = [], []
     for t in range(60, 360, 20):
         restore_state(twin, saved[t])
-        *_, car = play(twin, acts[t:t + 30])
+        *_, car = play(twin, acts[t : t + 30])
         worst.append(np.abs(np.subtract((*car.hull.position, car.hull.angle), at[t + 30])).max())
         place_car(twin, *at[t])  # without speeds and wheels
-        *_, car = play(twin, acts[t:t + 30])
+        *_, car = play(twin, acts[t : t + 30])
         careless.append(np.abs(np.subtract(car.hull.position, at[t + 30][:2])).max())
     assert np.median(worst) < 1e-4 and max(worst) < 1e-3, worst
     assert min(careless) > 1
@@ -286,6 +383,7 @@ def test_a_restored_state_goes_on_as_the_first_one_did():
 
 class Weaver:
     """Holds each action for two steps, on and off the gas, left and right."""
+
     max_steps = 160
 
     def reset(self, env, rng):
@@ -330,8 +428,9 @@ def test_an_expert_goes_on_from_where_a_plan_ended():
     _, beta, x, y = env.unwrapped.track[10]
     place_car(env, x, y, beta, speed=40)
     start, plan = save_state(env), np.tile(np.float32((0, 0.3, 0)), (10, 1))
-    scribe = SimpleNamespace(act=lambda env: given.append(expert.act(env)) or given[-1],
-                             nearest=expert.nearest)
+    scribe = SimpleNamespace(
+        act=lambda env: given.append(expert.act(env)) or given[-1], nearest=expert.nearest
+    )
     made = outcome(env, start, plan, 17, scribe)
     assert len(given) == AFTER * FPS
     assert made == pytest.approx(outcome(env, start, np.concatenate([plan, given]), 17), abs=1e-3)
@@ -352,8 +451,12 @@ def test_a_judge_that_saw_the_labels_tells_the_outcome():
         made = [0] + [way(*step, len(env.unwrapped.track)) for step in zip(at, at[1:])]
         z = torch.tensor(np.c_[made, state[:, column("wheels_off_road")]]).float()
         parts[-1].z = {OWN: z}
-    told = taught_outcome(SimpleNamespace(encoder=SimpleNamespace(repeat=2)), parts[:5], env,
-                          SimpleNamespace(ceiling_steps=1, train_frames=2000, seed=0, off_road=17))
+    told = taught_outcome(
+        SimpleNamespace(encoder=SimpleNamespace(repeat=2)),
+        parts[:5],
+        env,
+        SimpleNamespace(ceiling_steps=1, train_frames=2000, seed=0, off_road=17),
+    )
     z = z[1:].unfold(0, 15, 1).transpose(1, 2)
     truth = (z[..., 0] - 17 * z[..., 1] / 4 / 25).sum(dim=1).numpy()
     assert truth.std() > 2 and spearman(told(z), truth) > 0.98
@@ -366,11 +469,12 @@ def test_a_shortcut_over_the_grass_makes_no_tiles():
     env = make_env("physics")
     env.reset(seed=200_000)
     track, line = env.unwrapped.track, centre_line(env.unwrapped)
-    for i, (_, beta, x, y) in enumerate(track):
+    for _, beta, x, y in track:
         at = lambda s: (x - s * np.cos(beta), y - s * np.sin(beta))  # s units to the left
         tile = lambda s: line.place(*at(s))[0]
-        apart = lambda s: abs((tile(s) - tile(s - 1) + len(track) / 2) % len(track)
-                              - len(track) / 2)
+        apart = lambda s: abs(
+            (tile(s) - tile(s - 1) + len(track) / 2) % len(track) - len(track) / 2
+        )
         border = next((s for s in range(15, 60) if apart(s) > 20), None)
         if border:
             break
@@ -383,7 +487,7 @@ def test_a_shortcut_over_the_grass_makes_no_tiles():
 
 def test_rank_correlation_and_its_interval():
     made = np.random.default_rng(0).normal(size=64)
-    assert spearman(-(-made), made) == pytest.approx(1) and spearman(np.ones(64), made) == 0
+    assert spearman(made.copy(), made) == pytest.approx(1) and spearman(np.ones(64), made) == 0
     args = argparse.Namespace(seed=0, bootstrap=50)
     tracks = np.repeat(np.arange(8), 8)
     one, again = (cells(np.mean, tracks, (made,), args)[0] for _ in range(2))
@@ -406,13 +510,28 @@ def test_scales_are_of_the_steps_and_nets_they_are_asked_for():
     """Of random walks, one three times as wide, and dreams that stay where they are."""
     rng, K = np.random.default_rng(0), 120
     walk = lambda width: torch.from_numpy(width * rng.normal(size=(K, 4)).cumsum(axis=0)).float()
-    episodes = [Episode("data", i, np.zeros((K, 1, 1, 3)), np.zeros((K - 1, 3)), np.zeros((K, 20)),
-                        25, z={OWN: walk(1), TWIN: walk(3)}) for i in range(60)]
-    subject = SimpleNamespace(pairs=lambda: {judge: (None, None) for judge in (OWN, TWIN)},
-                              imagine=lambda _, z, act: z[:, None].expand(-1, act.shape[1], -1))
+    episodes = [
+        Episode(
+            "data",
+            i,
+            np.zeros((K, 1, 1, 3)),
+            np.zeros((K - 1, 3)),
+            np.zeros((K, 20)),
+            25,
+            z={OWN: walk(1), TWIN: walk(3)},
+        )
+        for i in range(60)
+    ]
+    subject = SimpleNamespace(
+        pairs=lambda: dict.fromkeys((OWN, TWIN), (None, None)),
+        imagine=lambda _, z, act: z[:, None].expand(-1, act.shape[1], -1),
+    )
     found = scales(subject, episodes[:50], SimpleNamespace(train_frames=2000, seed=0))
-    z = {judge: choose_spots(episodes[50:], 400, 0, ahead=15).z(0, 15, judge) for judge in found
-         if judge != "copy-last"}
+    z = {
+        judge: choose_spots(episodes[50:], 400, 0, ahead=15).z(0, 15, judge)
+        for judge in found
+        if judge != "copy-last"
+    }
     z["copy-last"] = z[OWN]
 
     def seen(judge, h, a, of):

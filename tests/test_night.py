@@ -27,19 +27,54 @@ FOLDERS = ("data_race", "data_recovery", "data")
 ONE = ["--precision", "fp32", "--threads", "1", "--log_every", "0"]
 LOOP = ["--epochs", "2", "--steps_per_epoch", "60"]
 STAGES = {
-    "encoder": [*ONE, *LOOP, "--width", "0.125", "--dim", "16", "--history", "2",
-                "--strides", "4", "2", "1", "1", "--batch_size", "6"],
+    "encoder": [
+        *ONE,
+        *LOOP,
+        "--width",
+        "0.125",
+        "--dim",
+        "16",
+        "--history",
+        "2",
+        "--strides",
+        "4",
+        "2",
+        "1",
+        "1",
+        "--batch_size",
+        "6",
+    ],
     "decoder": [*ONE, "--once", "--width", "8", "--batch_size", "8", "--steps", "60"],
-    "predictor": [*ONE, *LOOP, "--hidden", "32", "--horizon", "4", "--dropout", "0.1",
-                  "--batch_size", "48"],
+    "predictor": [
+        *ONE,
+        *LOOP,
+        "--hidden",
+        "32",
+        "--horizon",
+        "4",
+        "--dropout",
+        "0.1",
+        "--batch_size",
+        "48",
+    ],
     "cost_model": [*ONE, *LOOP, "--hidden", "32", "--batch_size", "48"],
 }
-WRITTEN = {"encoder": "encoder_mixed_ep2", "decoder": "decoder_ep2", "predictor": "predictor_ep2",
-           "cost_model": "cost_model_final"}
-READ = {"encoder": (), "decoder": ("encoder_mixed_ep1", "encoder_mixed_ep2"),
-        "predictor": ("encoder_mixed_ep2",), "cost_model": ("encoder_mixed_ep2", "predictor_ep2")}
-QUICK = [stage if stage == "predictor" else pytest.param(stage, marks=pytest.mark.slow)
-         for stage in STAGES]  # one stage for every day
+WRITTEN = {
+    "encoder": "encoder_mixed_ep2",
+    "decoder": "decoder_ep2",
+    "predictor": "predictor_ep2",
+    "cost_model": "cost_model_final",
+}
+READ = {
+    "encoder": (),
+    "decoder": ("encoder_mixed_ep1", "encoder_mixed_ep2"),
+    "predictor": ("encoder_mixed_ep2",),
+    "cost_model": ("encoder_mixed_ep2", "predictor_ep2"),
+}
+QUICK = [
+    stage if stage == "predictor" else pytest.param(stage, marks=pytest.mark.slow)
+    for stage in STAGES
+]  # one stage for every day
 forkserver = multiprocessing.get_context("forkserver")  # the imports, 5 s, are made once
 forkserver.set_forkserver_preload([f"train_{stage}" for stage in STAGES])
 
@@ -49,12 +84,22 @@ def episode(folder, number, held_out, steps=230):
     rng = np.random.default_rng([number, len(folder.name)])
     obs = rng.integers(0, 256, (steps + 1, 8, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
     ends = np.zeros(steps, bool)
-    write_chunk(folder, {
-        "source": folder.name, "track_seed": 10_000_000 + 10 * number + (not held_out),
-        "uid": f"{folder.name}-{number}", "policy": {}, "preprocess": 1}, obs=obs,
+    write_chunk(
+        folder,
+        {
+            "source": folder.name,
+            "track_seed": 10_000_000 + 10 * number + (not held_out),
+            "uid": f"{folder.name}-{number}",
+            "policy": {},
+            "preprocess": 1,
+        },
+        obs=obs,
         act=rng.uniform(-1, 1, (steps, 3)).astype(np.float32),
-        reward=rng.random(steps, np.float32), terminated=ends, truncated=ends,
-        telemetry=rng.random((steps + 1, len(TELEMETRY)), np.float32))
+        reward=rng.random(steps, np.float32),
+        terminated=ends,
+        truncated=ends,
+        telemetry=rng.random((steps + 1, len(TELEMETRY)), np.float32),
+    )
 
 
 def main_of(stage, args, said):
@@ -124,8 +169,12 @@ def given(tmp_path_factory):
     for epoch in (1, 2):
         eye = TinyEncoder(0.125, 2, 2, 16, (4, 2, 1, 1))
         save(root / "models" / f"encoder_mixed_ep{epoch}.pth", {"encoder": eye}, done=epoch == 2)
-    save(root / "models" / "predictor_ep2.pth", {"predictor": Predictor(16, 32)},
-         encoder_key=fingerprint(eye), horizon=4)
+    save(
+        root / "models" / "predictor_ep2.pth",
+        {"predictor": Predictor(16, 32)},
+        encoder_key=fingerprint(eye),
+        horizon=4,
+    )
     return root
 
 
@@ -141,6 +190,7 @@ def prepare(root, given, stage):
 @pytest.fixture(scope="session")
 def whole(given, tmp_path_factory):
     """stage -> ROOT in which it ran without interruption; it runs when it is first asked for."""
+
     @functools.cache
     def run_whole(stage):
         root = tmp_path_factory.mktemp(stage)
@@ -148,6 +198,7 @@ def whole(given, tmp_path_factory):
         done = Run(stage, root).wait()
         assert done.code == 0, done.said[-3000:]
         return root
+
     return run_whole
 
 
@@ -169,13 +220,22 @@ def test_killed_and_stopped_anywhere_it_goes_on_to_the_bit(given, whole, tmp_pat
     wanted, mine = dict(losses(night, stage)), losses(root, stage)
     assert all(wanted[step] == loss for step, loss in mine) and len(mine) > 100
     assert {step for step, _ in mine} == set(wanted)
-    a, b = (torch.load(r / "models" / f"{WRITTEN[stage]}.pth", weights_only=True)["nets"]
-            for r in (night, root))
-    assert all(torch.equal(a[n]["weights"][k], b[n]["weights"][k])
-               for n in a for k in a[n]["weights"])
+    a, b = (
+        torch.load(r / "models" / f"{WRITTEN[stage]}.pth", weights_only=True)["nets"]
+        for r in (night, root)
+    )
+    assert all(
+        torch.equal(a[n]["weights"][k], b[n]["weights"][k]) for n in a for k in a[n]["weights"]
+    )
     if stage != "decoder":  # which has nothing left to resume
-        refused(Run(stage, root, "--lr", 0.5, "--weight_decay", 0.3), "--lr 0.00", "0.5",
-                "--weight_decay", "0.3", "--fresh")
+        refused(
+            Run(stage, root, "--lr", 0.5, "--weight_decay", 0.3),
+            "--lr 0.00",
+            "0.5",
+            "--weight_decay",
+            "0.3",
+            "--fresh",
+        )
 
 
 @pytest.mark.slow
@@ -193,6 +253,7 @@ def test_a_decoder_in_the_middle_refuses_other_arguments(given, tmp_path):
 
 # ------------------------------------------------------------------ checkpoints
 
+
 @pytest.fixture(scope="module")
 def eye():
     return TinyEncoder(0.1, 1, 2, 8, (8, 1, 1, 1))
@@ -203,8 +264,17 @@ def test_a_checkpoint_says_what_is_in_it(whole, capsys, stage):
     models = whole(stage) / "models"
     networks.describe(models / f"{WRITTEN[stage]}.pth")
     said = capsys.readouterr().out
-    for word in ("versions", "commit", "frames_seen", "data_key", "preprocessing", "epoch",
-                 f"python train_{stage}.py", "'torch'", "'data_race'"):
+    for word in (
+        "versions",
+        "commit",
+        "frames_seen",
+        "data_key",
+        "preprocessing",
+        "epoch",
+        f"python train_{stage}.py",
+        "'torch'",
+        "'data_race'",
+    ):
         assert word in said, word
     if stage != "decoder":  # which leaves nothing to resume
         networks.describe(models / f"{stage}_resume.pth")
@@ -250,16 +320,32 @@ def hostile(path, eye, kind):
     elif kind == "not finite":
         entry["weights"]["head.bias"][0] = float("nan")
     if kind in ("empty", "half", "flipped"):
-        path.write_bytes({"empty": b"", "half": raw[:len(raw) // 2], "flipped":
-                          raw[:len(raw) // 2] + bytes(64) + raw[len(raw) // 2 + 64:]}[kind])
+        path.write_bytes(
+            {
+                "empty": b"",
+                "half": raw[: len(raw) // 2],
+                "flipped": raw[: len(raw) // 2] + bytes(64) + raw[len(raw) // 2 + 64 :],
+            }[kind]
+        )
     else:
         torch.save(payload, path)
 
 
-@pytest.mark.parametrize("kind,word", [
-    ("pickled", "UnpicklingError"), ("other class", "found a Predictor"), ("other width", "fit"),
-    ("mad arguments", "fit"), ("newer", "found 99"), ("no nets", "damaged"), ("not finite", "bias"),
-    ("empty", "damaged"), ("half", "damaged"), ("flipped", "damaged")])
+@pytest.mark.parametrize(
+    "kind,word",
+    [
+        ("pickled", "UnpicklingError"),
+        ("other class", "found a Predictor"),
+        ("other width", "fit"),
+        ("mad arguments", "fit"),
+        ("newer", "found 99"),
+        ("no nets", "damaged"),
+        ("not finite", "bias"),
+        ("empty", "damaged"),
+        ("half", "damaged"),
+        ("flipped", "damaged"),
+    ],
+)
 def test_hostile_checkpoints_are_refused_in_a_line(tmp_path, eye, kind, word):
     path = tmp_path / "encoder_mixed_ep1.pth"
     hostile(path, eye, kind)
@@ -271,14 +357,18 @@ def test_hostile_checkpoints_are_refused_in_a_line(tmp_path, eye, kind, word):
 
 # ------------------------------------------------------------------ the watcher
 
+
 def vandal(models, seed, count, made):
     """Damages, takes away and gives back checkpoints while they are written, each once at most;
     writes what it did to `made`: {epoch: deed}. Ends when all have been there."""
     rng, did = random.Random(seed), {}
     deeds = ("truncate", "leave", "away and back", "garbage", "again", "flip", "leave", "delete")
     while len(did) < count - 1:
-        there = [n for n in range(1, count) if n not in did
-                 and (models / f"encoder_mixed_ep{n}.pth").exists()]
+        there = [
+            n
+            for n in range(1, count)
+            if n not in did and (models / f"encoder_mixed_ep{n}.pth").exists()
+        ]
         time.sleep(rng.random() * 1.5)
         if there:
             epoch = rng.choice(there)
@@ -318,16 +408,22 @@ def test_the_watcher_under_torture(given, tmp_path, count):
         bad = forkserver.Process(target=vandal, args=(models, 0, count, deeds))
         bad.start()
         for epoch in range(1, count):
-            save(models / f"encoder_mixed_ep{epoch}.pth",
-                 {"encoder": TinyEncoder(0.1, 1, 2, 8, (8, 1, 1, 1))}, done=False)
+            save(
+                models / f"encoder_mixed_ep{epoch}.pth",
+                {"encoder": TinyEncoder(0.1, 1, 2, 8, (8, 1, 1, 1))},
+                done=False,
+            )
             time.sleep(0.3)
             if epoch == count // 2:
                 os.kill(run.process.pid, signal.SIGKILL)
                 run.wait()
                 run = Run("decoder", root, *fast)
         bad.join()
-        save(models / f"encoder_mixed_ep{count}.pth",
-             {"encoder": TinyEncoder(0.1, 1, 2, 8, (8, 1, 1, 1))}, done=True)
+        save(
+            models / f"encoder_mixed_ep{count}.pth",
+            {"encoder": TinyEncoder(0.1, 1, 2, 8, (8, 1, 1, 1))},
+            done=True,
+        )
         assert run.wait(300).code == 0, run.said[-3000:]
     finally:
         STAGES["decoder"].insert(0, "--once")
@@ -364,8 +460,9 @@ def small_disk(given, tmp_path):
     """ROOT with models/ on a disk of 8 MiB."""
     root = tmp_path
     prepare(root, given, "encoder")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", root / "models"],
-                      capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "none", root / "models"], capture_output=True
+    ).returncode:
         pytest.skip("mounting a small disk takes root")
     yield root
     subprocess.run(["umount", "--lazy", root / "models"], check=True)
@@ -387,6 +484,7 @@ def test_a_full_disk_is_waited_for(small_disk, eye):
 
 
 # ------------------------------------------------------------------ what ends a run in a line
+
 
 @pytest.mark.slow
 def test_a_data_folder_swapped_under_a_running_trainer(given, tmp_path):

@@ -10,8 +10,22 @@ from conftest import script
 from sklearn.covariance import shrunk_covariance
 
 from benchmark import PlainFutures
-from drive_mpc import (BRAKE, DECAY, LEAST_STD, STEER, Futures, Plan, ar1_noise, draw_plans,
-                       limited, plan, planning, powerlaw_noise, take_gas, to_action)
+from drive_mpc import (
+    BRAKE,
+    DECAY,
+    LEAST_STD,
+    STEER,
+    Futures,
+    Plan,
+    ar1_noise,
+    draw_plans,
+    limited,
+    plan,
+    planning,
+    powerlaw_noise,
+    take_gas,
+    to_action,
+)
 from networks import DISCOUNT, FORESIGHT, TROUBLE, CostModel, Predictor, judged
 from support.cli import Parser, Refusal
 from train_cost_model import max_gas
@@ -46,8 +60,9 @@ def config(planner, rounds=None, **kw):
 
 
 @pytest.mark.parametrize("noise", ["ar1", "powerlaw"])
-@pytest.mark.parametrize("planner,rounds", [("shooting", None), ("icem", None), ("icem", 1),
-                                            ("mppi", None), ("mppi", 2)])
+@pytest.mark.parametrize(
+    "planner,rounds", [("shooting", None), ("icem", None), ("icem", 1), ("mppi", None), ("mppi", 2)]
+)
 def test_the_planner_reaches_a_known_goal(planner, rounds, noise):
     generator = torch.Generator().manual_seed(0)
     z, last, cfg = torch.zeros(1, 2), Plan.none(15), config(planner, rounds, noise_kind=noise)
@@ -64,8 +79,12 @@ def test_icem_by_default_is_more_than_shooting():
     costs = {}
     for planner, samples in (("shooting", 156), ("icem", 64)):  # 64 + 64 (twice the elites) + ...
         cfg = config(planner, samples=samples, elites=10)
-        generator, z, last, seen = torch.Generator().manual_seed(1), torch.zeros(1, 2), Plan.none(
-            15), []
+        generator, z, last, seen = (
+            torch.Generator().manual_seed(1),
+            torch.zeros(1, 2),
+            Plan.none(15),
+            [],
+        )
         told = lambda z, act: (seen.append(len(act)), futures(z, act))[1]
         costs[planner] = 0.0
         for _ in range(30):
@@ -114,8 +133,10 @@ def test_icem_never_narrows_below_its_least_spread():
 @pytest.mark.parametrize("planner", ["shooting", "icem", "mppi"])
 def test_few_samples_and_short_horizons_plan_too(planner, samples, elites, horizon):
     for noise in ("ar1", "powerlaw"):
-        cfg, last = config(planner, samples=samples, elites=elites, noise_kind=noise), Plan.none(
-            horizon)
+        cfg, last = (
+            config(planner, samples=samples, elites=elites, noise_kind=noise),
+            Plan.none(horizon),
+        )
         for _ in range(3):
             last, _ = plan(torch.zeros(1, 2), futures, last, cfg)
         assert last.u.shape == (horizon, 2) and last.u.isfinite().all()
@@ -129,8 +150,9 @@ def test_mppi_is_the_mean_of_its_elites_weighted_by_energy():
     for _ in range(3):
         last, energies = plan(z, futures, last, cfg, g)
         mean, noise = torch.cat([u[1:], u[-1:]]), torch.randn(64, 5, 2, generator=h)
-        drawn = torch.stack([(mean + torch.tensor([0.4, 0.5]) * (root.float() @ n)).clamp(-1, 1)
-                             for n in noise])
+        drawn = torch.stack(
+            [(mean + torch.tensor([0.4, 0.5]) * (root.float() @ n)).clamp(-1, 1) for n in noise]
+        )
         drawn[0] = mean
         cost = futures(z, to_action(drawn))
         best = cost.argsort()[:32]
@@ -144,11 +166,16 @@ def test_warm_start_pays():
     """With few samples, shifting the last plan finds lower energies than starting from nothing."""
     lows = []
     for warm in (True, False):
-        generator, z, last, low = torch.Generator().manual_seed(1), torch.zeros(1, 2), Plan.none(
-            15), 0.0
+        generator, z, last, low = (
+            torch.Generator().manual_seed(1),
+            torch.zeros(1, 2),
+            Plan.none(15),
+            0.0,
+        )
         for _ in range(25):
-            last, e = plan(z, futures, last if warm else Plan.none(15), config("mppi", samples=48),
-                           generator)
+            last, e = plan(
+                z, futures, last if warm else Plan.none(15), config("mppi", samples=48), generator
+            )
             z, low = cart(z, to_action(last.u[:1])[None])[:, 0], low + float(e.min())
         lows.append(low)
     assert lows[0] < lows[1]
@@ -158,8 +185,9 @@ def test_warm_start_pays():
 def test_when_all_futures_cost_the_same_the_last_plan_goes_on(planner):
     u = torch.linspace(-1, 1, 30).view(15, 2)
     last = Plan(u, 0.5 * u, u[None])
-    now, energies = plan(torch.zeros(1, 2), lambda z, act: torch.ones(len(act)), last,
-                         config(planner))
+    now, energies = plan(
+        torch.zeros(1, 2), lambda z, act: torch.ones(len(act)), last, config(planner)
+    )
     assert torch.equal(now.u[:-1], u[1:]) and energies.std() == 0
     assert torch.equal(now.mean[:-1], 0.5 * u[1:])
 
@@ -178,8 +206,9 @@ def test_ar1_noise_keeps_variance_and_has_its_spectrum(rho):
     power = torch.fft.rfft(x[..., 0], dim=1).abs().pow(2).mean(dim=0) / H
     k = np.arange(H)
     lag = k[:, None] - k
-    expected = [(rho ** abs(lag) * np.cos(2 * np.pi * f * lag / H)).sum() / H
-                for f in range(H // 2 + 1)]
+    expected = [
+        (rho ** abs(lag) * np.cos(2 * np.pi * f * lag / H)).sum() / H for f in range(H // 2 + 1)
+    ]
     assert np.allclose(power.numpy(), expected, rtol=0.05)
 
 
@@ -202,17 +231,24 @@ def test_powerlaw_noise_has_unit_variance_and_the_slope_of_its_exponent(beta, H)
 @pytest.mark.parametrize("kind", ["ar1", "powerlaw"])
 def test_plans_are_drawn_with_the_noise_that_the_flags_ask_for(kind):
     cfg = config("mppi", noise_kind=kind, rho=0.5, beta=1.5, noise=[0.1, 0.2])
-    drawn = draw_plans(4000, torch.full((15, 2), 0.1), torch.tensor(cfg.noise), cfg,
-                       torch.Generator().manual_seed(0))
-    noise = ar1_noise(white(4000, 15), 0.5) if kind == "ar1" else powerlaw_noise(
-        white(4000, 15), 1.5)
+    drawn = draw_plans(
+        4000,
+        torch.full((15, 2), 0.1),
+        torch.tensor(cfg.noise),
+        cfg,
+        torch.Generator().manual_seed(0),
+    )
+    noise = (
+        ar1_noise(white(4000, 15), 0.5) if kind == "ar1" else powerlaw_noise(white(4000, 15), 1.5)
+    )
     assert torch.allclose(drawn, (0.1 + noise * torch.tensor([0.1, 0.2])).clamp(-1, 1))
 
 
 def test_actions_cover_full_lock_and_braking():
     u = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.0, 0.0]])
-    assert torch.allclose(to_action(u), torch.tensor([[STEER, 1.0, 0.0], [-STEER, 0.0, BRAKE],
-                                                      [0.0, 0.0, 0.0]]))
+    assert torch.allclose(
+        to_action(u), torch.tensor([[STEER, 1.0, 0.0], [-STEER, 0.0, BRAKE], [0.0, 0.0, 0.0]])
+    )
     assert STEER >= 0.4 and BRAKE >= 0.3  # the joint's stop; enough to lock up at speed
 
 
@@ -235,9 +271,11 @@ def test_no_plan_has_more_gas_than_it_may():
 
 
 def test_the_gas_limit_is_the_cost_models_unless_it_is_given(capsys):
-    for flags, payload, gas, said in (((), {"max_gas": 0.5}, 0.5, "gas up to 0.5, stored with"),
-                                      (("--gas", "0.7"), {"max_gas": 0.5}, 0.7, ""),
-                                      ((), {}, 1.0, "stores no limit")):
+    for flags, payload, gas, said in (
+        ((), {"max_gas": 0.5}, 0.5, "gas up to 0.5, stored with"),
+        (("--gas", "0.7"), {"max_gas": 0.5}, 0.7, ""),
+        ((), {}, 1.0, "stores no limit"),
+    ):
         p = Parser()
         planning(p)
         cfg = p.parse_args(list(flags))
@@ -255,10 +293,26 @@ def test_a_drive_without_the_flag_is_the_drive_with_the_stored_limit(chain, tmp_
     for flags in ((), ("--gas", 0.5), ("--gas", 0)):
         path = tmp_path / "s.json"
         path.unlink(missing_ok=True)
-        done = script("drive_mpc.py", "--env", "fast", "--episodes", 1, "--track_seed", 200_000,
-                      "--samples", 8, "--horizon", 3, "--no_video", "--threads", 1, "--json", path,
-                      *flags,
-                      root=chain[0])
+        done = script(
+            "drive_mpc.py",
+            "--env",
+            "fast",
+            "--episodes",
+            1,
+            "--track_seed",
+            200_000,
+            "--samples",
+            8,
+            "--horizon",
+            3,
+            "--no_video",
+            "--threads",
+            1,
+            "--json",
+            path,
+            *flags,
+            root=chain[0],
+        )
         assert done.returncode == 0, done.stderr
         assert ("gas up to 0.5, stored with the cost model" in done.stdout) == (not flags)
         report = json.loads(path.read_text())
@@ -275,19 +329,28 @@ def test_full_gas_is_for_nets_whose_dreams_hold(error, gas, capsys):
 
     class Dreamer(Predictor):
         def rollout(self, z0, act):
-            return z[:, 1:] + error ** 0.5 * (z[:, :1] - z[:, 1:])
+            return z[:, 1:] + error**0.5 * (z[:, :1] - z[:, 1:])
 
     class Held:
         swapped = staticmethod(lambda i: torch.zeros(40, 5, 3))
         __call__ = staticmethod(lambda i: (z, torch.zeros(40, 5, 3)))
+
     assert max_gas(Dreamer(8, 4, 4), Held(), torch.device("cpu"), torch.float32) == gas
     assert f"is {error:.3f} of copy-last's" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags,word", [
-    ("--samples 1", "from 2"), ("--rho 1", "to 0.9999"), ("--beta -1", "from 0"),
-    ("--gas 1.5", "to 1"), ("--noise nan 1", "from 0"), ("--rounds 0", "from 1"),
-    ("--noise_kind pink", "powerlaw")])
+@pytest.mark.parametrize(
+    "flags,word",
+    [
+        ("--samples 1", "from 2"),
+        ("--rho 1", "to 0.9999"),
+        ("--beta -1", "from 0"),
+        ("--gas 1.5", "to 1"),
+        ("--noise nan 1", "from 0"),
+        ("--rounds 0", "from 1"),
+        ("--noise_kind pink", "powerlaw"),
+    ],
+)
 def test_flags_of_the_planner_have_stated_ranges(flags, word, capsys):
     p = Parser()
     planning(p)
@@ -336,8 +399,10 @@ def nets():
             p.add_(0.1 * torch.randn_like(p))
     z = torch.randn(400, 8) @ torch.randn(8, 8)
     cost.fit_density(z, 3 * z)
-    return {k: net.eval().requires_grad_(False) for k, net in
-            {"predictor": predictor, "cost": cost}.items()}
+    return {
+        k: net.eval().requires_grad_(False)
+        for k, net in {"predictor": predictor, "cost": cost}.items()
+    }
 
 
 def test_rollout_eats_its_own_output(nets):
@@ -400,16 +465,25 @@ def test_value_is_the_density_on_the_road_and_looks_further_in_trouble(nets):
     assert torch.allclose(cost.judge(far, z_hat, "density"), every_third, rtol=1e-5)
     beyond = cost.judge(far, z_hat, "value") - 3 * cost.bounded(cost.energy(z_hat[:, 2::3])).sum(1)
     assert torch.allclose(beyond, DISCOUNT**15 * cost.foretold(z_hat[:, -1]), atol=1e-3)
-    assert torch.allclose(cost.bounded(cost.chaos * torch.tensor([0, 1, 1e9])),
-                          cost.chaos * torch.tensor([0, 0.5, 1]))
+    assert torch.allclose(
+        cost.bounded(cost.chaos * torch.tensor([0, 1, 1e9])), cost.chaos * torch.tensor([0, 0.5, 1])
+    )
     assert float(cost.bounded(torch.tensor(1e-3))) == pytest.approx(1e-3, rel=0.01)
 
 
 def test_what_comes_is_the_discounted_sum_of_the_energies_after(nets):
     cost, z = nets["cost"], torch.randn(2, 4 + FORESIGHT, 8)
     cost.value[-1].bias.fill_(1.0)  # what is foretold is never below nothing
-    worth = [[sum(DISCOUNT**j * float(cost.bounded(cost.energy(z[b, t + 1 + j])))
-                  for j in range(FORESIGHT)) for t in range(4)] for b in range(2)]
+    worth = [
+        [
+            sum(
+                DISCOUNT**j * float(cost.bounded(cost.energy(z[b, t + 1 + j])))
+                for j in range(FORESIGHT)
+            )
+            for t in range(4)
+        ]
+        for b in range(2)
+    ]
     scale = sum(DISCOUNT**j for j in range(FORESIGHT)) * float(cost.chaos)
     assert torch.allclose(cost.came(z) * scale, torch.tensor(worth), rtol=1e-4)
     assert torch.allclose(cost.foretold(z), cost.value(z)[..., 0].clamp_min(0) * scale, rtol=1e-4)

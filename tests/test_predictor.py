@@ -25,11 +25,21 @@ def episode(folder, number, T=120, color=(0, 0, 0)):
     ends = np.zeros(T, bool)
     act = np.tile(np.float32([number / 100, 0.1, 0]), (T, 1))
     return write_chunk(
-        folder, {"source": folder.name, "track_seed": 10_000_000 + number, "preprocess": 1,
-                 "uid": f"{folder.name}-{number}", "policy": {}},
-        obs=np.full((T + 1, 64, 64, 3), color, np.uint8), act=act,
-        reward=np.full(T, number, np.float32), terminated=ends, truncated=ends,
-        telemetry=np.zeros((T + 1, len(TELEMETRY)), np.float32))
+        folder,
+        {
+            "source": folder.name,
+            "track_seed": 10_000_000 + number,
+            "preprocess": 1,
+            "uid": f"{folder.name}-{number}",
+            "policy": {},
+        },
+        obs=np.full((T + 1, 64, 64, 3), color, np.uint8),
+        act=act,
+        reward=np.full(T, number, np.float32),
+        terminated=ends,
+        truncated=ends,
+        telemetry=np.zeros((T + 1, len(TELEMETRY)), np.float32),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +97,22 @@ def test_the_sheet_of_dreams_has_a_row_of_each_source_by_its_name(chain, tmp_pat
         (tmp_path / "models" / name).symlink_to(chain[0] / "models" / name)
     for name in COLORS:
         (tmp_path / name).symlink_to(colored / name)
-    done = script("train_predictor.py", "--epochs", 1, "--steps_per_epoch", 2, "--batch_size", 8,
-                  "--hidden", 8, "--horizon", 5, "--threads", 1, root=tmp_path)
+    done = script(
+        "train_predictor.py",
+        "--epochs",
+        1,
+        "--steps_per_epoch",
+        2,
+        "--batch_size",
+        8,
+        "--hidden",
+        8,
+        "--horizon",
+        5,
+        "--threads",
+        1,
+        root=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert rows_of(tmp_path / "visuals" / "dream_ep1.png") == list(COLORS)
 
@@ -103,8 +127,11 @@ def test_draw_dream_takes_a_row_a_name(tmp_path):
 @pytest.mark.parametrize("counts", [(4, 4, 4), (1, 4, 2), (3, 0, 4)])
 def test_the_sheet_of_reconstructions_has_rows_by_name_where_frames_are_few(tmp_path, counts):
     """A source of few whole frames leaves cells empty; no other one's fill them."""
-    frames = [torch.tensor(COLORS[name]).float().div(255).view(3, 1, 1).expand(3, 64, 64)
-              for name, n in zip(COLORS, counts) for _ in range(n)]
+    frames = [
+        torch.tensor(COLORS[name]).float().div(255).view(3, 1, 1).expand(3, 64, 64)
+        for name, n in zip(COLORS, counts)
+        for _ in range(n)
+    ]
     names = [name for name, n in zip(COLORS, counts) for _ in range(n)]
     frames = torch.stack(frames)
     draw_sheet(frames, frames, names, 1, tmp_path / "s.png")

@@ -25,9 +25,21 @@ from torch import nn
 
 from buffer import export_minari, index, read_chunk, write_chunk
 from car_env import TELEMETRY
-from networks import (FORESIGHT, BendModel, CostModel, InverseModel, Predictor, Projector,
-                      TinyEncoder, export_safetensors, fingerprint, load_frozen, over_ranks, save,
-                      stack)
+from networks import (
+    FORESIGHT,
+    BendModel,
+    CostModel,
+    InverseModel,
+    Predictor,
+    Projector,
+    TinyEncoder,
+    export_safetensors,
+    fingerprint,
+    load_frozen,
+    over_ranks,
+    save,
+    stack,
+)
 from support import training
 from support.cli import Refusal, run
 from support.latents import Latents
@@ -44,8 +56,9 @@ def gradient_of_terms():
     """Of VICReg's statistics with respect to a linear layer, in float32."""
     torch.manual_seed(1)
     nets, x = {"linear": nn.Linear(6, 5)}, torch.randn(16, 6)
-    loss_of = over_ranks(lambda nets, x: sum(term(nets["linear"](x))
-                                             for term in (variance, covariance)), nets)
+    loss_of = over_ranks(
+        lambda nets, x: sum(term(nets["linear"](x)) for term in (variance, covariance)), nets
+    )
     loss_of(x[RANK::RANKS]).backward()
     return {"terms.weight": nets["linear"].weight.grad, "terms.bias": nets["linear"].bias.grad}
 
@@ -56,12 +69,28 @@ def gradients(objective):
     and moves single gradients by 1 %.
     """
     torch.manual_seed(0)
-    args = argparse.Namespace(objective=objective, targets=[1, 3], history=1, sim=25.0, pred=10.0,
-                              std=16.0, cov=1.0, inverse=2.0, bend=5.0, align=3.0)
+    args = argparse.Namespace(
+        objective=objective,
+        targets=[1, 3],
+        history=1,
+        sim=25.0,
+        pred=10.0,
+        std=16.0,
+        cov=1.0,
+        inverse=2.0,
+        bend=5.0,
+        align=3.0,
+    )
     nets = {"encoder": TinyEncoder(0.125, history=1, dim=16)}
-    nets |= {"predictor": Predictor(16, 8), "inverse": InverseModel(16, 8),
-             "bend": BendModel(16, BENDS, True)} if objective == "joint" else {
-                 "projector": Projector(16, 32)}
+    nets |= (
+        {
+            "predictor": Predictor(16, 8),
+            "inverse": InverseModel(16, 8),
+            "bend": BendModel(16, BENDS, True),
+        }
+        if objective == "joint"
+        else {"projector": Projector(16, 32)}
+    )
     nets = {name: net.double() for name, net in nets.items()}
     x = torch.randint(0, 256, (WINDOWS, len(AT), 3, 64, 64))
     act, mine = torch.randn(WINDOWS, 3, 3).double(), slice(RANK, None, RANKS)
@@ -75,8 +104,11 @@ def gradients(objective):
     with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
         loss, *_ = loss_of(x, how, scenes, act[mine], args)
     loss.backward()
-    return {f"{objective}.{name}.{k}": v for name, net in nets.items()
-            for k, v in [*((k, p.grad) for k, p in net.named_parameters()), *net.named_buffers()]}
+    return {
+        f"{objective}.{name}.{k}": v
+        for name, net in nets.items()
+        for k, v in [*((k, p.grad) for k, p in net.named_parameters()), *net.named_buffers()]
+    }
 
 
 def everything():
@@ -85,8 +117,14 @@ def everything():
 
 def torchrun(name, *args, **kw):
     """Runs a script of the repo as two processes of this machine."""
-    return script(Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2",
-                  REPO / name, *args, **kw)
+    return script(
+        Path(sys.executable).with_name("torchrun"),
+        "--standalone",
+        "--nproc_per_node=2",
+        REPO / name,
+        *args,
+        **kw,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +141,21 @@ def episode(folder, uid, T, rng, track_seed):
     folder.mkdir(exist_ok=True)
     ends = np.zeros(T, bool)
     return write_chunk(
-        folder, {"source": folder.name, "track_seed": track_seed, "uid": uid, "policy": {},
-                 "preprocess": 1}, obs=rng.integers(0, 256, (T + 1, 64, 64, 3), np.uint8),
-        act=rng.uniform(-1, 1, (T, 3)).astype(np.float32), reward=np.ones(T, np.float32),
-        terminated=ends, truncated=ends,
-        telemetry=rng.uniform(-0.5, 0.5, (T + 1, len(TELEMETRY))).astype(np.float32))
+        folder,
+        {
+            "source": folder.name,
+            "track_seed": track_seed,
+            "uid": uid,
+            "policy": {},
+            "preprocess": 1,
+        },
+        obs=rng.integers(0, 256, (T + 1, 64, 64, 3), np.uint8),
+        act=rng.uniform(-1, 1, (T, 3)).astype(np.float32),
+        reward=np.ones(T, np.float32),
+        terminated=ends,
+        truncated=ends,
+        telemetry=rng.uniform(-0.5, 0.5, (T + 1, len(TELEMETRY))).astype(np.float32),
+    )
 
 
 def copy_of(data, tmp_path):
@@ -136,10 +184,29 @@ def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(tmp_path):
 @pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on(data, tmp_path):
     root = copy_of(data, tmp_path)
-    args = [*SMALL, "--threads", "1", "--strides", "2", "2", "2", "1", "--epochs", "1",
-            "--steps_per_epoch", "24", "--root", root]
-    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2",
-               REPO / "train_encoder.py", *args]
+    args = [
+        *SMALL,
+        "--threads",
+        "1",
+        "--strides",
+        "2",
+        "2",
+        "2",
+        "1",
+        "--epochs",
+        "1",
+        "--steps_per_epoch",
+        "24",
+        "--root",
+        root,
+    ]
+    command = [
+        Path(sys.executable).with_name("torchrun"),
+        "--standalone",
+        "--nproc_per_node=2",
+        REPO / "train_encoder.py",
+        *args,
+    ]
     with open(tmp_path / "said", "w") as said:
         process = subprocess.Popen([sys.executable, *map(str, command)], stdout=said, stderr=said)
     log, deadline = root / "models" / "encoder.jsonl", time.time() + 120
@@ -166,8 +233,20 @@ def test_two_processes_make_the_predictor_of_one(data, tmp_path):
         root = copy_of(data, tmp_path / str(ranks))
         (root / "models").mkdir()
         save(root / "models" / "encoder_mixed_ep1.pth", {"encoder": encoder}, done=True)
-        args = ["--epochs", 1, "--steps_per_epoch", 10, "--batch_size", 24, "--hidden", 32,
-                "--precision", "fp32", "--root", root]
+        args = [
+            "--epochs",
+            1,
+            "--steps_per_epoch",
+            10,
+            "--batch_size",
+            24,
+            "--hidden",
+            32,
+            "--precision",
+            "fp32",
+            "--root",
+            root,
+        ]
         done = start("train_predictor.py", *args)
         assert done.returncode == 0, done.stderr[-3000:]
         again = script("train_predictor.py", *args)
@@ -286,8 +365,10 @@ def cache_of(root, encoder, chunks, encoded=None):
             encoded.append(len(obs))
         with torch.no_grad():
             return encoder(stack(obs, encoder.history))
-    return Latents(root, fingerprint(encoder), encoder.dim, encoder.history, encoder.repeat, encode,
-                   chunks)
+
+    return Latents(
+        root, fingerprint(encoder), encoder.dim, encoder.history, encoder.repeat, encode, chunks
+    )
 
 
 @pytest.fixture
@@ -328,8 +409,8 @@ def test_an_episode_that_changed_under_its_name_is_encoded_again(tmp_path, encod
     fresh = cache_of(tmp_path / "else", encoder, chunks)
     for chunk in chunks:
         a, b = (c.starts([chunk], 1)[0] for c in (cache, fresh))
-        assert np.array_equal(cache.z[a:a + 71], fresh.z[b:b + 71])
-    assert np.array_equal(cache.z[:len(old)], old)  # nobody who reads them loses rows
+        assert np.array_equal(cache.z[a : a + 71], fresh.z[b : b + 71])
+    assert np.array_equal(cache.z[: len(old)], old)  # nobody who reads them loses rows
 
 
 @pytest.mark.parametrize("left", ["", "{", "[]", '{"rows": {"e0": [0, 70]}}', '{"rows": 3}'])
@@ -366,7 +447,9 @@ def test_what_came_is_that_of_the_same_latent_real_or_imagined(tmp_path, encoder
         row = int((torch.from_numpy(cache.z.astype(np.float32)) - latent).abs().sum(1).argmin())
         after = cost.came(cache.windows([row], 1 + FORESIGHT)[0])[0, 0]
         assert float(foretold) == pytest.approx(float(after), rel=1e-4)
-    with pytest.raises(Refusal, match="lasts 288 steps, 50 of zoom and 238 more, the longest has 280"):
+    with pytest.raises(
+        Refusal, match="lasts 288 steps, 50 of zoom and 238 more, the longest has 280"
+    ):
         Sampler(cache, chunks, Predictor(encoder.dim, 8, 8), H + 40, cost)
 
 
@@ -387,10 +470,14 @@ def test_minari_reads_the_export(data, tmp_path, monkeypatch):
     assert dataset.total_steps == sum(c.frames for c in chunks)
     for chunk, found in zip(chunks, dataset.iterate_episodes()):
         want = read_chunk(chunk.path)
-        for ours, theirs in (("obs", found.observations), ("act", found.actions),
-                             ("reward", found.rewards), ("terminated", found.terminations),
-                             ("truncated", found.truncations),
-                             ("telemetry", found.infos["telemetry"])):
+        for ours, theirs in (
+            ("obs", found.observations),
+            ("act", found.actions),
+            ("reward", found.rewards),
+            ("terminated", found.terminations),
+            ("truncated", found.truncations),
+            ("telemetry", found.infos["telemetry"]),
+        ):
             assert np.array_equal(want[ours], theirs), ours
         assert dataset.observation_space.contains(found.observations[0])
     about = next(iter(dataset.storage.get_episode_metadata([0])))
@@ -415,14 +502,16 @@ def test_safetensors_hold_the_weights_and_what_rebuilds_the_nets(tmp_path):
         weights = {key: f.get_tensor(key) for key in f.keys()}
     assert about["predictor"]["class"] == "Predictor"
     again = TinyEncoder(**about["encoder"]["args"])
-    again.load_state_dict({k.removeprefix("encoder."): v for k, v in weights.items()
-                           if k.startswith("encoder.")})
+    again.load_state_dict(
+        {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
+    )
     assert fingerprint(again) == fingerprint(nets["encoder"])
 
 
 def test_tensorboard_shows_what_the_log_holds(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     args = argparse.Namespace(root=tmp_path, tensorboard=True, log_every=0)
     for first in (0, 5):  # stopped and resumed
         log = training.RunLog(args, "encoder", resumed=bool(first))
@@ -434,11 +523,16 @@ def test_tensorboard_shows_what_the_log_holds(tmp_path):
     assert shown == [(r["step"], r["loss"]) for r in log.rows()] and len(shown) == 10
 
 
-@pytest.mark.parametrize("package, export", [
-    ("minari", lambda root: export_minari([root / "data"], root / "out", "noise-v0")),
-    ("safetensors", lambda root: export_safetensors(root / "a.pth", root / "out"))])
-def test_a_package_that_is_missing_is_named_in_one_line(data, tmp_path, monkeypatch, package,
-                                                        export):
+@pytest.mark.parametrize(
+    "package, export",
+    [
+        ("minari", lambda root: export_minari([root / "data"], root / "out", "noise-v0")),
+        ("safetensors", lambda root: export_safetensors(root / "a.pth", root / "out")),
+    ],
+)
+def test_a_package_that_is_missing_is_named_in_one_line(
+    data, tmp_path, monkeypatch, package, export
+):
     save(copy_of(data, tmp_path) / "a.pth", {"predictor": Predictor(16, 8)})
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "safetensors.torch", raising=False)
@@ -457,11 +551,17 @@ def test_compiled_nets_have_the_names_of_plain_ones(data, tmp_path):
 
 
 if __name__ == "__main__":
+
     def main():
-        set_up(argparse.Namespace(device="cpu", threads=1, precision="fp32", seed=0, batch_size=8,
-                                  compile=False), ranks=True)
+        set_up(
+            argparse.Namespace(
+                device="cpu", threads=1, precision="fp32", seed=0, batch_size=8, compile=False
+            ),
+            ranks=True,
+        )
         found = everything()
         if RANK == 0:
             torch.save(found, sys.argv[1])
         return 0
+
     run(main)

@@ -1,5 +1,5 @@
-"""Ways through the stages that users take: longer training, folders that are not there yet, files of
-their own among the checkpoints, pictures that cannot be written, a second run, odd numbers."""
+"""Ways through the stages that users take: longer training, folders that are not there yet, files
+of their own among the checkpoints, pictures that cannot be written, a second run, odd numbers."""
 
 import importlib
 import json
@@ -12,7 +12,8 @@ import time
 
 import pytest
 from conftest import REPO, script
-from test_chain import picture, refused as refused_script
+from test_chain import picture
+from test_chain import refused as refused_script
 from test_night import QUICK, WRITTEN, Run, losses, prepare, refused
 
 from networks import TinyEncoder, cosine, epoch_of, latest, numbered, read, rotate, save, set_aside
@@ -27,7 +28,10 @@ def rows(root, stage):
 
 # ------------------------------------------------------------------ longer training
 
-@pytest.mark.parametrize("stage", [s for s in QUICK if s == "predictor" or s.values[0] != "decoder"])
+
+@pytest.mark.parametrize(
+    "stage", [s for s in QUICK if s == "predictor" or s.values[0] != "decoder"]
+)
 def test_more_epochs_go_on_and_fewer_are_said_to_be_done(whole, tmp_path, stage):
     root = tmp_path / "root"
     shutil.copytree(whole(stage), root, symlinks=True)
@@ -56,22 +60,34 @@ def test_more_epochs_go_on_and_fewer_are_said_to_be_done(whole, tmp_path, stage)
 
 # ------------------------------------------------------------------ folders that are there
 
+
 def test_stages_take_the_folders_that_are_there(given, tmp_path):
     prepare(tmp_path, given, "predictor")
     (tmp_path / "data_race").unlink()
     (tmp_path / "data_recovery").unlink()
     (tmp_path / "data_recovery").mkdir()  # nothing in it yet
     for stage in ("encoder", "decoder", "predictor"):
-        run = Run(stage, tmp_path, *([] if stage == "decoder" else ["--steps_per_epoch", 2]),
-                  *(["--fresh"] if stage == "encoder" else [])).wait()
+        run = Run(
+            stage,
+            tmp_path,
+            *([] if stage == "decoder" else ["--steps_per_epoch", 2]),
+            *(["--fresh"] if stage == "encoder" else []),
+        ).wait()
         assert run.code == 0, run.said
         for name in ("data_race", "data_recovery"):
             assert f"goes on without {tmp_path / name}" in run.said
             assert f"`python collect_{name[5:]}_data.py --root" in run.said
-    refused(Run("cost_model", tmp_path), "needs data_race, data and data_recovery",
-            "no episode of data_race and data_recovery", "collect_race_data.py --root")
-    refused(Run("predictor", tmp_path, "--data", "data", "data_race"), "data_race",
-            "collect_race_data.py")
+    refused(
+        Run("cost_model", tmp_path),
+        "needs data_race, data and data_recovery",
+        "no episode of data_race and data_recovery",
+        "collect_race_data.py --root",
+    )
+    refused(
+        Run("predictor", tmp_path, "--data", "data", "data_race"),
+        "data_race",
+        "collect_race_data.py",
+    )
 
 
 def without(root, models, *names):
@@ -94,40 +110,82 @@ def test_without_a_cost_model_the_demo_is_driven_by_the_expert(chain, tmp_path):
 
 def test_what_lacks_nets_says_so_and_how_to_drive_meanwhile(chain, tmp_path):
     eye = without(tmp_path / "eye", chain[0] / "models", "encoder_mixed")
-    refused_script(script("drive_mpc.py", root=eye), "predictor_ep1.pth and",
-                   "cost_model_final.pth", f"train_predictor.py --root {eye}",
-                   f"train_cost_model.py --root {eye}", "--models models/pretrained")
-    refused_script(script("drive_mpc.py", "--models", tmp_path, root=eye), f"--models {tmp_path}",
-                   "encoder_mixed_ep*.pth")
+    refused_script(
+        script("drive_mpc.py", root=eye),
+        "predictor_ep1.pth and",
+        "cost_model_final.pth",
+        f"train_predictor.py --root {eye}",
+        f"train_cost_model.py --root {eye}",
+        "--models models/pretrained",
+    )
+    refused_script(
+        script("drive_mpc.py", "--models", tmp_path, root=eye),
+        f"--models {tmp_path}",
+        "encoder_mixed_ep*.pth",
+    )
 
 
 @pytest.mark.slow
 def test_models_of_a_folder_are_driven_and_judged(chain, tmp_path):
     eye = without(tmp_path / "eye", chain[0] / "models", "encoder_mixed")
     for name in ("demo_energy.py", "trials.py"):
-        refused_script(script(name, root=eye), "cost_model_final.pth", "train_cost_model.py",
-                       "--models models/pretrained")
+        refused_script(
+            script(name, root=eye),
+            "cost_model_final.pth",
+            "train_cost_model.py",
+            "--models models/pretrained",
+        )
     done = script("evaluate.py", "--parts", "plans", root=eye)
     assert done.returncode == 2 and "--models models/pretrained" in done.stdout
     shipped = ["--models", "models/pretrained", "--samples", 8, "--threads", 1]
     done = script("demo_energy.py", *shipped, "--headless", "--steps", 75, root=eye)
     assert done.returncode == 0 and done.stdout.count("AUROC") == 4, done.stderr
-    done = script("drive_mpc.py", *shipped, "--env", "fast", "--episodes", 1, "--no_video",
-                  "--json", tmp_path / "s.json", root=eye)
+    done = script(
+        "drive_mpc.py",
+        *shipped,
+        "--env",
+        "fast",
+        "--episodes",
+        1,
+        "--no_video",
+        "--json",
+        tmp_path / "s.json",
+        root=eye,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "s.json").read_text())["models"] == "models/pretrained"
 
 
 # ------------------------------------------------------------------ files of the user's own
 
-OWN = ("encoder_mixed_ep2_best.pth", "encoder_mixed_ep2 (copy).pth", "encoder_mixed_ep02.pth",
-       "encoder_mixed_ep_before_lunch.pth", "encoder_mixed_ep٣.pth", "encoder_mixed_ep5.pth\n",
-       "my_encoder_mixed_ep6.pth", "encoder_mixed_ep-1.pth", "encoder_mixed_ep7.pth.bak",
-       "predictor_ep1 (copy).pth", "predictor_ep99x.pth", "decoder_ep9_best.pth",
-       "latents_notes.txt", "latents_0123456789abcdef.f16", "latents_mine-p1-fp32.f16",
-       ".notes.pth.1.tmp", ".encoder_mixed_ep2.pth.old.tmp", "replaced-notes")
-FOLDER = ("encoder_mixed_ep8.pth", "predictor_ep8.pth", "decoder_ep8.pth", "latents_backup",
-          "latents_0123456789abcdef-p1-fp32.f16", "replaced-20200101-000000")
+OWN = (
+    "encoder_mixed_ep2_best.pth",
+    "encoder_mixed_ep2 (copy).pth",
+    "encoder_mixed_ep02.pth",
+    "encoder_mixed_ep_before_lunch.pth",
+    "encoder_mixed_ep٣.pth",
+    "encoder_mixed_ep5.pth\n",
+    "my_encoder_mixed_ep6.pth",
+    "encoder_mixed_ep-1.pth",
+    "encoder_mixed_ep7.pth.bak",
+    "predictor_ep1 (copy).pth",
+    "predictor_ep99x.pth",
+    "decoder_ep9_best.pth",
+    "latents_notes.txt",
+    "latents_0123456789abcdef.f16",
+    "latents_mine-p1-fp32.f16",
+    ".notes.pth.1.tmp",
+    ".encoder_mixed_ep2.pth.old.tmp",
+    "replaced-notes",
+)
+FOLDER = (
+    "encoder_mixed_ep8.pth",
+    "predictor_ep8.pth",
+    "decoder_ep8.pth",
+    "latents_backup",
+    "latents_0123456789abcdef-p1-fp32.f16",
+    "replaced-20200101-000000",
+)
 
 
 def put_own(models):
@@ -139,8 +197,9 @@ def put_own(models):
 
 
 def own_is_there(models):
-    return (all((models / name).read_text() == "mine" for name in OWN)
-            and all((models / name).is_dir() for name in FOLDER))
+    return all((models / name).read_text() == "mine" for name in OWN) and all(
+        (models / name).is_dir() for name in FOLDER
+    )
 
 
 @pytest.mark.parametrize("stage", QUICK)
@@ -177,6 +236,7 @@ def test_lists_of_checkpoints_hold_exact_names(tmp_path):
 
 # ------------------------------------------------------------------ results before pictures
 
+
 def test_training_goes_on_without_its_pictures(given, tmp_path):
     prepare(tmp_path, given, "predictor")
     visuals = tmp_path / "visuals"
@@ -198,7 +258,8 @@ def test_models_that_vanish_are_made_again(given, tmp_path):
     prepare(tmp_path, given, "predictor")
     models = tmp_path / "models"
     run = Run("predictor", tmp_path, "--epochs", 4, "--steps_per_epoch", 20).until(
-        lambda: (models / "predictor_ep1.pth").exists())
+        lambda: (models / "predictor_ep1.pth").exists()
+    )
     models.rename(tmp_path / "away")
     assert run.wait().code == 0 and "Traceback" not in run.said, run.said
     assert f"{models}: was gone, is made again" in run.said
@@ -219,6 +280,7 @@ def test_a_checkpoint_of_tomorrow_is_drawn_once(given, tmp_path):
 
 # ------------------------------------------------------------------ one run a root and stage
 
+
 @pytest.mark.parametrize("stage", QUICK)
 def test_a_second_run_in_one_root_is_refused(given, tmp_path, stage):
     prepare(tmp_path, given, stage)
@@ -236,13 +298,34 @@ def test_a_second_run_in_one_root_is_refused(given, tmp_path, stage):
 
 # ------------------------------------------------------------------ what is read afterwards
 
+
 def test_a_file_gets_few_lines_of_progress_and_a_short_run_twenty_points(given, tmp_path):
     prepare(tmp_path, given, "predictor")
     with open(tmp_path / "said", "w") as said:
-        subprocess.run([sys.executable, REPO / "train_predictor.py", "--root", tmp_path, "--epochs",
-                        "1", "--steps_per_epoch", "60", "--hidden", "32", "--horizon", "4",
-                        "--batch_size", "48", "--threads", "1"], stdout=said, stderr=said,
-                       check=True, timeout=120)
+        subprocess.run(
+            [
+                sys.executable,
+                REPO / "train_predictor.py",
+                "--root",
+                tmp_path,
+                "--epochs",
+                "1",
+                "--steps_per_epoch",
+                "60",
+                "--hidden",
+                "32",
+                "--horizon",
+                "4",
+                "--batch_size",
+                "48",
+                "--threads",
+                "1",
+            ],
+            stdout=said,
+            stderr=said,
+            check=True,
+            timeout=120,
+        )
     bars = re.findall(r"\d+/\d+ \[", (tmp_path / "said").read_text())
     assert 0 < len(bars) <= 6 and "\r" not in (tmp_path / "said").read_text(), bars
     assert len(losses(tmp_path, "predictor")) >= 20
@@ -259,8 +342,14 @@ def test_networks_prints_names_and_a_command_that_can_be_typed(given, tmp_path, 
     line = re.search(r"python (train_predictor\.py .*)", said)[1]
     assert f"--root '{root}'" in line and "--data data_race data_recovery data" in line
     assert "{'root'" not in said
-    done = subprocess.run(f"{sys.executable} {line}", shell=True, cwd=REPO, text=True,
-                          capture_output=True, timeout=120)
+    done = subprocess.run(
+        f"{sys.executable} {line}",
+        shell=True,
+        cwd=REPO,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and "already trained" in done.stdout, done.stderr
 
 
@@ -268,25 +357,29 @@ def test_networks_prints_names_and_a_command_that_can_be_typed(given, tmp_path, 
 
 NUMBERS = {
     "train_encoder": "width dim embedding history gauges repeat targets pred std cov inverse bend "
-                     "align mirror sim epochs batch_size steps_per_epoch lr weight_decay seed "
-                     "threads save_every log_every shares",
+    "align mirror sim epochs batch_size steps_per_epoch lr weight_decay seed "
+    "threads save_every log_every shares",
     "train_decoder": "width steps batch_size lr seed threads",
     "train_predictor": "hidden state dropout horizon epochs batch_size lr weight_decay",
     "train_cost_model": "hidden shrinkage epochs batch_size lr weight_decay",
     "evaluate": "track_seed tracks train_frames frames windows states lived ceiling_steps "
-                "ceiling_batch bootstrap off_road",
+    "ceiling_batch bootstrap off_road",
     "trials": "starts track_seed tracks",
-    "benchmark": "rounds frames episodes batches chunks steps train_steps tracks gas"}
+    "benchmark": "rounds frames episodes batches chunks steps train_steps tracks gas",
+}
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_every_number_has_a_range(monkeypatch, capsys, name):
-    parse = getattr(importlib.import_module(name), "arguments", None) or importlib.import_module(
-        name).parse_args
+    parse = (
+        getattr(importlib.import_module(name), "arguments", None)
+        or importlib.import_module(name).parse_args
+    )
     for flag in NUMBERS[name].split():
         for value in ("-1", "nan", "inf", "-inf", "1e31", "9" * 20 + "e20", "two", ""):
-            monkeypatch.setattr(sys, "argv", [f"{name}.py", *["env"] * (name == "benchmark"),
-                                              f"--{flag}={value}"])
+            monkeypatch.setattr(
+                sys, "argv", [f"{name}.py", *["env"] * (name == "benchmark"), f"--{flag}={value}"]
+            )
             with pytest.raises(SystemExit) as ended:
                 parse()
             said = capsys.readouterr().err

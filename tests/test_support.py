@@ -1,5 +1,5 @@
-"""What scripts meet on real machines: signals, closed streams, encodings, file systems, other clones
-of the code, no torch."""
+"""What scripts meet on real machines: signals, closed streams, encodings, file systems, other
+clones of the code, no torch."""
 
 import argparse
 import errno
@@ -30,20 +30,36 @@ UNPRIVILEGED = 65534  # the user id of nobody
 
 def shell(line, **env):
     """Runs a line of bash in the repository; its output, errors included, as text."""
-    return subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], text=True, cwd=REPO,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
-                          env={**os.environ, "PY": sys.executable, **env})
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}"],
+        text=True,
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=120,
+        env={**os.environ, "PY": sys.executable, **env},
+    )
 
 
 def episode(folder, uid, columns=20, steps=60):
     folder.mkdir(parents=True, exist_ok=True)
     ends = np.zeros(steps, bool)
-    return write_chunk(folder, {"source": folder.name, "track_seed": 10_000_001, "uid": uid,
-                                "policy": {}, "preprocess": 1},
-                       obs=np.zeros((steps + 1, 64, 64, 3), np.uint8),
-                       act=np.zeros((steps, 3), np.float32), reward=np.zeros(steps, np.float32),
-                       terminated=ends, truncated=ends,
-                       telemetry=np.zeros((steps + 1, columns), np.float32))
+    return write_chunk(
+        folder,
+        {
+            "source": folder.name,
+            "track_seed": 10_000_001,
+            "uid": uid,
+            "policy": {},
+            "preprocess": 1,
+        },
+        obs=np.zeros((steps + 1, 64, 64, 3), np.uint8),
+        act=np.zeros((steps, 3), np.float32),
+        reward=np.zeros(steps, np.float32),
+        terminated=ends,
+        truncated=ends,
+        telemetry=np.zeros((steps + 1, columns), np.float32),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +73,15 @@ def collected(tmp_path_factory):
 
 # ------------------------------------------------------------------ signals and streams
 
+
 @pytest.mark.parametrize("name", ["train_encoder.py", "collect_data.py", "drive_mpc.py"])
 def test_ctrl_c_while_it_imports_is_quiet(tmp_path, name):
-    process = subprocess.Popen([sys.executable, REPO / name, "--root", tmp_path],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, REPO / name, "--root", tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while process.poll() is None and "umath" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.005)  # until it imports numpy
     process.send_signal(signal.SIGINT)
@@ -70,8 +91,19 @@ def test_ctrl_c_while_it_imports_is_quiet(tmp_path, name):
 
 def test_a_closed_terminal_saves_and_nohup_goes_on(tmp_path):
     line = "$PY collect_data.py --workers 1 --frames 1800 --root"
-    process = subprocess.Popen([sys.executable, REPO / "collect_data.py", "--workers", "1",
-                                "--frames", "90000", "--root", tmp_path], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            REPO / "collect_data.py",
+            "--workers",
+            "1",
+            "--frames",
+            "90000",
+            "--root",
+            tmp_path,
+        ],
+        stderr=subprocess.PIPE,
+    )
     while not list((tmp_path / "data").glob("[!.]*.npz")):
         time.sleep(0.02)
     process.send_signal(signal.SIGHUP)
@@ -83,8 +115,10 @@ def test_a_closed_terminal_saves_and_nohup_goes_on(tmp_path):
 
 
 def test_a_reader_that_goes_away_ends_a_script_quietly(collected):
-    done = shell(f"$PY networks.py '{ENCODER}' '{ENCODER}' | head -n 1 | wc -l; $PY buffer.py "
-                 f"'{collected}' | true")
+    done = shell(
+        f"$PY networks.py '{ENCODER}' '{ENCODER}' | head -n 1 | wc -l; $PY buffer.py "
+        f"'{collected}' | true"
+    )
     assert "Traceback" not in done.stdout and "rror" not in done.stdout, done.stdout
     assert done.stdout.splitlines()[0] == "1"
 
@@ -102,7 +136,9 @@ def test_a_training_whose_output_is_cut_off_is_saved(chain, tmp_path):
 def test_closed_and_full_streams_lose_no_data(tmp_path):
     assert shell(f"$PY networks.py '{ENCODER}' > /dev/full").returncode == 2  # its result is lost
     for n, streams in enumerate((">&-", "2>&-", "<&- >&- 2>&-", "> /dev/full 2>&1")):
-        done = shell(f"$PY collect_data.py --frames 300 --workers 1 --root '{tmp_path}/{n}' {streams}")
+        done = shell(
+            f"$PY collect_data.py --frames 300 --workers 1 --root '{tmp_path}/{n}' {streams}"
+        )
         assert done.returncode == 0, (streams, done.stdout)
         chunks, damaged, _ = index(tmp_path / str(n) / "data")
         assert len(chunks) == 1 and not damaged
@@ -116,24 +152,31 @@ def test_an_encoding_that_lacks_a_sign_stops_nothing(collected, encoding):
 
 # ------------------------------------------------------------------ resources and environment
 
+
 def test_too_few_open_files_and_cores(tmp_path):
     few = shell(f"ulimit -n 48; $PY collect_data.py --workers 40 --root '{tmp_path}'")
     assert few.returncode == 2 and few.stdout.count("error: ") == 1, few.stdout
     assert "ulimit -n" in few.stdout and "Traceback" not in few.stdout
     assert not list((tmp_path / "data").glob(".*"))
-    assert int(shell("taskset -c 0 $PY -c 'from support.cli import cores; print(cores())'").stdout) == 1
+    assert (
+        int(shell("taskset -c 0 $PY -c 'from support.cli import cores; print(cores())'").stdout)
+        == 1
+    )
     assert cores() == len(os.sched_getaffinity(0))
 
 
 def test_a_long_temporary_folder_and_a_notebooks_environment(tmp_path):
     long = tmp_path / ("x" * 120)
     long.mkdir()
-    done = shell(f"$PY collect_data.py --frames 600 --workers 2 --root '{tmp_path}'",
-                 TMPDIR=str(long))
+    done = shell(
+        f"$PY collect_data.py --frames 600 --workers 2 --root '{tmp_path}'", TMPDIR=str(long)
+    )
     assert done.returncode == 0, done.stdout
-    done = shell("$PY -c 'import sys; sys.argv = [\"trials.py\", \"--help\"]; import runpy; "
-                 "runpy.run_path(\"trials.py\", run_name=\"__main__\")'",
-                 MPLBACKEND="module://not_there")
+    done = shell(
+        '$PY -c \'import sys; sys.argv = ["trials.py", "--help"]; import runpy; '
+        'runpy.run_path("trials.py", run_name="__main__")\'',
+        MPLBACKEND="module://not_there",
+    )
     assert done.returncode == 0 and "usage" in done.stdout
 
 
@@ -141,8 +184,9 @@ def test_collecting_needs_no_torch(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('torch is not here')")
     for name in ("collect_data", "collect_race_data", "collect_recovery_data"):
-        done = shell(f"$PY {name}.py --frames 100 --workers 1 --root '{tmp_path}'",
-                     PYTHONPATH=str(tmp_path))
+        done = shell(
+            f"$PY {name}.py --frames 100 --workers 1 --root '{tmp_path}'", PYTHONPATH=str(tmp_path)
+        )
         assert done.returncode == 0, done.stdout
     folders = " ".join(f"'{tmp_path / name}'" for name in ("data", "data_race", "data_recovery"))
     done = shell(f"$PY buffer.py {folders}", PYTHONPATH=str(tmp_path))
@@ -157,21 +201,45 @@ def test_workers_run_the_code_of_the_script_that_was_started(tmp_path):
     for path in REPO.glob("*.py"):
         (tmp_path / path.name).write_text("raise SystemExit('old code ran')")
     (tmp_path / "random.py").write_text("raise SystemExit('code of the working folder ran')")
-    done = subprocess.run([sys.executable, REPO / "collect_data.py", "--frames", "300", "--workers",
-                           "1", "--root", "."], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            REPO / "collect_data.py",
+            "--frames",
+            "300",
+            "--workers",
+            "1",
+            "--root",
+            ".",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "code" not in done.stderr, done.stderr
     chunk = index(tmp_path / "data")[0][0]
     assert chunk.meta["commit"].rstrip("+") in (git_commit().rstrip("+"), "unknown")
 
 
 def test_a_copy_inside_another_repository_has_no_commit(tmp_path):
-    subprocess.run(["bash", "-c", "git init -q . && git -c user.name=a -c user.email=a@b commit -q "
-                    "--allow-empty -m other"], cwd=tmp_path, check=True)
+    subprocess.run(
+        [
+            "bash",
+            "-c",
+            "git init -q . && git -c user.name=a -c user.email=a@b commit -q "
+            "--allow-empty -m other",
+        ],
+        cwd=tmp_path,
+        check=True,
+    )
     shutil.copytree(REPO / "support", tmp_path / "copy" / "support")
     run = lambda folder: subprocess.run(
         [sys.executable, "-c", "from support.files import git_commit; print(git_commit())"],
-        cwd=folder, capture_output=True, text=True, env={**os.environ, "GIT_DIR":
-                                                         str(tmp_path / ".git")}).stdout.strip()
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "GIT_DIR": str(tmp_path / ".git")},
+    ).stdout.strip()
     assert run(tmp_path / "copy") == "unknown"
     assert run(REPO) == git_commit()  # whatever a hook's environment says
 
@@ -179,8 +247,11 @@ def test_a_copy_inside_another_repository_has_no_commit(tmp_path):
 def test_make_takes_an_index_for_torch_and_a_root_with_a_space(tmp_path):
     for name in ("Makefile", "requirements.txt", "requirements-factory.txt"):
         shutil.copy(REPO / name, tmp_path)
-    make = lambda *args: subprocess.run(["make", "-n", *args], cwd=tmp_path, text=True,
-                                        capture_output=True, check=True).stdout
+    make = lambda *args: (
+        subprocess.run(
+            ["make", "-n", *args], cwd=tmp_path, text=True, capture_output=True, check=True
+        ).stdout
+    )
     said = make("demo", "TORCH_INDEX=https://index/rocm", "ROOT=my demo")
     first, rest = said.index('--index-url "https://index/rocm" '), said.index("-r requirements.txt")
     assert first < rest < said.index("collect_race_data.py") and '--root "my demo"' in said
@@ -190,11 +261,14 @@ def test_make_takes_an_index_for_torch_and_a_root_with_a_space(tmp_path):
     assert "pip" not in make("install", "TORCH_INDEX=https://index/rocm")
     assert "pip" not in make("test")  # it stays
     assert "--force-reinstall" in make("test", "TORCH_INDEX=https://index/cpu")
-    assert "TORCH_INDEX=" in subprocess.run(["make", "help"], cwd=tmp_path, text=True,
-                                            capture_output=True).stdout
+    assert (
+        "TORCH_INDEX="
+        in subprocess.run(["make", "help"], cwd=tmp_path, text=True, capture_output=True).stdout
+    )
 
 
 # ------------------------------------------------------------------ file systems
+
 
 def test_a_file_system_without_fsync_of_folders_and_without_locks(tmp_path, monkeypatch, capsys):
     real = os.fsync
@@ -229,8 +303,9 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line(tmp_path, capsys):
     with ornament(tmp_path / "gone" / "x.png"):
         raise RuntimeError("latex could not be found\nand more")
     assert (tmp_path / "gone").is_dir()
-    assert capsys.readouterr().out == (f"{tmp_path}/gone/x.png: not drawn (latex could not be found)"
-                                       "; goes on without\n")
+    assert capsys.readouterr().out == (
+        f"{tmp_path}/gone/x.png: not drawn (latex could not be found); goes on without\n"
+    )
 
 
 def test_outputs_go_into_devices_and_through_links(tmp_path):
@@ -283,15 +358,26 @@ def test_a_users_own_npz_is_to_be_moved_away(tmp_path):
 
 # ------------------------------------------------------------------ numbers and commands
 
-@pytest.mark.parametrize("kind, text, good", [
-    (Number(int, 0, 9), "9", 9), (Number(int, 0, 9), "10", None), (Number(int, 0, 9), "x", None),
-    (Number(float, 0, 1), "nan", None), (Number(float, 0, 1, above=True), "0", None),
-    (Number(float, 0, 1e30), "inf", None), (Number(int, 0, 9), "1e400", None)])
+
+@pytest.mark.parametrize(
+    "kind, text, good",
+    [
+        (Number(int, 0, 9), "9", 9),
+        (Number(int, 0, 9), "10", None),
+        (Number(int, 0, 9), "x", None),
+        (Number(float, 0, 1), "nan", None),
+        (Number(float, 0, 1, above=True), "0", None),
+        (Number(float, 0, 1e30), "inf", None),
+        (Number(int, 0, 9), "1e400", None),
+    ],
+)
 def test_numbers_have_a_stated_range(kind, text, good):
     if good is not None:
         assert kind(text) == good
         return
-    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(f"to {kind.high:g}, found {text}")):
+    with pytest.raises(
+        argparse.ArgumentTypeError, match=re.escape(f"to {kind.high:g}, found {text}")
+    ):
         kind(text)
 
 

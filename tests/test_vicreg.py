@@ -18,8 +18,12 @@ def by_hand(z):
     """Variance and covariance terms of one view, eq. 1 and 4 of the paper."""
     z = z.numpy()
     N, D = z.shape
-    v = np.mean([max(0, 1 - np.sqrt(np.sum((z[:, j] - z[:, j].mean()) ** 2) / (N - 1) + 1e-4))
-                 for j in range(D)])
+    v = np.mean(
+        [
+            max(0, 1 - np.sqrt(np.sum((z[:, j] - z[:, j].mean()) ** 2) / (N - 1) + 1e-4))
+            for j in range(D)
+        ]
+    )
     c = 0.0
     for i in range(D):
         for j in range(D):

@@ -15,12 +15,12 @@ import cv2
 import numpy as np
 import pygame
 import pytest
+from conftest import REPO
 
 import demo_energy
 import drive_mpc
 import train_predictor
 from car_env import make_env, picture
-from conftest import REPO
 from evaluate import telling_rows
 from networks import main as networks_main
 from support import window as windows
@@ -33,11 +33,17 @@ QUICK = ["--env", "fast", "--threads", "1"]
 PATIENCE = 120  # s, far more than any of these takes
 
 
-def start(name, *args, root, env={}):
+def start(name, *args, root, env=None):
     """A script, started as a user does, with this environment on top of ours."""
     command = [sys.executable, str(REPO / name), *map(str, args), "--root", str(root)]
-    return subprocess.Popen(command, env=os.environ | {"DISPLAY": "", "WAYLAND_DISPLAY": ""} | env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO)
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"DISPLAY": "", "WAYLAND_DISPLAY": ""} | (env or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPO,
+    )
 
 
 def finish(process):
@@ -73,8 +79,8 @@ def boxes(mp4):
     """Names of the outer boxes of an MP4, in order."""
     names, at = [], 0
     while at < len(mp4):
-        names.append(mp4[at + 4:at + 8].decode())
-        at += int.from_bytes(mp4[at:at + 4], "big") or len(mp4)
+        names.append(mp4[at + 4 : at + 8].decode())
+        at += int.from_bytes(mp4[at : at + 4], "big") or len(mp4)
     return names
 
 
@@ -92,8 +98,9 @@ def test_films_are_h264_with_the_index_in_front_under_any_name(tmp_path, folder)
         frames = [f.to_ndarray(format="rgb24") for f in found.decode(video=0)]
     assert len(frames) == 30 + 50 and frames[-1].max() < 8
     for i, color in enumerate(COLOURS.values()):
-        assert np.abs(frames[12][32 * i + 8:32 * i + 24].mean((0, 1)) - color).max() < 6
+        assert np.abs(frames[12][32 * i + 8 : 32 * i + 24].mean((0, 1)) - color).max() < 6
     from PIL import Image
+
     gif = Image.open(stem.with_suffix(".gif"))
     ms = [gif.seek(k) or gif.info["duration"] for k in range(gif.n_frames)]
     assert ms[-1] == 2000 and np.asarray(gif.convert("RGB")).max() == 0  # the end stands
@@ -131,13 +138,26 @@ def test_chromium_plays_the_film(tmp_path):
         v.ontimeupdate = () => v.currentTime > 1 && say('plays')
         v.play()</script>""")
     done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000",
-         "--autoplay-policy=no-user-gesture-required", f"--user-data-dir={tmp_path}/profile",
-         "--dump-dom", f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=60)
+        [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--virtual-time-budget=20000",
+            "--autoplay-policy=no-user-gesture-required",
+            f"--user-data-dir={tmp_path}/profile",
+            "--dump-dom",
+            f"file://{tmp_path}/page.html",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert "<p>plays 128x96</p>" in done.stdout, done.stdout
 
 
 # ------------------------------------------------------------------ pictures
+
 
 @pytest.mark.parametrize("steps", [20, 90])
 def test_the_car_looks_alike_in_both_environments(steps):
@@ -161,8 +181,9 @@ def test_the_car_looks_alike_in_both_environments(steps):
 
 def test_energies_below_zero_have_a_linear_axis():
     for values in ([[-57.0, 3.0], [0.5, 37.0]], [[-2.0, -2.0]], [[0.0, 1e-9]]):
-        low, high = windows.linear_axis(canvas := windows.blank(), (60, 540, 500, 110),
-                                       np.array(values))
+        low, high = windows.linear_axis(
+            canvas := windows.blank(), (60, 540, 500, 110), np.array(values)
+        )
         assert low <= np.min(values) and np.max(values) <= high and low < high
         assert (canvas[530:660, :56] != windows.PAPER).any()  # it has numbers
 
@@ -179,14 +200,17 @@ def test_the_dream_has_gaps_names_and_seconds(tmp_path):
     real, dreamt = np.full((2, 4, 6, 64, 64, 3), 200, np.uint8)
     train_predictor.animate_dream(real, dreamt, ["a", "b", "c", "d"], tmp_path / "x.gif", 0.04)
     from PIL import Image
+
     gif = Image.open(tmp_path / "x.gif")
     frames = [gif.seek(k) or np.asarray(gif.convert("RGB"), int) for k in range(gif.n_frames)]
     row = (frames[0][100] > 190).all(1)
     assert np.diff(row.astype(int)).tolist().count(1) == 4  # four windows, apart
     at = frames[0].shape[0] // 2
-    clock = [f[at - 15:at + 15, :70].sum() for f in frames]
+    clock = [f[at - 15 : at + 15, :70].sum() for f in frames]
     assert len(set(clock)) == 6  # the seconds move
-    assert all((frames[0][:30, 76 + 200 * i:100 + 200 * i] > 150).any() for i in range(4))  # names
+    assert all(
+        (frames[0][:30, 76 + 200 * i : 100 + 200 * i] > 150).any() for i in range(4)
+    )  # names
 
 
 def test_the_sheet_of_dreams_shows_bends():
@@ -205,6 +229,7 @@ def test_the_sheet_of_dreams_shows_bends():
 
 
 # ------------------------------------------------------------------ windows
+
 
 @pytest.fixture
 def shown(monkeypatch):
@@ -227,7 +252,7 @@ def test_a_lap_is_shown_in_real_time(shown):
     window, _ = shown
 
     def work():
-        for lap in range(2):
+        for _ in range(2):
             began = time.monotonic()
             for step in range(26):
                 assert window.show(PICTURE, step / 25) == ""
@@ -289,6 +314,7 @@ def test_keys_pause_step_record_help_and_leave(shown):
 
     with pytest.MonkeyPatch.context():
         from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor() as pool:
             done = pool.submit(user)
             assert window.run(work) > 10
@@ -303,7 +329,7 @@ def test_the_picture_keeps_its_shape_in_a_window_of_any_size(shown):
         window.size, window.screen, window.dirty = size, None, True
         window._draw()
         there = pygame.surfarray.array3d(pygame.display.get_surface()).min(2) > 250
-        there[:, size[1] - windows.BAR:] = False
+        there[:, size[1] - windows.BAR :] = False
         xs, ys = np.flatnonzero(there.any(1)), np.flatnonzero(there.any(0))
         w, h = xs[-1] - xs[0] + 1, ys[-1] - ys[0] + 1
         white.append(w / h)
@@ -329,8 +355,9 @@ def test_help_lists_the_keys(capsys, monkeypatch):
     assert KEYS_BAR.count("   ") == len(KEYS) - 1
 
 
-@pytest.mark.parametrize("env", [{"DISPLAY": ":987"}, {"DISPLAY": ":0", "SDL_VIDEODRIVER": "dummy"},
-                                 {"DISPLAY": ""}])
+@pytest.mark.parametrize(
+    "env", [{"DISPLAY": ":987"}, {"DISPLAY": ":0", "SDL_VIDEODRIVER": "dummy"}, {"DISPLAY": ""}]
+)
 def test_no_window_is_one_line(env, monkeypatch, capsys):
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     for key, value in env.items():
@@ -342,11 +369,25 @@ def test_no_window_is_one_line(env, monkeypatch, capsys):
 
 
 def test_the_demo_without_a_display_writes_its_files(tmp_path):
-    code, out, err = finish(start("demo_energy.py", "--steps", "75", "--samples", "4", "--threads",
-                                  "1", root=tmp_path, env={"DISPLAY": ":987"}))
+    code, out, err = finish(
+        start(
+            "demo_energy.py",
+            "--steps",
+            "75",
+            "--samples",
+            "4",
+            "--threads",
+            "1",
+            root=tmp_path,
+            env={"DISPLAY": ":987"},
+        )
+    )
     assert code == 0 and "no window" in out and "0.20 s ahead" in out, err
     assert sorted(p.name for p in (tmp_path / "visuals").iterdir()) == [
-        "demo_energy.gif", "demo_energy.mp4", "demo_energy.png"]
+        "demo_energy.gif",
+        "demo_energy.mp4",
+        "demo_energy.png",
+    ]
     with av.open(str(tmp_path / "visuals" / "demo_energy.mp4")) as found:
         frames = [f.to_ndarray(format="gray")[200:280, :80].mean() for f in found.decode(video=0)]
     assert len(frames) == 75 // 2 + 1 + 50  # from the first second on, and the end for two
@@ -354,29 +395,40 @@ def test_the_demo_without_a_display_writes_its_files(tmp_path):
     assert band[:25].all() and not band[25:38].any() and band[38:].all()
 
 
-@pytest.mark.skipif(not all(map(shutil.which, ("Xvfb", "xdotool", "import"))),
-                    reason="no Xvfb, xdotool or ImageMagick")
-@pytest.mark.parametrize("name", [
-    "drive_mpc.py", pytest.param("demo_energy.py", marks=pytest.mark.slow)])
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("Xvfb", "xdotool", "import"))),
+    reason="no Xvfb, xdotool or ImageMagick",
+)
+@pytest.mark.parametrize(
+    "name", ["drive_mpc.py", pytest.param("demo_energy.py", marks=pytest.mark.slow)]
+)
 def test_keys_in_a_real_window(tmp_path, name):
     """r leaves a track, q the drive; the film so far is kept, in a lap that was not over."""
     read, write = os.pipe()
-    server = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-noreset", "-screen", "0",
-                               "1100x800x24"],
-                              pass_fds=[write], stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        ["Xvfb", "-displayfd", str(write), "-noreset", "-screen", "0", "1100x800x24"],
+        pass_fds=[write],
+        stderr=subprocess.DEVNULL,
+    )
     try:
         display = f":{os.read(read, 20).decode().strip()}"
-        press = lambda key: subprocess.run(["xdotool", "key", key], check=True,
-                                           env=os.environ | {"DISPLAY": display})
+        press = lambda key: subprocess.run(
+            ["xdotool", "key", key], check=True, env=os.environ | {"DISPLAY": display}
+        )
         picture = tmp_path / "screen.png"
 
         def screen():
-            subprocess.run(["import", "-window", "root", picture], check=True,
-                           env=os.environ | {"DISPLAY": display})
+            subprocess.run(
+                ["import", "-window", "root", picture],
+                check=True,
+                env=os.environ | {"DISPLAY": display},
+            )
             return cv2.imread(str(picture)).tobytes()
 
-        args = {"drive_mpc.py": ["--policy", "expert", "--env", "fast"],
-                "demo_energy.py": ["--samples", "4"]}[name]
+        args = {
+            "drive_mpc.py": ["--policy", "expert", "--env", "fast"],
+            "demo_energy.py": ["--samples", "4"],
+        }[name]
         process = start(name, *args, "--threads", "1", root=tmp_path, env={"DISPLAY": display})
         empty = screen()
         wait_for(lambda: screen() != empty or process.poll() is not None)
@@ -408,14 +460,21 @@ def test_keys_in_a_real_window(tmp_path, name):
 
 # ------------------------------------------------------------------ scores
 
+
 def scores(path):
-    return {name: [e["return"] for e in r["episodes"]]
-            for name, r in json.loads(path.read_text())["rows"].items()}
+    return {
+        name: [e["return"] for e in r["episodes"]]
+        for name, r in json.loads(path.read_text())["rows"].items()
+    }
 
 
-@pytest.mark.parametrize("signals", [
-    [signal.SIGHUP],
-    pytest.param([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [signal.SIGHUP],
+        pytest.param([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], marks=pytest.mark.slow),
+    ],
+)
 def test_scores_are_kept_after_each_drive_and_gone_on_with(tmp_path, signals):
     """Hung up, killed and stopped: the same command drives what is missing, and nothing twice."""
     path, episodes = tmp_path / "s.json", len(signals) + 3
@@ -452,33 +511,64 @@ def test_scores_of_other_nets_are_not_taken(tmp_path):
 
     args = drive_mpc_args("--json", str(tmp_path / "s.json"))
     report = drive_mpc.Report(args.json, args, {})
-    row = {"track_seed": 5, "return": 1.0, "steps": 9, "tiles": 3, "tiles_missed": 0,
-           "lap_finished": True, "plan_ms_p50": 1.0, "plan_ms_p99": 1.0}
+    row = {
+        "track_seed": 5,
+        "return": 1.0,
+        "steps": 9,
+        "tiles": 3,
+        "tiles_missed": 0,
+        "lap_finished": True,
+        "plan_ms_p50": 1.0,
+        "plan_ms_p99": 1.0,
+    }
     report.save({"mpc": drive_mpc.summary("mpc", [row])})
     assert drive_mpc.Report(args.json, args, {}).rows == {"mpc": {5: row}}
     assert drive_mpc.Report(args.json, args, {"mpc": Driver}).rows == {}
 
 
 def test_no_score_is_lost_to_a_stop_or_to_a_new_drive(tmp_path, monkeypatch):
-    flags = ["--policy", "random", "--compare", "expert", "--env", "fast", "--no_video",
-             "--episodes", "2", "--root", str(tmp_path), "--json", str(tmp_path / "s.json")]
+    flags = [
+        "--policy",
+        "random",
+        "--compare",
+        "expert",
+        "--env",
+        "fast",
+        "--no_video",
+        "--episodes",
+        "2",
+        "--root",
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "s.json"),
+    ]
     args, path = drive_mpc_args(*flags), tmp_path / "s.json"
-    row = {"steps": 9, "tiles": 3, "tiles_missed": 0, "lap_finished": True, "plan_ms_p50": 1.0,
-           "plan_ms_p99": 1.0}
+    row = {
+        "steps": 9,
+        "tiles": 3,
+        "tiles_missed": 0,
+        "lap_finished": True,
+        "plan_ms_p50": 1.0,
+        "plan_ms_p99": 1.0,
+    }
     report = drive_mpc.Report(path, args, {})
-    kept = {name: drive_mpc.summary(name, [row | {"track_seed": 100_000 + i, "return": 1.0 * i}
-                                           for i in range(n)])
-            for name, n in (("random", 2), ("expert", 1))}
+    kept = {
+        name: drive_mpc.summary(
+            name, [row | {"track_seed": 100_000 + i, "return": 1.0 * i} for i in range(n)]
+        )
+        for name, n in (("random", 2), ("expert", 1))
+    }
     report.save(kept)
     reports, again = drive_mpc.drive_all(args, ["random", "expert"], None, NoWindow(), stop=True)
     again.save(reports, last=True)  # stopped before the first drive
     assert scores(path) == {"random": [0.0, 1.0], "expert": [0.0]}
     report.save(kept, finished=True)
     assert drive_mpc.Report(path, args, {}).rows == {} and not path.exists()
-    aside, = tmp_path.glob("s-*.json")
+    (aside,) = tmp_path.glob("s-*.json")
     assert scores(aside) == {"random": [0.0, 1.0], "expert": [0.0]}
-    path.write_text(json.dumps({"env_id": 1, "policy": 2, "versions": 3, "episodes": 4,
-                                "finished": False}))
+    path.write_text(
+        json.dumps({"env_id": 1, "policy": 2, "versions": 3, "episodes": 4, "finished": False})
+    )
     with pytest.raises(Refusal, match="no report of drive_mpc.py"):
         drive_mpc.Report(path, args, {})
     film = flags[:-1] + [str(tmp_path / "visuals" / "drive_random.mp4")]
@@ -504,9 +594,13 @@ def refused(capsys, call, *flags):
 
 def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    for path, why in ((tmp_path, "found a folder"), (f"{tmp_path}/new/", "found a folder"),
-                      (tmp_path / "file" / "s.json", "cannot write there"),
-                      (tmp_path / ("x" * 300), "File name too long"), ("/proc/s.json", "/proc")):
+    for path, why in (
+        (tmp_path, "found a folder"),
+        (f"{tmp_path}/new/", "found a folder"),
+        (tmp_path / "file" / "s.json", "cannot write there"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        ("/proc/s.json", "/proc"),
+    ):
         assert why in refused(capsys, drive_mpc_args, "--json", str(path))
     assert drive_mpc_args("--json", str(tmp_path / "made" / "s.json")).json.parent.is_dir()
     assert drive_mpc_args("--json", "/dev/null").json == Path("/dev/null")
@@ -530,9 +624,16 @@ def test_a_checkpoint_is_not_exported_over_itself(tmp_path, monkeypatch, capsys)
     assert Path(path).read_bytes() == before
 
 
-@pytest.mark.parametrize("flag,values", [
-    ("--episodes", ["0", "10" * 9]), ("--track_seed", ["-1", "9" * 20]), ("--film", ["-1"]),
-    ("--pace", ["2", "nan"]), ("--seed", ["9" * 20])])
+@pytest.mark.parametrize(
+    "flag,values",
+    [
+        ("--episodes", ["0", "10" * 9]),
+        ("--track_seed", ["-1", "9" * 20]),
+        ("--film", ["-1"]),
+        ("--pace", ["2", "nan"]),
+        ("--seed", ["9" * 20]),
+    ],
+)
 def test_numbers_have_ranges(flag, values, capsys):
     for value in values:
         assert "from" in refused(capsys, drive_mpc_args, flag, value)
@@ -545,9 +646,22 @@ def test_the_demos_numbers_have_ranges(monkeypatch, capsys):
 
 
 def test_a_calm_expert_says_so_in_its_row(tmp_path):
-    code, out, err = finish(start("drive_mpc.py", *QUICK, "--no_video", "--policy", "expert",
-                                  "--pace", "0.9", "--episodes", "1", "--json", tmp_path / "s.json",
-                                  root=tmp_path))
+    code, out, err = finish(
+        start(
+            "drive_mpc.py",
+            *QUICK,
+            "--no_video",
+            "--policy",
+            "expert",
+            "--pace",
+            "0.9",
+            "--episodes",
+            "1",
+            "--json",
+            tmp_path / "s.json",
+            root=tmp_path,
+        )
+    )
     assert code == 0 and "\nexpert, pace 0.9 " in out, err
     report = json.loads((tmp_path / "s.json").read_text())
     assert report["policy"] == "expert, pace 0.9" and list(report["rows"]) == ["expert, pace 0.9"]
@@ -560,12 +674,28 @@ def test_a_calm_expert_says_so_in_its_row(tmp_path):
 def test_scores_go_to_stdout_whatever_it_is(tmp_path, into):
     with open(tmp_path / "out", "w") as file:
         done = subprocess.run(
-            [sys.executable, REPO / "drive_mpc.py", *QUICK, "--no_video", "--policy", "random",
-             "--episodes", "1", "--json", "/dev/stdout", "--root", tmp_path], text=True, cwd=REPO,
-            stdout=subprocess.PIPE if into == "a pipe" else file, timeout=PATIENCE)
+            [
+                sys.executable,
+                REPO / "drive_mpc.py",
+                *QUICK,
+                "--no_video",
+                "--policy",
+                "random",
+                "--episodes",
+                "1",
+                "--json",
+                "/dev/stdout",
+                "--root",
+                tmp_path,
+            ],
+            text=True,
+            cwd=REPO,
+            stdout=subprocess.PIPE if into == "a pipe" else file,
+            timeout=PATIENCE,
+        )
     said = done.stdout if into == "a pipe" else (tmp_path / "out").read_text()
     assert done.returncode == 0
-    report, _ = json.JSONDecoder().raw_decode(said[said.index("{"):])
+    report, _ = json.JSONDecoder().raw_decode(said[said.index("{") :])
     assert report["finished"] and len(report["episodes"]) == 1
     assert "driver" in said and "100000" in said  # and all else that was printed
 
@@ -573,8 +703,20 @@ def test_scores_go_to_stdout_whatever_it_is(tmp_path, into):
 @pytest.mark.slow
 def test_the_film_of_a_drive_that_outlives_its_folder(tmp_path):
     """Every lap that --film asks for, with the end for two seconds; visuals/ vanishes meanwhile."""
-    process = start("drive_mpc.py", *QUICK, "--headless", "--policy", "expert", "--episodes", "3",
-                    "--film", "2", "--json", tmp_path / "s.json", root=tmp_path)
+    process = start(
+        "drive_mpc.py",
+        *QUICK,
+        "--headless",
+        "--policy",
+        "expert",
+        "--episodes",
+        "3",
+        "--film",
+        "2",
+        "--json",
+        tmp_path / "s.json",
+        root=tmp_path,
+    )
     wait_for(lambda: (tmp_path / "s.json").exists())
     shutil.rmtree(tmp_path / "visuals")
     code, out, err = finish(process)
@@ -584,5 +726,8 @@ def test_the_film_of_a_drive_that_outlives_its_folder(tmp_path):
         frames = [f.to_ndarray(format="rgb24")[::4, ::4].astype(int) for f in found.decode(video=0)]
     assert len(frames) == steps[0] // 2 + 50 + steps[1] // 2 + 50  # each lap's end for two seconds
     end = steps[0] // 2
-    assert np.abs(frames[end + 5] - frames[end + 45]).mean() < 1 < np.abs(
-        frames[end + 5] - frames[end + 60]).mean()
+    assert (
+        np.abs(frames[end + 5] - frames[end + 45]).mean()
+        < 1
+        < np.abs(frames[end + 5] - frames[end + 60]).mean()
+    )
