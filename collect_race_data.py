@@ -17,9 +17,9 @@ import math
 import numpy as np
 
 from buffer import HELD_OUT_MOD
-from car_env import Nearest
-from collect_data import collect, collector_parser
+from car.telemetry import Nearest
 from support.cli import Number, fraction, run
+from support.workers import collect, collector_parser
 
 SPACING = 1.0  # units between the points of the resampled racing line
 AXLE = 1.62  # units from the car's centre to either axle

@@ -14,10 +14,11 @@ import math
 
 import numpy as np
 
-from car_env import place_beside
-from collect_data import RandomDriver, collect
+from car.telemetry import place_beside
+from collect_data import RandomDriver
 from collect_race_data import Expert, pace_of, pace_parser
 from support.cli import run
+from support.workers import collect
 
 KINDS = ("understeer", "oversteer", "late_braking", "wrong_throttle", "swerve", "fumble", "stray")
 PACES = [0.1, 0.3, 0.6, 1.0]  # of --pace, by default

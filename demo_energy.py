@@ -21,22 +21,17 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from car_env import (
-    FPS,
-    MAX_STEPS,
-    TELEMETRY,
-    ZOOM_STEPS,
-    make_env,
-    observe,
-    picture,
-    place_beside,
-    telemetry,
-)
+from car import FPS, MAX_STEPS, ZOOM_STEPS
+from car.env import make_env, observe
+from car.renderer import picture
+from car.telemetry import TELEMETRY, place_beside, telemetry
 from collect_race_data import Expert
-from drive_mpc import VIDEO_FPS, load_driver, planning
-from networks import fingerprint, latest, load_frozen, meanwhile, models_of, some_root, stack
+from drive_mpc import load_driver, planning
+from networks import stack
+from support.checkpoints import fingerprint, latest, load_frozen, meanwhile, models_of, some_root
 from support.cli import Number, Stop, command, fail, parser, run, track_number
 from support.files import writable
+from support.lap_view import VIDEO_FPS
 from support.pictures import VideoRecorder, ornament, pyplot, save_figure
 from support.progress import progress
 from support.training import autocast, set_up

@@ -15,68 +15,41 @@ actions; scores and tiles are read from the simulator after the fact.
 if __name__ == "__main__":
     import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
-import json
-import os
 import secrets
 import time
 from collections import deque
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from buffer import write_chunk
-from car_env import ENV_ID, FPS, MAX_STEPS, ZOOM_STEPS, make_env, observe, picture, telemetry
-from collect_data import FIRST_SEED, origin
+from car import MAX_STEPS, ZOOM_STEPS
+from car.env import make_env, observe
+from car.telemetry import telemetry
 from collect_race_data import Expert
-from networks import (
-    DISCOUNT,
-    Predictor,
+from networks import DISCOUNT, Predictor, judged, stack, unit_act
+from support.checkpoints import (
     fingerprint,
-    judged,
     latest,
     load_frozen,
     meanwhile,
     models_of,
     need_nets,
     some_root,
-    stack,
-    unit_act,
 )
 from support.cli import Number, Stop, command, fail, fraction, parser, run, track_number
-from support.files import (
-    code_key,
-    is_stream,
-    lock_file,
-    output_file,
-    replace_atomically,
-    versions,
-    writable,
-)
+from support.dreams import load_decoder
+from support.files import is_stream, lock_file, output_file, writable
+from support.lap_view import VIDEO_FPS, LapView
 from support.pictures import VideoRecorder
 from support.progress import progress
+from support.scores import Report, compare, row_name, summary
 from support.training import autocast, set_up
-from support.window import (
-    DIM,
-    END_S,
-    GRID,
-    INK,
-    KEYS_TEXT,
-    VIEW,
-    WARM,
-    NoWindow,
-    banner,
-    blank,
-    linear_axis,
-    log_axis,
-    open_window,
-    plot,
-    write,
-)
-from train_predictor import load_decoder
+from support.window import KEYS_TEXT, NoWindow, open_window
+from support.workers import FIRST_SEED, origin
 
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
@@ -88,23 +61,9 @@ DISTURBANCES = ["none", "colours", "noise", "late"]
 GRAIN, LATE = 10, 2  # grey levels, standard deviation of noise; steps that late frames lie back
 OWN = "data_mpc"  # folder of the episodes that --save_data writes
 POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
-VIDEO_FPS = 25
 WORST = 1e9  # energy of a future that overflowed
 ROUNDS = {"shooting": 1, "icem": 3, "mppi": 1}  # of refinement, unless --rounds says otherwise
 DECAY, REUSED, MOMENTUM, LEAST_STD = 1.25, 0.3, 0.1, 0.1  # of iCEM; three are the paper's
-OUTPUT_FLAGS = (
-    "root",
-    "models",
-    "json",
-    "no_video",
-    "headless",
-    "film",
-    "device",
-    "precision",
-    "threads",
-)
-# that decide nothing about a score but by `arithmetic` and the nets, which reports hold
-REPORT_KEYS = {"env_id", "policy", "versions", "episodes"}, {"settings", "finished", "rows"}
 
 
 def arguments():
@@ -656,243 +615,6 @@ def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=None, t
     }
 
 
-def summary(policy, episodes, kind="official", models=None):
-    """The report of --json: the rows, their mean and spread, and what produced them."""
-    returns = [e["return"] for e in episodes]
-    env_id = ENV_ID if kind == "official" else f"{ENV_ID} {kind}"
-    return {
-        "env_id": env_id,
-        "policy": policy,
-        "models": models,
-        "versions": versions(),
-        "episodes": episodes,
-        "mean": round(float(np.mean(returns)), 2),
-        "std": round(float(np.std(returns)), 2),
-        "median": round(float(np.median(returns)), 2),
-        "worst": min(returns),
-        "laps_finished": sum(e["lap_finished"] for e in episodes),
-    }
-
-
-# ------------------------------------------------------------------ scores on disk
-
-
-def row_name(policy, args):
-    """A policy's name in tables and reports: an expert that does not drive at full pace says so."""
-    calm = policy == "expert" and args.pace != 1
-    return f"expert, pace {args.pace:g}" if calm else policy
-
-
-class Report:
-    """The file of --json: written after each drive, and gone on with where it was not finished.
-
-    What decides a score, the settings, is in it; drives of other settings or nets are not taken.
-    """
-
-    def __init__(self, path, args, drivers):
-        """path: a Path, or None for no file. Refuses a file that this script did not write."""
-        self.path, self.args, self.rows = path, args, {}
-        if path is None:
-            return
-        self.stream = is_stream(path)
-        settings = {k: v for k, v in vars(args).items() if k not in OUTPUT_FLAGS}
-        settings |= {
-            "code": code_key(),
-            "nets": {
-                policy: {k: fingerprint(net) for k, net in driver.nets.items()}
-                for policy, driver in drivers.items()
-            },
-        }
-        self.settings = json.loads(json.dumps(settings, default=str))
-        self.settings |= {"versions": versions()}
-        if self.stream:
-            return
-        known = self._read()
-        if not known:
-            return
-        if known.get("finished", True):
-            return self._set_aside("finished")
-        now, then = (
-            {k: json.dumps(v) for k, v in x.items()} for x in (self.settings, known["settings"])
-        )
-        other = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
-        if other:
-            return self._set_aside(f"unfinished, with other {', '.join(other)}")
-        self.rows = {
-            name: {e["track_seed"]: e for e in r["episodes"]} for name, r in known["rows"].items()
-        }
-        print(f"{path}: goes on behind {sum(map(len, self.rows.values()))} drives")
-
-    def _read(self):
-        """The report that is there, or {}."""
-        if not self.path.exists() or not self.path.stat().st_size:
-            return {}
-        try:
-            known = json.loads(self.path.read_bytes())
-            if not any(keys <= known.keys() for keys in REPORT_KEYS):
-                raise ValueError("other keys")
-            if not known.get("finished", True):
-                for report in known["rows"].values():
-                    summary(report["policy"], report["episodes"])
-                    [e["track_seed"] for e in report["episodes"]]
-                known["settings"].keys()
-        except (ValueError, LookupError, TypeError, AttributeError):
-            fail(
-                f"--json {self.path}: is there already and no report of drive_mpc.py; choose "
-                "another name"
-            )
-        return known
-
-    def _set_aside(self, what):
-        """Gives the report that is there another name: no score is lost to a new drive."""
-        aside = self.path.with_name(
-            f"{self.path.stem}-{time.strftime('%Y%m%d-%H%M%S')}{self.path.suffix}"
-        )
-        os.replace(self.path, aside)
-        print(f"{self.path}: {what}; it is {aside.name} now, drives anew")
-
-    def save(self, reports, last=False, finished=False):
-        """Writes {name: summary}; into a stream only the last one. Where that fails after a drive
-        it says so, for the drives are not lost yet."""
-        if self.path is None or self.stream and not last:
-            return
-        body = reports.get(row_name(self.args.policy, self.args), {}) | {
-            "settings": self.settings,
-            "finished": finished,
-            "rows": reports,
-        }
-        text = json.dumps(body, indent=1) + "\n"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            replace_atomically(self.path, lambda f: f.write(text.encode()))
-        except OSError as e:
-            if last:
-                raise
-            tqdm.write(f"{self.path}: not written ({e.strerror}); tries again after the next drive")
-
-
-# ------------------------------------------------------------------ pictures
-
-CELL = 160  # px, a small picture
-LOW = VIEW[1] + 36  # px, where curve and plan begin
-
-
-class LapView:
-    """What a lap looks like: the car, what the driver sees, its plan and what it imagines of it,
-    energies. Every second step goes to the window and, while it records, to the film.
-    """
-
-    TRACE = 250  # plans that the energy curve shows
-
-    def __init__(self, window, film, name, decoder=None):
-        self.window, self.film, self.name, self.decoder = window, film, name, decoder
-
-    def reset(self, track_seed):
-        self.track, self.step, self.picture = track_seed, 0, None
-        self.trace, self.dreams, self.command = deque(maxlen=self.TRACE), [], ""
-
-    def __call__(self, env, frame, driver, total):
-        """Sees a step; False where the user leaves the lap."""
-        self.step += 1
-        if self.step % 2 or not (self.window.recording or self.window.visible):
-            return not self.window.quit
-        if getattr(driver, "energies", None) is not None:
-            e = driver.energies.float()
-            self.trace.append((float(e.min()), float(e.median())))
-        self.picture = self.compose(env, frame, driver, total)
-        if self.window.recording:
-            self.film.add(self.picture)
-        self.command = self.window.show(self.picture, self.step / FPS)
-        return not self.command
-
-    def finish(self, row):
-        """How it ended stands a while on the last picture."""
-        if self.picture is None:
-            return
-        end = (
-            "lap finished"
-            if row["lap_finished"]
-            else "time is up"
-            if row["steps"] >= MAX_STEPS
-            else "left the field"
-        )
-        banner(
-            self.picture,
-            end,
-            f"return {row['return']:.1f}   {row['steps'] / FPS:.1f} s   "
-            f"{row['tiles_missed']} tiles missed",
-        )
-        if self.window.recording:
-            self.film.hold(self.picture, END_S)
-        self.command = self.window.show(self.picture, self.step / FPS + END_S)
-
-    def compose(self, env, frame, driver, total):
-        """One picture (H, W, 3) uint8."""
-        canvas, (w, h) = blank(), VIEW
-        canvas[:h, :w] = picture(env, VIEW)
-        plans = hasattr(driver, "u")
-        if plans and self.step <= ZOOM_STEPS:
-            banner(canvas, "waiting for the zoom")
-        speed = env.unwrapped.car.hull.linearVelocity.length
-        text = (
-            f"{self.name}   track {self.track}   step {self.step}   return {total:.1f}   "
-            f"speed {speed:.0f}"
-        )
-        text += f"   plan {driver.ms[-1]:.0f} ms" if driver.ms else ""
-        write(canvas, text, 12, h + 10)
-        self.draw_cells(canvas, frame, driver)
-        if plans and self.step > ZOOM_STEPS:
-            self.draw_plan(canvas, driver)
-        if len(self.trace) > 1:
-            x = write(canvas, "energy of the futures:", 12, LOW, DIM)
-            x = write(canvas, "median", x + 12, LOW, INK)
-            write(canvas, "lowest", x + 12, LOW, WARM)
-            box, t = (60, LOW + 24, w - 72, 118), np.array(self.trace)
-            logs = t.min() > 0  # a classifier's energies are logits
-            low, high = (log_axis if logs else linear_axis)(canvas, box, t)
-            t = np.log10(t) if logs else t
-            plot(canvas, box, t[:, ::-1].T, (INK, WARM), low, high, self.TRACE)
-        return canvas
-
-    def draw_plan(self, canvas, driver):
-        """Steering, gas and brake of the plan, from now to the horizon."""
-        x, w, u = VIEW[0] + 76, 236, driver.u.float().cpu().numpy()
-        seconds = len(u) * driver.encoder.repeat / FPS
-        write(canvas, "the plan", x, LOW, DIM)
-        write(canvas, f"{seconds:.2g} s", x + w, LOW, DIM, center=True)
-        for i, (up, down, color) in enumerate((("right", "left", INK), ("gas", "brake", WARM))):
-            y = LOW + 24 + 64 * i
-            canvas[y : y + 54, x : x + w] = GRID[0] // 2 + 8
-            cv2.line(canvas, (x, y + 27), (x + w, y + 27), (100, 100, 104), 1)
-            write(canvas, up, x - 62, y + 2, color)
-            write(canvas, down, x - 62, y + 38, color)
-            plot(canvas, (x, y + 2, w, 50), [u[:, i]], [color], -1, 1, len(u))
-
-    def draw_cells(self, canvas, frame, driver):
-        """Four small pictures: the frame, and three of the chosen plan's dream, up to its end."""
-        plans = hasattr(driver, "u")
-        cells = [("the driver sees" if plans else "a frame of 64 x 64", frame)]
-        if self.decoder is not None and getattr(driver, "energies", None) is not None:
-            if self.step % 4 == 0 or not self.dreams:  # decoding takes as long as half a plan
-                self.dreams = self.decode(driver)
-            cells += self.dreams
-        for i, (name, small) in enumerate(cells):
-            x, y = VIEW[0] + 14 + (CELL + 12) * (i % 2), 50 + (CELL + 70) * (i // 2)
-            canvas[y : y + CELL, x : x + CELL] = cv2.resize(
-                small, (CELL, CELL), interpolation=cv2.INTER_NEAREST
-            )
-            write(canvas, name, x, y - 22, INK if i == 0 else WARM)
-
-    @torch.inference_mode()
-    def decode(self, driver):
-        """[(name, picture (64, 64, 3) uint8)] of a third, two thirds and the end of the plan."""
-        z_hat = driver.dream()
-        picks = [max(0, len(z_hat) * k // 3 - 1) for k in (1, 2, 3)]
-        out = self.decoder(z_hat[picks]).clamp(0, 1).mul(255).byte().cpu()
-        names = [f"dreams {(k + 1) * driver.encoder.repeat / FPS:.2f} s" for k in picks]
-        return list(zip(names, out.permute(0, 2, 3, 1).numpy()))
-
-
 # ------------------------------------------------------------------ main
 
 
@@ -940,27 +662,6 @@ def run_policy(args, policy, driver, view, window, stop, kept, save):
             view.finish(r)
     env.close()
     return score() if done else None
-
-
-def compare(reports, env_name):
-    """The table of several policies on the same tracks."""
-    tracks = [e["track_seed"] for r in reports for e in r["episodes"]]
-    wide = max(10, *(len(r["policy"]) for r in reports))
-    lines = [
-        f"{'driver':{wide}} {'mean ± std':>15} {'median':>6} {'worst':>6} {'laps':>7} "
-        f"{'missed':>6} {'steps':>6} {'plan ms':>7}   tracks {min(tracks)} to "
-        f"{max(tracks)}, {env_name} env"
-    ]
-    for r in reports:
-        of = lambda key: np.mean([e[key] for e in r["episodes"]])
-        laps = f"{r['laps_finished']}/{len(r['episodes'])}"
-        lines.append(
-            f"{r['policy']:{wide}} {r['mean']:7.1f} ± {r['std']:5.1f} {r['median']:6.1f} "
-            f"{r['worst']:6.1f} {laps:>7} {of('tiles_missed'):6.1f} {of('steps'):6.0f} "
-            f"{of('plan_ms_p50'):7.1f}"
-        )
-    lines += sorted({f"weights of {r['models']}" for r in reports if r["models"]})
-    return "\n".join(lines)
 
 
 def drive_all(args, policies, film, window, stop):

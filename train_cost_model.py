@@ -25,30 +25,26 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from buffer import DEFAULT, chunk_files, load_sources, made_by, provenance
-from car_env import ZOOM_STEPS
-from networks import (
-    FORESIGHT,
-    CostModel,
+from car import ZOOM_STEPS
+from networks import CostModel
+from support.checkpoints import fingerprint, latest, load_frozen, save
+from support.cli import Number, Stop, fail, optimisation, parser, run, stopped
+from support.latents import LatentSampler, WindowSampler, load_latents
+from support.pictures import ornament, plain, pyplot, save_figure
+from support.progress import progress
+from support.resume import (
     already_trained,
     arithmetic_of,
     cosine,
-    fingerprint,
-    latest,
-    load_frozen,
     optimise,
     refuse_nan,
     resume_run,
-    save,
     save_run,
     so_far,
 )
-from support.cli import Number, Stop, fail, optimisation, parser, run, stopped
-from support.pictures import ornament, plain, pyplot, save_figure
-from support.progress import progress
-from support.training import RunLog, autocast, only_run, set_up
-from train_predictor import Sampler as DreamSampler
+from support.runlog import RunLog
+from support.training import only_run, set_up
 from train_predictor import evaluate as dream_errors
-from train_predictor import load_latents
 
 EXPERT, RANDOM = "data_race", "data"  # the classes; recovery is between and trains the value only
 RECOVERY = "data_recovery"
@@ -82,49 +78,6 @@ def loss_fn(cost, expert, chaos):
 def value_loss(cost, z, to_come):
     """Mean squared error of the foretold share of the bound: z (B, D), to_come (B,)."""
     return F.mse_loss(cost.value(z).squeeze(-1), to_come)
-
-
-class Sampler:
-    """Latents of chunks, real ones and ones imagined from them; those of a `cost` model know what
-    came after them.
-
-    Frames of the zoom are left out: they would tell the classes apart without any driving.
-    """
-
-    def __init__(self, latents, chunks, predictor, horizon, cost=None):
-        self.latents, self.predictor, self.K, self.cost = latents, predictor, horizon + 1, cost
-        self.length = self.K + (FORESIGHT if cost else 0)
-        self.starts = latents.starts(chunks, self.length, skip=ZOOM_STEPS)
-        if len(self.starts) == 0:
-            more = (self.length - 1) * latents.repeat
-            latents.refuse_short(
-                chunks, ZOOM_STEPS + more, f", {ZOOM_STEPS} of zoom and {more} more"
-            )
-
-    def real(self, count, seed=0):
-        """(N, D): at most `count` of the latents, chosen at random."""
-        rng = np.random.default_rng(seed)
-        starts = np.sort(rng.permutation(self.starts)[:count])
-        return self.latents.windows(starts, 1)[0][:, 0]
-
-    @torch.no_grad()
-    def mixed(self, count, rng, device, dtype):
-        """About (count, D) on the device: half real, half imagined up to the whole horizon; with a
-        cost model also (count,), its `came` after each."""
-        H = self.K - 1
-        z, act = (
-            x.to(device)
-            for x in self.latents.windows(rng.choice(self.starts, max(1, count // 8)), self.length)
-        )
-        with autocast(device, dtype):
-            dreamt = self.predictor.rollout(z[:, 0], act[:, :H]).float()
-        pick = torch.from_numpy(rng.integers(H, size=(4, len(z)))).to(device)
-        rows = torch.arange(len(z), device=device)
-        chosen = torch.cat([x[rows, k] for k in pick for x in (z[:, 1:], dreamt)])
-        if self.cost is None:
-            return chosen
-        came = self.cost.came(z)[:, 1:]
-        return chosen, torch.cat([came[rows, k] for k in pick for _ in range(2)])
 
 
 @torch.no_grad()
@@ -215,7 +168,7 @@ def main():
     )
     parts = [
         {
-            name: Sampler(latents, split[part], predictor, payload["horizon"])
+            name: LatentSampler(latents, split[part], predictor, payload["horizon"])
             for name, split in sources.items()
         }
         for part in (0, 1)
@@ -223,7 +176,8 @@ def main():
     train, held = parts
     cost = CostModel(encoder.dim, args.hidden).to(device)
     recovery, held_recovery = (
-        Sampler(latents, part, predictor, payload["horizon"], cost) for part in sources[RECOVERY]
+        LatentSampler(latents, part, predictor, payload["horizon"], cost)
+        for part in sources[RECOVERY]
     )
     if args.compile:
         cost.net.compile()
@@ -254,7 +208,7 @@ def main():
         cost, held, held_recovery, device, dtype, f"step {step}, held out"
     )
     gas_of = lambda: max_gas(
-        predictor, DreamSampler(latents, sources, 1, 512, payload["horizon"]), device, dtype
+        predictor, WindowSampler(latents, sources, 1, 512, payload["horizon"]), device, dtype
     )
     write = lambda step, auc, r2: save(
         final, {"cost": cost}, **state(step), auc=auc, r2_value=r2, max_gas=gas_of()

@@ -21,10 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from buffer import Loader, load_sources, provenance, sample_frames
-from car_env import ZOOM_STEPS
-from networks import (
-    TinyDecoder,
-    arithmetic_of,
+from car import ZOOM_STEPS
+from networks import TinyDecoder, stack
+from support.checkpoints import (
     build,
     epoch_of,
     fingerprint,
@@ -32,17 +31,10 @@ from networks import (
     latest,
     load_frozen,
     numbered,
-    optimise,
     read,
-    read_run,
-    refuse_nan,
-    restore,
     rotate,
     save,
-    save_run,
     set_aside,
-    so_far,
-    stack,
 )
 from support.cli import (
     Number,
@@ -59,7 +51,9 @@ from support.cli import (
 )
 from support.pictures import ornament, plain, pyplot, save_figure
 from support.progress import progress
-from support.training import RunLog, autocast, on_device, only_run, set_up
+from support.resume import arithmetic_of, optimise, read_run, refuse_nan, restore, save_run, so_far
+from support.runlog import RunLog
+from support.training import autocast, on_device, only_run, set_up
 
 PICTURES = 4  # held-out frames of each source on the sheet
 MADE = ("decoder_ep*.pth", "decoder_resume.pth", "decoder.jsonl")  # --fresh sets them aside

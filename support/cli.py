@@ -1,6 +1,7 @@
 """The command line of every script: flags, failures in one line, a clean stop. Needs no torch."""
 
 import argparse
+import ast
 import errno
 import importlib
 import math
@@ -329,3 +330,15 @@ def stopped(args, when):
     """Says that a run was stopped and saved, and what goes on with it -> its exit code."""
     print(f"stopped {when}; the same command " + "without --fresh " * args.fresh + "goes on")
     return 130
+
+
+# holds a predictor too
+
+
+def typed(value):
+    """An argument's value, or the text of it that a checkpoint holds, as it is typed in a shell."""
+    text = str(value)
+    words = [text]
+    with suppress(ValueError, SyntaxError):
+        words = ast.literal_eval(text) if text.startswith("[") else words
+    return " ".join(shlex.quote(str(word)) for word in words)

@@ -2,14 +2,21 @@
 
 import json
 import re
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from buffer import made_by, read_ahead
-from support.cli import fail
+from buffer import made_by, read_ahead, shares_of
+from car import ZOOM_STEPS
+from networks import FORESIGHT, stack
+from support.checkpoints import fingerprint, latest, load_frozen
+from support.cli import command, fail
+from support.distributed import RANK, in_turn
 from support.files import lock, replace_atomically, sync, versions, writable
-from support.training import encoded_at_once
+from support.progress import progress
+from support.resume import of_these, read_run
+from support.training import DTYPES, autocast, encoded_at_once, name_of
 
 OURS = re.compile(r"latents_[0-9a-f]{16}-p[0-9]+-(bf16|fp16|fp32)\.(f16|json)")  # what it writes
 
@@ -144,3 +151,155 @@ class Latents:
         rows = np.asarray(starts)[:, None] + self.repeat * np.arange(latents)
         rows = torch.from_numpy(rows).to(z.device)
         return z[rows].float(), act[rows[:, :-1]]
+
+
+@torch.no_grad()
+def features_of(encoder, obs, device, dtype):
+    """Raw latents of stacked frames: obs (N, history, 3, 64, 64) -> (N, D) on the CPU."""
+    out = []
+    for part in obs.split(encoded_at_once(device)):
+        with autocast(device, dtype):
+            out.append(encoder.features(stack(part.to(device), encoder.history)).float().cpu())
+    return torch.cat(out)
+
+
+def load_latents(args, device, dtype, sources, stop, resume, predictor=None):
+    """(latents of all chunks, frozen encoder, its key): encodes what the cache lacks, unless the
+    `predictor`'s payload, or ROOT/models/`resume`, the run to go on, is of another encoder."""
+    encoder, _ = load_frozen(
+        latest(args.root / "models", "encoder_mixed"), "encoder", device, "train_encoder.py"
+    )
+    key = fingerprint(encoder)
+    models = args.root / "models"
+    if predictor and predictor["encoder_key"] != key:
+        fail(
+            f"{latest(models, 'predictor')}: was trained on another encoder than "
+            f"{latest(models, 'encoder_mixed')}; run "
+            f"{command('train_predictor.py', args.root, '--fresh')}"
+        )
+    if (models / resume).is_file() and not args.fresh:
+        of_these(models / resume, read_run(models / resume), encoder_key=key)
+
+    def encode(obs):
+        with torch.no_grad(), autocast(device, dtype):
+            return encoder(stack(obs.to(device), encoder.history))
+
+    chunks = [c for split in sources.values() for part in split for c in part]
+    bar = lambda items: progress(items, desc="encode", unit="episode", disable=RANK > 0)
+    stem = f"{key}-p{chunks[0].meta['preprocess']}"
+    with in_turn():
+        there = [
+            name
+            for name in (name_of(dtype), *DTYPES)  # whatever they were encoded in
+            if (models / f"latents_{stem}-{name}.json").is_file()
+        ]
+        encoded_in = (there or [name_of(dtype)])[0]
+        if encoded_in != name_of(dtype):
+            print(f"takes the latents that are there, encoded in {encoded_in}")
+        latents = Latents(
+            args.root,
+            f"{stem}-{encoded_in}",
+            encoder.dim,
+            encoder.history,
+            encoder.repeat,
+            encode,
+            chunks,
+            bar,
+            stop,
+            device,
+        )
+    return latents, encoder, key
+
+
+class WindowSampler:
+    """Balanced windows of cached latents: a pure function of seed and step. Of several ranks each
+    reads every so-manieth window of the same batch."""
+
+    def __init__(
+        self, latents, sources, part, batch_size, horizon, shares=None, seed=0, rank=0, ranks=1
+    ):
+        self.latents, self.sources, self.K, self.seed = latents, sources, horizon + 1, seed
+        self.part = slice(rank, None, ranks)
+        self.starts = [latents.starts(split[part], self.K) for split in sources.values()]
+        for split, starts in zip(sources.values(), self.starts):
+            if len(starts) == 0:
+                latents.refuse_short(
+                    split[part],
+                    horizon * latents.repeat,
+                    f" ({horizon} latents, {latents.repeat} steps each)",
+                )
+        self.counts = shares_of(self.starts, batch_size, shares)
+        self.steps_per_epoch = max(1, sum(map(len, self.starts)) // batch_size)
+
+    def __call__(self, step):
+        """(z (B, K, D), act (B, K - 1, 3)) of this step; sources, in each episodes, in order."""
+        return self.latents.windows(np.concatenate(self._starts(step))[self.part], self.K)
+
+    def _starts(self, step):
+        """The rows at which the windows of this step begin, an array a source."""
+        rng = np.random.default_rng([self.seed, step])
+        return [np.sort(s[rng.integers(len(s), size=n)]) for s, n in zip(self.starts, self.counts)]
+
+    @cached_property
+    def _every(self):
+        """The rows at which windows of both parts can begin, in order, an array a source."""
+        return [
+            np.sort(self.latents.starts(train + held, self.K))
+            for train, held in self.sources.values()
+        ]
+
+    def swapped(self, step):
+        """act (B, K - 1, 3) for the windows of this step: of another episode of the same source,
+        which may be one to train on, for a source may have a single held-out episode."""
+        rng = np.random.default_rng([self.seed, step, 1])
+        begins = np.sort([a for a, *_ in self.latents.rows.values()] + [len(self.latents.z)])
+        others = []
+        for starts, every in zip(self._starts(step), self._every):
+            after = np.searchsorted(begins, starts, "right")  # the episode behind each window's
+            first, end = (np.searchsorted(every, begins[k]) for k in (after - 1, after))
+            pick = rng.integers(len(every) - (end - first))  # of the windows before and behind it
+            others.append(every[np.where(pick < first, pick, pick + end - first)])
+        return self.latents.windows(np.concatenate(others)[self.part], self.K)[1]
+
+
+class LatentSampler:
+    """Latents of chunks, real ones and ones imagined from them; those of a `cost` model know what
+    came after them.
+
+    Frames of the zoom are left out: they would tell the classes apart without any driving.
+    """
+
+    def __init__(self, latents, chunks, predictor, horizon, cost=None):
+        self.latents, self.predictor, self.K, self.cost = latents, predictor, horizon + 1, cost
+        self.length = self.K + (FORESIGHT if cost else 0)
+        self.starts = latents.starts(chunks, self.length, skip=ZOOM_STEPS)
+        if len(self.starts) == 0:
+            more = (self.length - 1) * latents.repeat
+            latents.refuse_short(
+                chunks, ZOOM_STEPS + more, f", {ZOOM_STEPS} of zoom and {more} more"
+            )
+
+    def real(self, count, seed=0):
+        """(N, D): at most `count` of the latents, chosen at random."""
+        rng = np.random.default_rng(seed)
+        starts = np.sort(rng.permutation(self.starts)[:count])
+        return self.latents.windows(starts, 1)[0][:, 0]
+
+    @torch.no_grad()
+    def mixed(self, count, rng, device, dtype):
+        """About (count, D) on the device: half real, half imagined up to the whole horizon; with a
+        cost model also (count,), its `came` after each."""
+        H = self.K - 1
+        z, act = (
+            x.to(device)
+            for x in self.latents.windows(rng.choice(self.starts, max(1, count // 8)), self.length)
+        )
+        with autocast(device, dtype):
+            dreamt = self.predictor.rollout(z[:, 0], act[:, :H]).float()
+        pick = torch.from_numpy(rng.integers(H, size=(4, len(z)))).to(device)
+        rows = torch.arange(len(z), device=device)
+        chosen = torch.cat([x[rows, k] for k in pick for x in (z[:, 1:], dreamt)])
+        if self.cost is None:
+            return chosen
+        came = self.cost.came(z)[:, 1:]
+        return chosen, torch.cat([came[rows, k] for k in pick for _ in range(2)])

@@ -8,8 +8,10 @@ from gymnasium.envs.box2d import car_racing
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
 import benchmark
-import car_env
-from car_env import TELEMETRY, make_env, mirrored, observe, place_car, preprocess, telemetry
+import car.env as car_env
+from car.env import make_env, observe, preprocess
+from car.sprites import mirrored
+from car.telemetry import TELEMETRY, place_car, telemetry
 
 MAX_MEAN, MAX_WORST = 0.3, 1.0  # grey levels of 255 off the official picture
 

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from conftest import REPO, script
 
-from benchmark import children, workers_of
 from buffer import index, read_chunk
-from car_env import make_env
-from collect_data import FIRST_SEED, number_of, seeds_of
+from car.env import make_env
 from collect_race_data import pace_of
 from collect_recovery_data import FUMBLE, NOISE, FaultyExpert
+from support.workers import FIRST_SEED, number_of, seeds_of
+from tools.bench_data import children, workers_of
 
 GONE = 10  # s within which a stopped collector has left nothing behind
 REPLACED = 5  # s within which a killed worker has a successor

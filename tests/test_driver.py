@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import script
+from trials import draw_landscape, wilson
 
-from car_env import make_env, observe
-from drive_mpc import Disturbance, LapView, drive, load_driver, planning, to_action
-from networks import fingerprint
+from car.env import make_env, observe
+from drive_mpc import Disturbance, drive, load_driver, planning, to_action
+from support.checkpoints import fingerprint
 from support.cli import parser
+from support.dreams import load_decoder
+from support.lap_view import LapView
 from support.pictures import pyplot
 from support.window import PAPER, VIEW, NoWindow
-from train_predictor import load_decoder
-from trials import draw_landscape, wilson
 
 TRACK = 200_010
 STEPS = 160

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import script
 
-from car_env import SCENE_H, mirrored
+from car import SCENE_H
+from car.sprites import mirrored
 from networks import BendModel, InverseModel, Predictor, TinyEncoder, stack, unit_act
-from support.cli import Refusal
-from train_encoder import (
+from support.augment import (
     AHEAD,
     CAR,
     JITTER,
@@ -22,13 +22,12 @@ from train_encoder import (
     bend_,
     bend_rows,
     jitter_,
-    loss_fn,
-    refuse_collapse,
     some_mirrored,
     straightened,
     unlikeness,
-    views,
 )
+from support.cli import Refusal
+from train_encoder import loss_fn, refuse_collapse, views
 
 
 @pytest.fixture

@@ -13,55 +13,44 @@ import torch
 from conftest import script
 from sklearn.metrics import roc_auc_score
 
-from car_env import FPS, TELEMETRY, centre_line, make_env, place_car
-from collect_data import FIRST_SEED, run_episode
+from car import FPS
+from car.env import make_env
+from car.episode import restore_state, run_episode, save_state
+from car.telemetry import TELEMETRY, centre_line, place_car
 from collect_race_data import Expert
 from collect_recovery_data import FaultyExpert
-from evaluate import (
-    AFTER,
-    AHEAD,
-    FAR,
-    FIGURES,
-    FILMS,
+from evaluate import PARTS, main, possible
+from report.dreams import FAR, linear_dream
+from report.episodes import (
     JUDGES,
-    OFF_ROAD,
     OWN,
-    PARTS,
-    POOLED,
-    PROBED,
     TWIN,
-    VIOLATIONS,
     Episode,
-    Labels,
     Recorder,
-    Scale,
     Spots,
-    Subject,
-    along,
-    auc,
-    cells,
     choose_spots,
-    linear_dream,
-    lived_frames,
-    main,
-    mark,
     numbered,
     on_grid,
-    outcome,
     partners,
+)
+from report.futures import FILMS, VIOLATIONS, Scale, scales, separated
+from report.models import Subject
+from report.page import text
+from report.plans import (
+    AFTER,
+    FIGURES,
+    POOLED,
+    along,
+    lived_frames,
+    outcome,
     play,
-    possible,
-    probe,
-    restore_state,
-    save_state,
-    scales,
-    separated,
-    spearman,
     taught_outcome,
-    text,
     way,
 )
+from report.probes import AHEAD, OFF_ROAD, PROBED, Labels, mark, probe
+from report.statistics import auc, cells, spearman
 from support.cli import Refusal
+from support.workers import FIRST_SEED
 
 TINY = (
     "--tracks 2 --train_frames 500 --frames 100 --windows 10 --states 1 --samples 16 --lived 4 "

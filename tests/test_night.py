@@ -19,8 +19,9 @@ import torch
 
 import networks
 from buffer import write_chunk
-from car_env import TELEMETRY
-from networks import Predictor, TinyEncoder, build, fingerprint, hold, read, rotate, save
+from car.telemetry import TELEMETRY
+from networks import Predictor, TinyEncoder
+from support.checkpoints import build, fingerprint, hold, read, rotate, save
 from support.cli import Refusal, run
 
 FOLDERS = ("data_race", "data_recovery", "data")

@@ -9,7 +9,6 @@ import torch
 from conftest import script
 from sklearn.covariance import shrunk_covariance
 
-from benchmark import PlainFutures
 from drive_mpc import (
     BRAKE,
     DECAY,
@@ -28,6 +27,7 @@ from drive_mpc import (
 )
 from networks import DISCOUNT, FORESIGHT, TROUBLE, CostModel, Predictor, judged
 from support.cli import Parser, Refusal
+from tools.bench_train import PlainFutures
 from train_cost_model import max_gas
 
 

@@ -11,10 +11,11 @@ from conftest import script
 from PIL import Image
 
 from buffer import load_sources, write_chunk
-from car_env import TELEMETRY
+from car.telemetry import TELEMETRY
+from support.dreams import animate_dream, draw_dream, dream_windows
 from support.latents import Latents
 from train_decoder import PICTURES, draw_sheet
-from train_predictor import Sampler, animate_dream, draw_dream, dream_windows
+from train_predictor import Sampler
 
 COLORS = {"data_race": (200, 40, 40), "data_recovery": (40, 200, 40), "data": (40, 40, 200)}
 

@@ -23,8 +23,8 @@ from conftest import REPO, SMALL, script
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
-from buffer import export_minari, index, read_chunk, write_chunk
-from car_env import TELEMETRY
+from buffer import index, read_chunk, write_chunk
+from car.telemetry import TELEMETRY
 from networks import (
     FORESIGHT,
     BendModel,
@@ -33,19 +33,19 @@ from networks import (
     Predictor,
     Projector,
     TinyEncoder,
-    export_safetensors,
-    fingerprint,
-    load_frozen,
-    over_ranks,
-    save,
     stack,
 )
 from support import training
+from support.augment import AHEAD, STRETCHES
+from support.checkpoints import fingerprint, load_frozen, save
 from support.cli import Refusal, run
+from support.distributed import RANK, RANKS, over_ranks
 from support.latents import Latents
-from support.training import RANK, RANKS, hardware_precisions, pick_precision, set_up
+from support.training import hardware_precisions, pick_precision, set_up
+from tools.checkpoint import export_safetensors
+from tools.export import export_minari
 from train_cost_model import Sampler
-from train_encoder import AHEAD, STRETCHES, loss_fn
+from train_encoder import loss_fn
 from vicreg import covariance, variance
 
 WINDOWS, AT = 8, (0, 1, 3)  # of the batch; the latents of each

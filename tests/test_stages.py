@@ -16,7 +16,9 @@ from test_chain import picture
 from test_chain import refused as refused_script
 from test_night import QUICK, WRITTEN, Run, losses, prepare, refused
 
-from networks import TinyEncoder, cosine, epoch_of, latest, numbered, read, rotate, save, set_aside
+from networks import TinyEncoder
+from support.checkpoints import epoch_of, latest, numbered, read, rotate, save, set_aside
+from support.resume import cosine
 
 pytest_plugins = ["test_night"]  # its fixtures: given, whole
 SLOW = ["--epochs", 99, "--steps_per_epoch", 100]  # until something ends it

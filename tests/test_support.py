@@ -19,7 +19,7 @@ import torch
 from conftest import CHAIN, REPO, script
 
 from buffer import index, read_meta, write_chunk
-from networks import read
+from support.checkpoints import read
 from support.cli import Number, Refusal, command, cores
 from support.files import git_commit, lock_file, replace_atomically
 from support.pictures import ornament

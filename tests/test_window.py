@@ -20,13 +20,14 @@ from conftest import REPO
 import demo_energy
 import drive_mpc
 import train_predictor
-from car_env import make_env, picture
-from evaluate import telling_rows
-from networks import main as networks_main
+from car.env import make_env
+from car.renderer import picture
+from report.dreams import telling_rows
 from support import window as windows
 from support.cli import Refusal
 from support.pictures import VideoRecorder, ornament
 from support.window import KEYS, KEYS_BAR, NoWindow, Window, log_axis, open_window
+from tools.checkpoint import main as networks_main
 
 av = pytest.importorskip("av")
 QUICK = ["--env", "fast", "--threads", "1"]

@@ -29,10 +29,13 @@ from functools import partial
 import numpy as np
 import torch
 
-from car_env import FPS, TELEMETRY, ZOOM_STEPS, centre_line, make_env, place_beside, telemetry
+from car import FPS, ZOOM_STEPS
+from car.env import make_env
+from car.telemetry import TELEMETRY, centre_line, place_beside, telemetry
 from collect_race_data import PACES, WIDTH, Expert
 from drive_mpc import BRAKE, STEER, Blind, load_driver, planning, to_action
-from networks import some_root, stack
+from networks import stack
+from support.checkpoints import some_root
 from support.cli import Number, parser, run, track_number
 from support.files import replace_atomically, versions, writable
 from support.pictures import ornament, pyplot, save_figure

@@ -1,0 +1,59 @@
+"""The only door to CarRacing: the official env, a fast twin of it, and the one way to look at it.
+
+    env = make_env("fast")  # physics, rewards and seeds of the official env, obs (64, 64, 3) uint8
+    obs, info = env.reset(seed=0)
+    obs, reward, terminated, truncated, info = env.step(np.array((steer, gas, brake), np.float32))
+    state = telemetry(env)  # (K,) float32, named and explained in TELEMETRY
+
+steer -1..1, + to the right; gas and brake 0..1. The fast env shows `preprocess(official frame)`
+without drawing the 1000x800 window: the world is rasterised once per track into a texture; a frame
+is one warp of it onto the 96x84 grid of the official frame, the car laid over as cached sprites,
+then the same area average to 64x56; the HUD's bars are axis-aligned: their areas are arithmetic.
+`python benchmark.py env fidelity` measures what that gains and what it loses.
+"""
+
+import cv2
+import gymnasium as gym
+import numpy as np
+from gymnasium.envs.box2d import car_racing as cr
+from gymnasium.wrappers import OrderEnforcing, TimeLimit
+
+from car import ENV_ID, MAX_STEPS, OBS_SIZE, SCENE_H
+from car.physics import PhysicsCarRacing
+from car.renderer import FastCarRacing
+
+DIGIT_COLS = 8  # the score covers 12 of 96 columns: 8 of 64
+
+cv2.setNumThreads(0)  # pictures this small gain nothing from threads, which spin while they wait
+
+
+def make_env(kind="fast", **kw):
+    """CarRacing, 1000 steps an episode; `kw` goes to the env (render_mode, domain_randomize...).
+
+    kind: "official" (obs (96, 96, 3)), "fast" (obs (64, 64, 3), same physics, rewards, seeds) or
+    "physics" (nothing drawn, obs zeros (64, 64, 3)). ValueError for another kind.
+    """
+    if kind == "official":
+        return gym.make(ENV_ID, disable_env_checker=True, **kw)
+    kinds = {"fast": FastCarRacing, "physics": PhysicsCarRacing}
+    if kind not in kinds:
+        raise ValueError(f"kind of env: expected official, fast or physics, found {kind!r}")
+    return TimeLimit(OrderEnforcing(kinds[kind](**kw)), MAX_STEPS)
+
+
+def preprocess(frame):
+    """Official frame (96, 96, 3) uint8 -> (64, 64, 3) uint8: area average, score blacked out.
+
+    ValueError for another shape or type. Area keeps the level of thin HUD bars; nearest loses them.
+    """
+    shape, dtype = getattr(frame, "shape", None), getattr(frame, "dtype", type(frame).__name__)
+    if shape != (cr.STATE_H, cr.STATE_W, 3) or dtype != np.uint8:
+        raise ValueError(f"preprocess: expected (96, 96, 3) uint8, found {shape} {dtype}")
+    obs = cv2.resize(frame, (OBS_SIZE, OBS_SIZE), interpolation=cv2.INTER_AREA)
+    obs[SCENE_H:, :DIGIT_COLS] = 0  # the score is a leak of the return
+    return obs
+
+
+def observe(env, obs):
+    """What a driver of `env` sees: (64, 64, 3) uint8 whichever kind of env the obs came from."""
+    return obs if obs.shape == (OBS_SIZE, OBS_SIZE, 3) else preprocess(obs)

@@ -1,0 +1,112 @@
+"""Episodes for other programs.
+
+python -m tools.export --format minari
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from buffer import FRAME, MADE_BY, index, read_chunk, ride
+from support.cli import Parser, Refusal, fail, optional, run
+from support.files import writable
+from support.progress import progress
+
+# ------------------------------------------------------------------ export
+
+
+def export_minari(folders, out, name):
+    """Writes the episodes of folders as the dataset `name` of Minari (minari.farama.org) under
+    `out`, whole or not at all: every array as it is, 12 KB a frame; telemetry in the infos, the
+    track's seed as seed, the description in the options. Damaged chunks are named and left out.
+    """
+    out = out.resolve()  # Minari writes relative to a folder of its own
+    if not re.fullmatch(r"([\w-]+/)*[\w.-]*\w-v\d+", name):
+        fail(
+            f"--name {name}: expected letters, digits, - and _, and a version at the end, such as "
+            "carracing-v0"
+        )
+    minari, gymnasium = optional("minari", "minari>=0.5.4"), optional("gymnasium", "gymnasium")
+    optional("h5py", "h5py")
+    found = [index(folder) for folder in folders]
+    rides = {}  # of an episode that is in two folders the first
+    for chunk in (c for every, *_ in found for c in every):
+        rides.setdefault(ride(chunk.meta), chunk)
+    chunks = list(rides.values())
+    damaged = list(dict.fromkeys(line for _, bad, _ in found for line in bad))
+    if not chunks:
+        fail(
+            f"{', '.join(map(str, folders))}: no whole chunk there; `python collect_race_data.py` "
+            "makes some"
+        )
+    if (out / name).exists():
+        fail(f"{out / name}: exists already; choose another --name or --out")
+
+    def episodes():
+        for chunk in progress(chunks, desc="export", unit="episode"):
+            try:
+                data = read_chunk(chunk.path)
+            except Refusal as e:
+                damaged.append(str(e))
+                continue
+            yield minari.data_collector.EpisodeBuffer(
+                seed=chunk.meta["track_seed"],
+                options={"meta": json.dumps(chunk.meta)},
+                observations=data["obs"],
+                actions=data["act"],
+                rewards=data["reward"],
+                terminations=data["terminated"],
+                truncations=data["truncated"],
+                infos={"telemetry": data["telemetry"]},
+            )
+
+    tmp = writable(out / f".{name}.{os.getpid()}.tmp")
+    os.environ["MINARI_DATASETS_PATH"] = str(tmp)
+    try:
+        minari.create_dataset_from_buffers(
+            name,
+            episodes(),
+            data_format="hdf5",
+            jpeg_encoding=False,
+            observation_space=gymnasium.spaces.Box(0, 255, FRAME, np.uint8),
+            action_space=gymnasium.spaces.Box(np.float32([-1, 0, 0]), np.float32([1, 1, 1])),
+            description="gymnasium's CarRacing-v3 in 64x64 pixels, collected by TinyJEPA",
+            requirements=["gymnasium[box2d]"],
+        )
+        (out / name).parent.mkdir(parents=True, exist_ok=True)  # a name may have a namespace
+        os.rename(tmp / name, out / name)
+    finally:
+        shutil.rmtree(tmp)
+    for line in damaged:
+        print(f"left out: {line}")
+    print(
+        f"{out / name}: {len(chunks)} episodes; MINARI_DATASETS_PATH={out} python -c "
+        f"'import minari; print(minari.load_dataset(\"{name}\").total_steps)'"
+    )
+    return 0
+
+
+def export(argv=None):
+    """`buffer.py export`: folders of chunks in the format of another library."""
+    p = Parser(description="episodes for other programs")
+    p.add_argument(
+        "folders",
+        type=Path,
+        nargs="*",
+        default=[Path(name) for name in MADE_BY],
+        help=f"of chunks, which become one dataset (default {' '.join(MADE_BY)}, those "
+        "of them that are there)",
+    )
+    p.add_argument("--format", choices=["minari"], default="minari", help="HDF5 as Minari reads it")
+    p.add_argument("--out", type=Path, default=Path("minari"), help="where datasets are kept")
+    p.add_argument("--name", default="carracing-v0", help="Minari's dataset id, ends in a version")
+    args = p.parse_args(argv)
+    return export_minari(args.folders, args.out, args.name)
+
+
+if __name__ == "__main__":
+    run(export)
