@@ -10,7 +10,7 @@ TORCH_INDEX ?= $(TORCH_WAS)
 # shares of a batch: expert, recovery, random
 SHARES = --shares 0.35 0.45 0.2
 # the small encoder of a laptop
-EYE = --width 0.25 --batch_size 96 --lr 2e-3
+EYE = --channels 16 --batch_size 96 --lr 2e-3
 # and its predictor
 BRAIN = --batch_size 512 --lr 2e-3
 
@@ -38,7 +38,7 @@ other-torch:
 install: .venv/installed  ## .venv with requirements.txt in it
 
 demo: .venv/installed  ## every stage small, into demo/: from nothing to a driven lap on two cores
-	$(PY) collect_race_data.py $(LAPTOP) --frames 60000 --pace 0.35 --width 2
+	$(PY) collect_race_data.py $(LAPTOP) --frames 60000 --pace 0.35 --max_offset 2
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 80000
 	$(PY) collect_data.py $(LAPTOP) --frames 30000
 	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --dim 128 --strides 2 2 2 1 --epochs 4 --steps_per_epoch 150
@@ -53,7 +53,7 @@ pretrained: .venv/installed  ## over two hours on two cores: weights like those 
 	$(PY) collect_race_data.py $(LAPTOP) --frames 260000
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 1500000
 	$(PY) collect_data.py $(LAPTOP) --frames 1500000
-	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --dim 384 --strides 1 2 2 2 --mirror 0.5 --align 25 --pred 30 --cov 2 --epochs 8 --steps_per_epoch 500
+	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --dim 384 --strides 1 2 2 2 --mirror 0.5 --congeal 25 --pred 30 --cov 2 --epochs 8 --steps_per_epoch 500
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 400
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --hidden 384 --state 256 --epochs 10 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP)

@@ -54,7 +54,7 @@ def parse_args():
         "paired its models/",
     )
     p.add_argument(
-        "--rounds",
+        "--repeats",
         type=Number(int, 1, 999),
         default=5,
         help="env, train, scale: a median needs an odd number",
@@ -87,7 +87,7 @@ def parse_args():
         "--train_steps",
         type=Number(int, 1, 10**6),
         default=20,
-        help="train, scale: in each of --rounds",
+        help="train, scale: in each of --repeats",
     )
     p.add_argument(
         "--laptop", action="store_true", help="train, scale: the laptop's nets on a GPU too"
@@ -95,7 +95,7 @@ def parse_args():
     p.add_argument(
         "--tracks", type=Number(int, 2, 1000), default=20, help="fidelity, paired: how many"
     )
-    p.add_argument("--gas", type=fraction, help="paired: as in drive_mpc.py")
+    p.add_argument("--max_gas", type=fraction, help="paired: as in drive_mpc.py")
     return p.parse_args()
 
 

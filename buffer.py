@@ -163,7 +163,7 @@ def _member(f, z, name, dtype, shape):
     return np.frombuffer(raw, dtype, math.prod(shape), NPY_HEADER).reshape(shape)
 
 
-BROKEN = (
+READ_ERRORS = (
     ValueError,
     KeyError,
     IndexError,
@@ -199,7 +199,7 @@ def _refusing(path, word):
             f"{path}: no episode of this project ({e}); move it away, or write it with "
             "`buffer.write_chunk`"
         ) from None
-    except BROKEN as e:
+    except READ_ERRORS as e:
         if isinstance(e, OSError) and e.errno not in (None, *OF_THE_FILE):
             raise OSError(e.errno, os.strerror(e.errno), str(path)) from None
         raise Refusal(f"{path}: {word} ({e or type(e).__name__})") from None
@@ -313,7 +313,7 @@ def held_out(track_seed):
     return track_seed % HELD_OUT_MOD == 0
 
 
-def ride(meta):
+def episode_key(meta):
     """What tells episodes apart, whatever they are called: track, length and return."""
     return meta["track_seed"], meta["frames"], meta["return_"]
 
@@ -341,7 +341,7 @@ def index(folder):
         except Refusal as e:
             damaged.append(str(e))
     for path, meta in sorted(found, key=lambda f: (f[0].stem != f[1]["uid"], f[0].name)):
-        keys = meta["uid"], ride(meta)
+        keys = meta["uid"], episode_key(meta)
         first = next((seen[k] for k in keys if k in seen), None)
         if first is not None:
             duplicates.append(f"{path}: the same episode as {first.name}")
@@ -379,7 +379,7 @@ def made_by(folder):
     return f"{command(MADE_BY[folder.name], folder.parent)} makes it"
 
 
-def some_chunks(folder):
+def require_chunks(folder):
     """Refuses a folder without chunks: it is not there, or holds something else."""
     if not chunk_files(folder):
         fail(f"{folder}: expected a folder of chunks (.npz), found none; {made_by(folder)}")
@@ -411,7 +411,7 @@ def load_sources(args, steps=1, columns=0):
     out, versions = {}, set()
     for name in args.data:
         folder = args.root / name
-        some_chunks(folder)
+        require_chunks(folder)
         chunks, damaged, duplicates = index(folder)
         Damage.folders[folder] = Damage(len(chunks) + len(damaged))
         Damage.folders[folder].lines = dict.fromkeys(damaged, True)
@@ -435,7 +435,7 @@ def load_sources(args, steps=1, columns=0):
             if columns and c.meta["columns"] != columns:
                 fail(
                     f"{c.path}: telemetry of {c.meta['columns']} columns, expected the {columns} "
-                    "of car_env.TELEMETRY; move it away, or write it again"
+                    "of car.telemetry.TELEMETRY; move it away, or write it again"
                 )
         out[name] = [c for c in chunks if not c.held_out], [c for c in chunks if c.held_out]
         for part, want in zip(out[name], ("training", "held-out")):
@@ -771,7 +771,7 @@ def main():
     )
     args = p.parse_args()
     for folder in args.folders:
-        some_chunks(folder)
+        require_chunks(folder)
     print(
         f"{'folder':24} {'chunks':>7} {'episodes':>8} {'held out':>8} {'frames':>10} {'MB':>8} "
         f"{'B/frame':>7} {'return':>15} {'laps':>5} {'twice':>5} {'damaged':>7}"

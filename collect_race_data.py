@@ -29,12 +29,12 @@ FULL_GAS = 185.0  # rad/s: gas of (omega + 5) / FULL_GAS fills the rear tyres' f
 LOST = 15.0  # units from the line: search all of it for the nearest point
 SLOW = 5.0  # units/s below which the direction of travel means nothing
 
-PACES, WIDTH = [0.65], 1.5  # of --pace and --width, by default
+PACES, MAX_OFFSET = [0.65], 1.5  # of --pace and --max_offset, by default
 PACED = {  # what pace 0 and pace 1 differ in; paces between blend them
     #              calm   full
     "v_max": (64, 108),  # units/s; Box2D stops at 100
     "lateral": (90, 253),  # units/s^2, the line's in its bends
-    "width": (3.0, 4.75),  # units the line may leave the middle; half width 6.67
+    "max_offset": (3.0, 4.75),  # units the line may leave the middle; half width 6.67
 }
 SHARED = {  # what they share
     "sharp": 0.437,  # exponent of a bend's weight in the line, over its curvature
@@ -76,10 +76,10 @@ def curvature(path):
     return (back[:, 0] * ahead[:, 1] - back[:, 1] * ahead[:, 0]) / step**3, step
 
 
-def racing_line(track, width, sharp, rounds=4, iterations=60):
-    """The closed path (N, 2) of least squared curvature at most `width` units off the middle.
+def racing_line(track, max_offset, sharp, rounds=4, iterations=60):
+    """The closed path (N, 2) of least squared curvature at most `max_offset` units off the middle.
 
-    Minimises |A e + b|^2 over the offsets e, |e| <= width, by ADMM (Boyd et al. 2011); A and b
+    Minimises |A e + b|^2 over the offsets e, |e| <= max_offset, by ADMM (Boyd et al. 2011); A and b
     are the curvature linearised about the last round's path, a bend's row weighed by its
     curvature to the power `sharp`: time is lost where the car is slow.
     """
@@ -101,7 +101,7 @@ def racing_line(track, width, sharp, rounds=4, iterations=60):
         gradient = a.T @ b
         for _ in range(iterations):
             free = solve @ (rho * (offset - dual) - gradient)
-            offset = np.clip(free + dual, -width, width)
+            offset = np.clip(free + dual, -max_offset, max_offset)
             dual += free - offset
         weight = (np.abs(kappa) + 0.01) ** sharp
         weight = weight / weight.mean()
@@ -145,7 +145,7 @@ class Expert:
 
     def reset(self, env, rng=None):
         """Plans the line and its speeds for env's track; nothing here is random."""
-        path = racing_line(env.unwrapped.track, self.width, self.sharp)
+        path = racing_line(env.unwrapped.track, self.max_offset, self.sharp)
         speed = speed_profile(*curvature(path), self.v_max, self.lateral, self.braking, self.circle)
         path, speed = np.vstack([path, path[:1]]), np.append(speed, speed[0])
         along = np.append(0.0, np.cumsum(np.hypot(*np.diff(path, axis=0).T)))
@@ -211,8 +211,12 @@ def pace_of(job, number):
 
 def make_expert(job, number):
     pace = pace_of(job, number)
-    width = job.get("width", WIDTH)
-    return Expert(pace, width=width), {"name": "expert", "pace": pace, "width": width}
+    max_offset = job.get("max_offset", MAX_OFFSET)
+    return Expert(pace, max_offset=max_offset), {
+        "name": "expert",
+        "pace": pace,
+        "max_offset": max_offset,
+    }
 
 
 def pace_parser(doc, frames, pace, reason):
@@ -236,9 +240,9 @@ if __name__ == "__main__":
         "The driver aims at what the expert does: full pace asks too much of it",
     )
     p.add_argument(
-        "--width",
+        "--max_offset",
         type=Number(float, 0, 6.67, above=True),
-        default=WIDTH,
+        default=MAX_OFFSET,
         help="units the line may leave the middle of the road, whose half is 6.67: the "
         "driver misses its teacher's line by a unit or two",
     )

@@ -26,17 +26,17 @@ FPS = 50  # steps a second
 GAP = (1.0, 4.0)  # s, mean pause before a mistake, drawn once per episode
 LENGTH = (0.1, 1.2)  # s, a mistake
 STRAY = (1.0, 4.0)  # s, one of random driving, which leads to where a lost car is
-PATIENCE = 4.0  # s after a mistake to recover in
+DIST_TIMEOUT = 4.0  # s after a mistake to recover in
 HELD = 0.2  # s that recovery must last
 NOISE = 0.05  # standard deviation of steer and gas noise, always on
 NOISE_MEMORY = 0.9  # AR(1) coefficient per step
-FUMBLE = 5.0  # times as much noise, on brake too: as random as a planner's futures
+NOISE_BURST = 5.0  # times as much noise, on brake too: as random as a planner's futures
 BEND = 0.05  # radians of steering that show a bend
 START_SHARE = 0.5  # of the episodes begin perturbed
 OFFSET, ASKEW, SPIN = 10.0, 0.8, 2.0  # units, rad, rad/s: standard deviations of such a start
 
 
-def spoil(kind, strength, sign, action):
+def perturb_action(kind, strength, sign, action):
     """The action (steer, gas, brake) bent as the mistake `kind` bends it; strength in 0..1."""
     steer, gas, brake = action
     if kind == "understeer":  # the nose runs wide, and nobody lifts
@@ -91,13 +91,13 @@ class FaultyExpert:
         if self.state == "erring" and self.kind == "stray":
             return self.explorer.act(env)
         if self.state == "erring":
-            action = spoil(self.kind, self.strength, self.sign, action)
+            action = perturb_action(self.kind, self.strength, self.sign, action)
         fresh = self.rng.normal(0, NOISE * math.sqrt(1 - NOISE_MEMORY**2), 2).tolist()
         self.noise = [NOISE_MEMORY * old + new for old, new in zip(self.noise, fresh)]
         steer, gas, brake = action
         if self.state == "erring" and self.kind == "fumble":
-            steer = steer + FUMBLE * self.noise[0]
-            throttle = gas - brake + FUMBLE * self.noise[1]
+            steer = steer + NOISE_BURST * self.noise[0]
+            throttle = gas - brake + NOISE_BURST * self.noise[1]
             gas, brake = max(0.0, throttle), max(0.0, -throttle)
         else:
             steer = steer + self.noise[0]
@@ -135,7 +135,7 @@ class FaultyExpert:
         self.state, self.clock = "driving", self.rng.exponential(self.mean_gap)
 
     def _judge(self, kind):
-        self.state, self.kind, self.clock, self.held = "judged", kind, PATIENCE * FPS, 0
+        self.state, self.kind, self.clock, self.held = "judged", kind, DIST_TIMEOUT * FPS, 0
 
     def _driving_well(self, env):
         """On the road (three wheels), along the line (0.5 rad), and moving (15 units/s)."""

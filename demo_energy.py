@@ -27,8 +27,15 @@ from car.renderer import picture
 from car.telemetry import TELEMETRY, place_beside, telemetry
 from collect_race_data import Expert
 from drive_mpc import load_driver, planning
-from networks import stack
-from support.checkpoints import fingerprint, latest, load_frozen, meanwhile, models_of, some_root
+from networks import stack_frames
+from support.checkpoints import (
+    find_models,
+    fingerprint,
+    latest,
+    load_frozen,
+    pretrained_hint,
+    require_dir,
+)
 from support.cli import Number, Stop, command, fail, parser, run, track_number
 from support.files import writable
 from support.lap_view import VIDEO_FPS
@@ -85,7 +92,7 @@ def arguments():
     return p.parse_args()
 
 
-class Elsewhere:
+class TeleportedCar:
     """Frames of a car that was teleported: the fast env's twin of a track, placed anew each time.
 
     Only the place differs: offset, heading, speed and yaw rate are those of the real car, and its
@@ -134,7 +141,7 @@ class Judge:
         frames = np.stack([x[::-1][:: e.repeat][: e.history][::-1] for x in stacks.values()])
         obs = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).to(self.driver.device)
         with autocast(self.driver.device, self.driver.dtype):
-            return dict(zip(stacks, e(stack(obs, e.history)).split(1)))
+            return dict(zip(stacks, e(stack_frames(obs, e.history)).split(1)))
 
     @torch.inference_mode()
     def energies(self, proposals):
@@ -223,7 +230,7 @@ def passenger(args, env, models):
     if payload.get("encoder_key") != fingerprint(encoder):
         fail(
             f"{models}: its predictor belongs to another encoder; run "
-            f"{command('train_predictor.py', args.root, '--fresh')}{meanwhile(models)}"
+            f"{command('train_predictor.py', args.root, '--fresh')}{pretrained_hint(models)}"
         )
     print(
         f"{models}: no cost model there, so the expert drives, who sees track and state; "
@@ -267,7 +274,7 @@ class Demo:
         """One track -> the key that ended it, "next" or "quit", or ""."""
         args, env, driver, e = self.args, self.env, self.driver, self.driver.encoder
         need = (e.history - 1) * e.repeat + 1  # consecutive frames that a latent looks back on
-        same, other = Elsewhere(track, self.rng), Elsewhere(track + 1, self.rng)
+        same, other = TeleportedCar(track, self.rng), TeleportedCar(track + 1, self.rng)
         judge, trace = Judge(driver, args.ahead), deque(maxlen=TRACE)
         recent, actions = deque(maxlen=need), deque(maxlen=2 * need)
         before = self.seconds[-1] if self.seconds else 0.0
@@ -339,7 +346,7 @@ class Demo:
 
 def main():
     args = arguments()
-    some_root(args.root)
+    require_dir(args.root)
     stop, stem = Stop(), writable(args.root / "visuals") / "demo_energy"
     film = VideoRecorder(VIDEO_FPS)
     window = NoWindow() if args.headless else open_window("TinyJEPA: the energy of futures")
@@ -361,7 +368,7 @@ def main():
 def run_demo(args, film, window, stop):
     """Loads the nets and drives -> the Demo."""
     env = make_env("fast")  # 1 ms a step, and the fakes come from the same renderer
-    models = models_of(args.root, args.models, say=lambda line: None)  # load_driver says it
+    models = find_models(args.root, args.models, say=lambda line: None)  # load_driver says it
     if latest(models, "predictor").is_file() and not (models / "cost_model_final.pth").is_file():
         driver = passenger(args, env, models)
     else:

@@ -30,15 +30,15 @@ from car import MAX_STEPS, ZOOM_STEPS
 from car.env import make_env, observe
 from car.telemetry import telemetry
 from collect_race_data import Expert
-from networks import DISCOUNT, Predictor, judged, stack, unit_act
+from networks import DISCOUNT, Predictor, normalize_action, scored_steps, stack_frames
 from support.checkpoints import (
+    find_models,
     fingerprint,
     latest,
     load_frozen,
-    meanwhile,
-    models_of,
     need_nets,
-    some_root,
+    pretrained_hint,
+    require_dir,
 )
 from support.cli import Number, Stop, command, fail, fraction, parser, run, track_number
 from support.dreams import load_decoder
@@ -49,7 +49,7 @@ from support.progress import progress
 from support.scores import Report, compare, row_name, summary
 from support.training import autocast, set_up
 from support.window import KEYS_TEXT, NoWindow, open_window
-from support.workers import FIRST_SEED, origin
+from support.workers import FIRST_SEED, provenance_meta
 
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
@@ -58,11 +58,14 @@ RHO = 0.8  # correlation of the AR(1) noise of a plan from step to step
 BETA = 2.0  # exponent of the power-law noise: power falls with frequency ** BETA
 NOISE = 0.4, 0.5  # its standard deviation in units of full steering, full throttle
 DISTURBANCES = ["none", "colours", "noise", "late"]
-GRAIN, LATE = 10, 2  # grey levels, standard deviation of noise; steps that late frames lie back
+NOISE_STD, DELAY_STEPS = (
+    10,
+    2,
+)  # grey levels, standard deviation of noise; steps that late frames lie back
 OWN = "data_mpc"  # folder of the episodes that --save_data writes
 POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
 WORST = 1e9  # energy of a future that overflowed
-ROUNDS = {"shooting": 1, "icem": 3, "mppi": 1}  # of refinement, unless --rounds says otherwise
+ROUNDS = {"shooting": 1, "icem": 3, "mppi": 1}  # of refinement, unless --iterations says otherwise
 DECAY, REUSED, MOMENTUM, LEAST_STD = 1.25, 0.3, 0.1, 0.1  # of iCEM; three are the paper's
 
 
@@ -111,7 +114,7 @@ def arguments():
         choices=DISTURBANCES,
         default="none",
         help="what the driver was not trained for: other colours of lawn and road, "
-        f"frames with noise of {GRAIN} grey levels, or {LATE} steps old",
+        f"frames with noise of {NOISE_STD} grey levels, or {DELAY_STEPS} steps old",
     )
     planning(p)
     g = p.add_argument_group("output")
@@ -171,7 +174,7 @@ def planning(p):
         "--horizon", type=Number(int, 1, MAX_STEPS), default=15, help="latents in a future"
     )
     g.add_argument(
-        "--rounds",
+        "--iterations",
         type=Number(int, 1, 1000),
         help=f"of refinement (default: icem {ROUNDS['icem']}, mppi {ROUNDS['mppi']}; "
         "shooting has one)",
@@ -211,7 +214,7 @@ def planning(p):
         help="standard deviation, in units of full",
     )
     g.add_argument(
-        "--gas",
+        "--max_gas",
         type=fraction,
         help="at most, in a plan (default: the limit that train_cost_model.py stored "
         "with these nets, by how well they imagine; those that trained for minutes "
@@ -255,10 +258,10 @@ def draw_plans(N, mean, std, cfg, generator=None):
     """N random plans (N, H, 2) around mean (H, 2), within what can be done; `std` (H, 2) or (2,)
     scales the noise of cfg."""
     white = torch.randn(N, len(mean), 2, generator=generator, device=mean.device)
-    return limited(mean + std * NOISES[cfg.noise_kind](white, cfg), cfg.gas)
+    return clip_plan(mean + std * NOISES[cfg.noise_kind](white, cfg), cfg.max_gas)
 
 
-def limited(u, gas):
+def clip_plan(u, gas):
     """Plans u (..., 2) within what can be done: -1..1, throttle no further than `gas`."""
     return u.clamp(u.new_tensor([-1.0, -1.0]), u.new_tensor([1.0, gas]))
 
@@ -269,7 +272,7 @@ def to_action(u):
     return torch.stack([STEER * steer, throttle.clamp_min(0), BRAKE * (-throttle).clamp_min(0)], -1)
 
 
-class Futures:
+class RolloutCost:
     """Costs of many futures of one latent, dreamt and judged in one pass, in float32.
 
     `(z (1, D), act (N, H, 3)) -> (N,)`: CostModel.judge of `predictor.rollout`. For the density,
@@ -278,22 +281,22 @@ class Futures:
     `looks(H)` says which those are.
     """
 
-    def __init__(self, predictor, cost, kind, looks=judged):
+    def __init__(self, predictor, cost, kind, looks=scored_steps):
         self.predictor, self.cost, self.kind, self.looks = predictor, cost, kind, looks
         self.into, self.out = (
             layer.weight.T.contiguous() for layer in (predictor.into, predictor.out)
         )
-        self.judge = predictor.read.weight.T @ cost.whiten  # (S, D)
+        self.judge = predictor.to_latent.weight.T @ cost.whiten  # (S, D)
 
     @torch.inference_mode()
     def __call__(self, z, act):
         N, H, _ = act.shape
         p, cost = self.predictor, self.cost
         if self.kind == "classifier":
-            return cost.judge(z, p.rollout(z.expand(N, -1), act), self.kind)
-        trouble = self.kind == "value" and cost.in_trouble(z)
-        h, a = p.lift(z), unit_act(act).transpose(0, 1).contiguous()
-        rests = p.rests(z, h, H)[0] + p.read.bias  # (H, D)
+            return cost.rollout_cost(z, p.rollout(z.expand(N, -1), act), self.kind)
+        trouble = self.kind == "value" and cost.is_ood(z)
+        h, a = p.to_state(z), normalize_action(act).transpose(0, 1).contiguous()
+        rests = p.residual(z, h, H)[0] + p.to_latent.bias  # (H, D)
         bias = (rests - cost.mu) @ cost.whiten
         x = torch.cat([h.expand(N, -1), a[0]], dim=1)  # coordinates and action
         y, off = x.new_empty(N, p.into.out_features), x.new_empty(N, p.dim)
@@ -307,10 +310,10 @@ class Futures:
             torch.addmm(bias[t], x[:, : p.state], self.judge, out=off)
             torch.linalg.vector_norm(off, dim=1, out=norm)
             norm.square_().mul_(0.5 / p.dim)
-            total.add_(cost.bounded(norm) if trouble else norm, alpha=H / len(looks))
+            total.add_(cost.saturate(norm) if trouble else norm, alpha=H / len(looks))
         if trouble:
-            last = torch.addmm(rests[-1], x[:, : p.state], p.read.weight.T)
-            total.add_(cost.foretold(last), alpha=DISCOUNT**H)
+            last = torch.addmm(rests[-1], x[:, : p.state], p.to_latent.weight.T)
+            total.add_(cost.terminal_value(last), alpha=DISCOUNT**H)
         return total
 
 
@@ -349,7 +352,7 @@ def plan(z, futures, previous, cfg, generator=None):
     N, icem, last = cfg.samples, cfg.planner == "icem", previous.shifted()
     K = min(cfg.elites, N - 1)
     (u, mean, elites), std = last, torch.tensor(cfg.noise, device=z.device).expand_as(last.mean)
-    for i in range(1 if cfg.planner == "shooting" else cfg.rounds or ROUNDS[cfg.planner]):
+    for i in range(1 if cfg.planner == "shooting" else cfg.iterations or ROUNDS[cfg.planner]):
         n = min(N, max(int(N / DECAY**i), 2 * K)) if icem else N
         drawn = draw_plans(n, mean, std, cfg, generator)
         drawn[0] = mean
@@ -386,7 +389,7 @@ class Driver:
     def __init__(self, nets, cfg, device, dtype, seed=0):
         self.nets, self.cfg, self.device, self.dtype = nets, cfg, device, dtype
         self.encoder = nets["encoder"]
-        self.futures = Futures(nets["predictor"], nets["cost"], cfg.energy)
+        self.futures = RolloutCost(nets["predictor"], nets["cost"], cfg.energy)
         self.seed, self.generator = seed, torch.Generator(device)
 
     def reset(self, track_seed):
@@ -406,20 +409,20 @@ class Driver:
         picked = [seen[max(0, len(seen) - 1 - k * e.repeat)] for k in reversed(range(e.history))]
         obs = torch.from_numpy(np.stack(picked)).permute(0, 3, 1, 2)[None].to(self.device)
         with autocast(self.device, self.dtype):
-            return e(stack(obs, e.history))
+            return e(stack_frames(obs, e.history))
 
     def act(self, frame):
         """frame (64, 64, 3) uint8 -> action (3,) float32; plans every `repeat` steps."""
         self.frames.append(frame)
         if self.t >= ZOOM_STEPS and (self.t - ZOOM_STEPS) % self.encoder.repeat == 0:
             start = time.perf_counter()
-            self.think()
+            self.replan()
             self.action = to_action(self.u[0]).cpu().numpy()  # waits for the device
             self.ms.append(1000 * (time.perf_counter() - start))
         self.t += 1
         return self.action
 
-    def think(self):
+    def replan(self):
         """Encodes, dreams, judges: sets the plan."""
         self.z = self.encode()
         self.planned, self.energies = plan(
@@ -440,7 +443,7 @@ class NoModelDriver(Driver):
         super().reset(track_seed)
         self.now = None
 
-    def think(self):
+    def replan(self):
         self.z, before = self.encode(), self.now
         self.now = float(self.nets["cost"].energy(self.z, self.cfg.energy))
         self.u = torch.cat([self.u[1:], self.u[-1:]])
@@ -455,11 +458,11 @@ class NoModelDriver(Driver):
 
 
 def take_gas(cfg, of_cost):
-    """Where --gas was not given, sets it to the limit in a cost model's payload, and says so."""
-    if cfg.gas is None:
-        cfg.gas = of_cost.get("max_gas", 1.0)
+    """Sets --max_gas, where it was not given, to the limit in a cost model's payload; says so."""
+    if cfg.max_gas is None:
+        cfg.max_gas = of_cost.get("max_gas", 1.0)
         print(
-            f"gas up to {cfg.gas:g}, "
+            f"gas up to {cfg.max_gas:g}, "
             + (
                 "stored with the cost model"
                 if "max_gas" in of_cost
@@ -470,9 +473,9 @@ def take_gas(cfg, of_cost):
 
 def load_driver(args, cfg, policy="mpc"):
     """(driver, decoder or None): the nets of ROOT/models, or those that come with the code, checked
-    to belong together; sets cfg.gas to their own limit where it is None."""
+    to belong together; sets cfg.max_gas to their own limit where it is None."""
     device, dtype = set_up(args)
-    models = models_of(args.root, getattr(args, "models", None))
+    models = find_models(args.root, getattr(args, "models", None))
     need_nets(models, args.root)
     encoder, _ = load_frozen(latest(models, "encoder_mixed"), "encoder", device, "train_encoder.py")
     predictor, of_predictor = load_frozen(
@@ -491,7 +494,7 @@ def load_driver(args, cfg, policy="mpc"):
             fail(
                 f"{models}: what {name} wrote belongs to another {on} than "
                 f"{latest(models, stem)}; run {command(name, args.root, '--fresh')}"
-                f"{meanwhile(models)}"
+                f"{pretrained_hint(models)}"
             )
     if policy == "untrained":
         torch.manual_seed(args.seed)
@@ -504,7 +507,7 @@ def load_driver(args, cfg, policy="mpc"):
     return driver, load_decoder(models, key, device)
 
 
-class Blind:
+class BaselineDriver:
     """The rows to compare with that are no pixel drivers: uniform random actions, or the expert."""
 
     def __init__(self, env, policy, pace, seed):
@@ -525,22 +528,24 @@ class Disturbance:
         self.kind = kind
 
     def reset(self, track_seed):
-        self.rng, self.past = np.random.default_rng(track_seed), deque(maxlen=LATE + 1)
+        self.rng, self.past = np.random.default_rng(track_seed), deque(maxlen=DELAY_STEPS + 1)
 
     def __call__(self, frame):
         """frame (64, 64, 3) uint8 -> the one that the driver gets."""
         self.past.append(frame)
         if self.kind == "noise":
-            return (frame + self.rng.normal(0, GRAIN, frame.shape)).clip(0, 255).astype(np.uint8)
+            return (
+                (frame + self.rng.normal(0, NOISE_STD, frame.shape)).clip(0, 255).astype(np.uint8)
+            )
         return self.past[0] if self.kind == "late" else frame
 
 
-class Tape:
+class EpisodeRecorder:
     """Keeps an episode as a chunk of the folder, telemetry beside what the driver saw and did."""
 
     def __init__(self, folder, policy, kind):
         self.folder, self.policy = writable(folder), policy
-        self.meta = origin(folder.name, kind)
+        self.meta = provenance_meta(folder.name, kind)
 
     def reset(self):
         self.obs, self.act, self.reward, self.state = [], [], [], []
@@ -626,8 +631,8 @@ def run_policy(args, policy, driver, view, window, stop, kept, save):
     env = make_env(args.env, **({"domain_randomize": True} if args.disturb == "colours" else {}))
     disturbance, tape, name = Disturbance(args.disturb), None, row_name(policy, args)
     if args.save_data and policy == args.policy:
-        tape = Tape(args.root / OWN, policy, args.env)
-    driver = driver or Blind(env, policy, args.pace, args.seed)
+        tape = EpisodeRecorder(args.root / OWN, policy, args.env)
+    driver = driver or BaselineDriver(env, policy, args.pace, args.seed)
     print(
         f"{name:>9}: {'track':>7} {'return':>7} {'steps':>5} {'tiles':>5} {'missed':>6} "
         f"{'lap':>4} {'plan ms p50':>11} {'p99':>6}"
@@ -688,7 +693,7 @@ def main():
     args = arguments()
     policies = [p for p in POLICIES if p == args.policy or p in args.compare]
     if not args.save_data and {*policies} - {"random", "expert"}:
-        some_root(args.root)
+        require_dir(args.root)
     stop, film, window = Stop(), None, NoWindow()
     stem = args.root / "visuals" / ("drive_mpc" if args.policy == "mpc" else f"drive_{args.policy}")
     if args.json and args.json.resolve() in (

@@ -24,9 +24,9 @@ report_only_<parts>.json and .png.
             car from position, angle and speeds of all five bodies, pedals, wheel spin and touched
             tiles: 30 steps later positions agree to about 1e-4 units (only the joints' warm start
             is lost). Beside the energy a judge that saw the labels: what these latents could tell.
-            A plan is worth more, or less, than its 0.6 s: from where --lived of them end an expert
-            drives on for a second, and that counts too. Rank correlations are means of those within
-            a state, but for the last two rows: there the plans of all states stand in one order,
+            A plan is worth more, or less, than its 0.6 s: from where --replayed_plans of them end
+            an expert drives on for a second, which counts too. Rank correlations are means within a
+            state, but for the last two rows: there the plans of all states stand in one order,
             and a judge of states alone does well.
 
 About 4 minutes for the weights that come with the code, on two cores with bf16.
@@ -47,9 +47,9 @@ from pathlib import Path
 
 from drive_mpc import planning
 from report.dreams import FAR, draw_dreams, dreams
-from report.episodes import CHOOSING, DRIVERS, all_episodes, choose_spots
+from report.episodes import CHOOSING, DRIVERS, all_episodes, choose_samples
 from report.futures import futures
-from report.models import Subject
+from report.models import Models
 from report.page import (
     draw_page,
     page_dreams,
@@ -63,7 +63,7 @@ from report.page import (
 )
 from report.plans import plans
 from report.probes import AHEAD, knows
-from support.cli import Number, batch_number, fail, natural, parser, run
+from support.cli import Number, batch_number, fail, nonnegative_int, parser, run
 from support.dreams import load_decoder
 from support.files import git_commit, replace_atomically, versions, writable
 from support.latents import features_of
@@ -125,7 +125,7 @@ def arguments():
         help="states of each kind of driving from which plans are driven, a second each",
     )
     g.add_argument(
-        "--lived",
+        "--replayed_plans",
         type=Number(int, 2, 10**6),
         default=24,
         help="of a state's plans, how many are also filmed as they are driven (the "
@@ -133,13 +133,15 @@ def arguments():
         "many an expert drives on",
     )
     g.add_argument(
-        "--ceiling_steps",
-        type=natural,
+        "--supervised_steps",
+        type=nonnegative_int,
         default=600,
         help="training steps of the row that sees the labels; 0 leaves it out, and the "
         "judge of plans that saw them",
     )
-    g.add_argument("--ceiling_batch", type=batch_number, default=96, help="frames in such a step")
+    g.add_argument(
+        "--supervised_batch", type=batch_number, default=96, help="frames in such a step"
+    )
     g.add_argument(
         "--bootstrap",
         type=Number(int, 2, 10**5),
@@ -188,13 +190,13 @@ def possible(subject, args):
 def prepare(subject, args):
     """(training episodes, new episodes, windows of the new ones), encoded."""
     train, test = all_episodes(args, subject.encoder)
-    some = choose_spots(train, 500, args.seed)
-    subject.twin.calibrate(
+    some = choose_samples(train, 500, args.seed)
+    subject.twin.fit_standardization(
         features_of(subject.twin, some.frames(subject.newest()), subject.device, subject.dtype)
     )
     subject.encode_episodes(train + test)
     H = max(AHEAD)
-    spots = choose_spots(
+    spots = choose_samples(
         test, args.windows, args.seed, behind=H + subject.encoder.history, ahead=max(FAR, 2 * H)
     )
     return train, test, spots
@@ -229,7 +231,7 @@ def evaluate(subject, parts, train, test, spots, args):
 
 def main():
     args, began = arguments(), time.monotonic()
-    subject = Subject(args)
+    subject = Models(args)
     visuals = writable(args.root / "visuals")
     parts = possible(subject, args)
     train, test, spots = prepare(subject, args)

@@ -1,9 +1,6 @@
-"""The nets (encoder and the heads it learns with, decoder, predictor, cost model), the one format
-of checkpoints.
+"""The nets: encoder and the heads it learns with, decoder, predictor, cost model.
 
-`obs` (B, T, C, 64, 64) uint8, `act` (B, T, 3), `z` (B, T, D), `energy` (B,): the vocabulary of the
-README. `python networks.py FILE` prints what a checkpoint holds, `--safetensors OUT` writes its
-weights for other programs.
+Shapes: `obs` (B, T, 3, 64, 64) uint8, `act` (B, T, 3), `z` (B, T, D), `energy` (B,).
 """
 
 from functools import lru_cache
@@ -16,13 +13,13 @@ from torch import nn
 from car import OBS_SIZE, SCENE_H
 from support.cli import fail
 
-PANEL = 3 * (OBS_SIZE - SCENE_H) * OBS_SIZE  # pixels of a frame's instruments
+HUD_VALUES = 3 * (OBS_SIZE - SCENE_H) * OBS_SIZE  # pixels of a frame's instruments
 ACT = 3  # steer, gas, brake
-JUDGED = 3  # every so-manieth latent of a future is judged: neighbours say nearly the same
-TROUBLE = 0.3  # of the energy of chaos: most of a lap stays below
-DISCOUNT, FORESIGHT = 0.97, 75  # of energies to come, a latent; how many are summed up
+SCORE_EVERY = 3  # every so-manieth latent of a future is judged: neighbours say nearly the same
+OOD_THRESHOLD = 0.3  # of the energy of random driving: most of a lap stays below
+DISCOUNT, VALUE_HORIZON = 0.97, 75  # of energies to come, a latent; how many are summed up
 INITIAL_STEP = 0.1  # of a linear layer's usual first weights: a fresh predictor hardly moves
-ACT_SCALE = (0.15, 0.3, 0.1)  # about their standard deviations: nets see actions of unit size
+ACTION_SCALE = (0.15, 0.3, 0.1)  # about their standard deviations: nets see actions of unit size
 
 
 class TinyEncoder(nn.Module):
@@ -40,18 +37,18 @@ class TinyEncoder(nn.Module):
     `features` gives the raw ones that the losses of the encoder see.
     """
 
-    def __init__(self, width=1.0, history=3, repeat=2, dim=512, strides=(1, 2, 2, 2), gauges=0):
+    def __init__(self, channels=64, history=3, repeat=2, dim=512, strides=(1, 2, 2, 2), hud_pca=0):
         super().__init__()
         self.args = dict(
-            width=width,
+            channels=channels,
             history=history,
             repeat=repeat,
             dim=dim,
             strides=list(strides),
-            gauges=gauges,
+            hud_pca=hud_pca,
         )
-        self.history, self.repeat, self.dim, self.gauges = history, repeat, dim, gauges
-        w = max(8, int(64 * width))
+        self.history, self.repeat, self.dim, self.hud_pca = history, repeat, dim, hud_pca
+        w = channels
         from torchvision.models.resnet import BasicBlock, ResNet  # 2 s: only who builds one waits
 
         net = ResNet(BasicBlock, [2, 2, 2, 2])
@@ -62,15 +59,15 @@ class TinyEncoder(nn.Module):
             nn.ReLU(inplace=True),
             *(net._make_layer(BasicBlock, w << i, 2, stride=s) for i, s in enumerate(strides)),
         )  # (8w, 4, 4)
-        self.head = nn.Linear(8 * w * 16, dim - gauges)
+        self.head = nn.Linear(8 * w * 16, dim - hud_pca)
         for m in self.body.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
-        if gauges:
-            self.register_buffer("panel_mean", torch.zeros(PANEL))
-            self.register_buffer("panel_parts", torch.zeros(PANEL, gauges))
+        if hud_pca:
+            self.register_buffer("pca_mean", torch.zeros(HUD_VALUES))
+            self.register_buffer("pca_components", torch.zeros(HUD_VALUES, hud_pca))
 
     def features(self, x):
         """(N, 3 * history, 64, 64) uint8 or float in 0..255 -> raw latents (N, D)."""
@@ -78,39 +75,39 @@ class TinyEncoder(nn.Module):
         x = torch.rsub(x.float(), -1.0, alpha=-1 / 127.5)  # to -1..1
         x = x.contiguous(memory_format=torch.channels_last)
         z = self.head(self.body(x).flatten(1)).float()
-        if not self.gauges:
+        if not self.hud_pca:
             return z
         with torch.autocast(x.device.type, enabled=False):
-            gauges = (self.panel(x) - self.panel_mean) @ self.panel_parts
-        return torch.cat([z, gauges], dim=1)
+            hud_pca = (self.hud_pixels(x) - self.pca_mean) @ self.pca_components
+        return torch.cat([z, hud_pca], dim=1)
 
     @staticmethod
-    def panel(x):
-        """The newest frame's instruments of (N, 3 * history, 64, 64) -> (N, PANEL)."""
+    def hud_pixels(x):
+        """The newest frame's instruments of (N, 3 * history, 64, 64) -> (N, HUD_VALUES)."""
         return x[:, -3:, SCENE_H:].flatten(1)
 
     @torch.no_grad()
-    def fit_gauges(self, x):
+    def fit_hud_pca(self, x):
         """Finds the principal components in inputs of training data, among which each then has
         variance 1. x (N, 3 * history, 64, 64) uint8."""
         from sklearn.decomposition import PCA
 
-        panel = self.panel(x).float().cpu().numpy() / 127.5 - 1
-        pca = PCA(self.gauges, svd_solver="full").fit(panel)
+        panel = self.hud_pixels(x).float().cpu().numpy() / 127.5 - 1
+        pca = PCA(self.hud_pca, svd_solver="full").fit(panel)
         size = np.sqrt(np.maximum(pca.explained_variance_, 1e-6))
-        self.panel_mean.copy_(torch.from_numpy(pca.mean_))
-        self.panel_parts.copy_(torch.from_numpy((pca.components_ / size[:, None]).T))
+        self.pca_mean.copy_(torch.from_numpy(pca.mean_))
+        self.pca_components.copy_(torch.from_numpy((pca.components_ / size[:, None]).T))
 
-    def learned(self, z):
+    def conv_dims(self, z):
         """Latents (..., D) without their gauges."""
-        return z[..., : self.dim - self.gauges]
+        return z[..., : self.dim - self.hud_pca]
 
-    def untrained(self):
+    def reinitialized(self):
         """A net of the same shape and gauges with fresh weights."""
         net = TinyEncoder(**self.args).to(self.mean.device)
-        if self.gauges:
-            net.panel_mean.copy_(self.panel_mean)
-            net.panel_parts.copy_(self.panel_parts)
+        if self.hud_pca:
+            net.pca_mean.copy_(self.pca_mean)
+            net.pca_components.copy_(self.pca_components)
         return net
 
     def forward(self, x):
@@ -118,13 +115,13 @@ class TinyEncoder(nn.Module):
         return (self.features(x) - self.mean) / self.std
 
     @torch.no_grad()
-    def calibrate(self, z):
+    def fit_standardization(self, z):
         """Sets the standardisation from raw latents of training data, (N, D)."""
         self.mean.copy_(z.mean(dim=0))
         self.std.copy_(z.std(dim=0).clamp_min(1e-4))
 
 
-def stack(obs, history, at=None):
+def stack_frames(obs, history, at=None):
     """Windows of frames -> encoder inputs, oldest first.
 
     obs (B, L, 3, 64, 64) -> (B * T, 3 * history, 64, 64), T latents a window: all
@@ -162,15 +159,15 @@ class Projector(nn.Module):
 
 
 @lru_cache
-def act_scale(device):
+def action_scale(device):
     """ACT_SCALE as a tensor there: made once, for a GPU waits for each copy."""
     with torch.inference_mode(False):
-        return torch.tensor(ACT_SCALE, device=device)
+        return torch.tensor(ACTION_SCALE, device=device)
 
 
-def unit_act(act):
+def normalize_action(act):
     """Actions (..., 3) in units of their usual size."""
-    return act / act_scale(act.device)
+    return act / action_scale(act.device)
 
 
 class InverseModel(nn.Module):
@@ -186,33 +183,33 @@ class InverseModel(nn.Module):
         return self.net(torch.cat([z, z_next], dim=-1))
 
 
-class BendModel(nn.Module):
+class WarpHead(nn.Module):
     """How a picture was bent, from what that did to its latent. Linear: so the latent has straight
     directions for where the road lies and leads. With `aligned` it also tells how a picture lies,
     as if one that all have in common had been bent."""
 
-    def __init__(self, dim=512, bends=5, aligned=False):
+    def __init__(self, dim=512, warps=5, aligned=False):
         super().__init__()
-        self.args = dict(dim=dim, bends=bends, aligned=aligned)
-        self.net = nn.Linear(dim, bends, bias=aligned)
+        self.args = dict(dim=dim, warps=warps, aligned=aligned)
+        self.net = nn.Linear(dim, warps, bias=aligned)
 
-    def lie(self, z):
-        """(N, D) -> the bends (N, bends) that undone make pictures alike, but for what bends all
+    def predict_alignment(self, z):
+        """(N, D) -> the warps (N, warps) that undone make pictures alike, but for what bends all
         of them."""
         return self.net(z)
 
     def forward(self, z, z_bent):
-        """(N, D), (N, D) -> (N, bends)"""
+        """(N, D), (N, D) -> (N, warps)"""
         return F.linear(z_bent - z, self.net.weight)
 
 
 class TinyDecoder(nn.Module):
     """Latent -> the newest frame: a 4x4 map, then four transposed convolutions. For eyes only."""
 
-    def __init__(self, dim=512, width=64):
+    def __init__(self, dim=512, channels=64):
         super().__init__()
-        self.args = dict(dim=dim, width=width)
-        w = width
+        self.args = dict(dim=dim, channels=channels)
+        w = channels
         self.stem = nn.Linear(dim, 4 * w * 16)
         up = lambda i, o: nn.Sequential(
             nn.ConvTranspose2d(i, o, 4, stride=2, padding=1),
@@ -236,8 +233,8 @@ class TinyDecoder(nn.Module):
 class Predictor(nn.Module):
     """Autoregressive residual MLP that dreams in coordinates of its own, small enough to be fast.
 
-    h[0] = lift(z), h[t+1] = h[t] + f(h[t], act[t]),
-    z_hat[t] = read(h[t]) + fade**t * (z - read(h[0])):
+    h[0] = to_state(z), h[t+1] = h[t] + f(h[t], act[t]),
+    z_hat[t] = to_latent(h[t]) + decay**t * (z - to_latent(h[0])):
     what the coordinates do not carry of the present fades, each latent at a rate that is learned.
     `lift` runs once for all futures of a plan; only f, `hidden` wide on `state` coordinates, runs
     for each step of each.
@@ -253,39 +250,43 @@ class Predictor(nn.Module):
         )
         self.into = nn.Linear(state + ACT, hidden)
         self.out = nn.Linear(hidden, state, bias=False)
-        self.read = nn.Linear(state, dim)
-        self.fade = nn.Parameter(torch.full((dim,), 2.0))  # logits; at first nearly all stays
+        self.to_latent = nn.Linear(state, dim)
+        self.decay_logit = nn.Parameter(
+            torch.full((dim,), 2.0)
+        )  # logits; at first nearly all stays
         with torch.no_grad():
             self.out.weight.mul_(INITIAL_STEP)
         self.drop = nn.Dropout(dropout)
 
-    def lift(self, z):
+    def to_state(self, z):
         """z (N, D) -> coordinates h (N, S)."""
         return self.skip(z) + self.deep(z)
 
-    def step(self, h, act):
+    def transition(self, h, act):
         """h (N, S), act (N, 3) -> the next h (N, S)."""
-        return h + self.out(self.drop(F.silu(self.into(torch.cat([h, unit_act(act)], dim=-1)))))
+        return h + self.out(
+            self.drop(F.silu(self.into(torch.cat([h, normalize_action(act)], dim=-1))))
+        )
 
-    def rests(self, z, h, H):
+    def residual(self, z, h, H):
         """(N, H, D): what of z (N, D) its h (N, S) does not carry, and is left of it at 1..H."""
         t = torch.arange(1, H + 1, device=z.device)
-        return self.fade.sigmoid() ** t[:, None] * (z - self.read(h))[:, None]
+        return self.decay_logit.sigmoid() ** t[:, None] * (z - self.to_latent(h))[:, None]
 
     def rollout(self, z, act):
         """z (N, D), act (N, H, 3) -> z_hat (N, H, D): each step eats the one before."""
         N, H, A = act.shape
         assert z.shape == (N, self.dim) and A == ACT, (tuple(z.shape), tuple(act.shape))
-        h = self.lift(z)
+        h = self.to_state(z)
         out = [h]
         for t in range(H):
-            out.append(self.step(out[-1], act[:, t]))
-        return self.read(torch.stack(out[1:], dim=1)) + self.rests(z, h, H)
+            out.append(self.transition(out[-1], act[:, t]))
+        return self.to_latent(torch.stack(out[1:], dim=1)) + self.residual(z, h, H)
 
 
-def judged(H):
+def scored_steps(H):
     """Which latents of a future of H are judged: every JUDGED-th, the last one included."""
-    return range((H - 1) % JUDGED, H, JUDGED)
+    return range((H - 1) % SCORE_EVERY, H, SCORE_EVERY)
 
 
 class CostModel(nn.Module):
@@ -301,19 +302,19 @@ class CostModel(nn.Module):
     def __init__(self, dim=512, hidden=256):
         super().__init__()
         self.args = dict(dim=dim, hidden=hidden)
-        self.net = mlp(dim, hidden, hidden, 1)
+        self.classifier = mlp(dim, hidden, hidden, 1)
         self.value = mlp(dim, hidden, hidden, 1)
         self.register_buffer("mu", torch.zeros(dim))
         self.register_buffer("whiten", torch.eye(dim))
-        self.register_buffer("chaos", torch.ones(()))
-        weights = DISCOUNT ** torch.arange(FORESIGHT)
+        self.register_buffer("random_energy", torch.ones(()))
+        weights = DISCOUNT ** torch.arange(VALUE_HORIZON)
         self.register_buffer("discount", weights / weights.sum(), persistent=False)
 
     @torch.no_grad()
-    def fit_density(self, z, chaos, shrinkage=0.05):
+    def fit_density(self, z, z_random, shrinkage=0.05):
         """Mean and covariance of expert latents (N, D), of which a fixed share, `shrinkage`, is a
-        round one of the same trace; what energy the latents of random driving have, chaos (M, D),
-        in the median."""
+        round one of the same trace; the median energy of random driving's latents,
+        z_random (M, D)."""
         from sklearn.covariance import shrunk_covariance
 
         z = z.double()
@@ -326,41 +327,41 @@ class CostModel(nn.Module):
         cov = torch.from_numpy(shrunk_covariance(cov.cpu().numpy(), shrinkage)).to(z)
         self.mu.copy_(z.mean(dim=0))
         self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))  # white: (z - mu) @ it
-        self.chaos.copy_(self.energy(chaos).median())
+        self.random_energy.copy_(self.energy(z_random).median())
 
     def energy(self, z, kind="density"):
         """(..., D) -> (...): low where an expert would be. Of one latent `value` is the density."""
         if kind == "classifier":
-            return self.net(z).squeeze(-1).float()
+            return self.classifier(z).squeeze(-1).float()
         return ((z - self.mu) @ self.whiten).float().pow(2).mean(dim=-1) / 2
 
     forward = energy
 
-    def in_trouble(self, z):
+    def is_ood(self, z):
         """Whether the present latent (1, D) is so unlike an expert's that `value` looks further."""
-        return bool(self.energy(z) > TROUBLE * self.chaos)
+        return bool(self.energy(z) > OOD_THRESHOLD * self.random_energy)
 
-    def foretold(self, z):
+    def terminal_value(self, z):
         """(..., D) -> (...): sum of the bounded energies after a latent, discounted."""
-        weights = (1 - DISCOUNT**FORESIGHT) / (1 - DISCOUNT)  # their sum
-        return weights * self.chaos * self.value(z).squeeze(-1).float().clamp_min(0)
+        weights = (1 - DISCOUNT**VALUE_HORIZON) / (1 - DISCOUNT)  # their sum
+        return weights * self.random_energy * self.value(z).squeeze(-1).float().clamp_min(0)
 
-    def bounded(self, energy):
-        """Energies, in 0..chaos: further from the expert than far is no worse."""
-        return self.chaos * energy / (energy + self.chaos)
+    def saturate(self, energy):
+        """Energies, in 0..random_energy: further from the expert than far is no worse."""
+        return self.random_energy * energy / (energy + self.random_energy)
 
-    def came(self, z):
+    def value_target(self, z):
         """What `value` learns: windows (B, T + FORESIGHT, D) as they came -> (B, T) in 0..1, the
         discounted mean of the bounded energies of the FORESIGHT latents after each."""
-        share = self.bounded(self.energy(z)) / self.chaos
-        return share[:, 1:].unfold(1, FORESIGHT, 1) @ self.discount
+        share = self.saturate(self.energy(z)) / self.random_energy
+        return share[:, 1:].unfold(1, VALUE_HORIZON, 1) @ self.discount
 
-    def judge(self, z, z_hat, kind="value"):
+    def rollout_cost(self, z, z_hat, kind="value"):
         """Of futures z_hat (N, H, D) of the present z (1, D): (N,), the sum of the energies of
         their latents, told from those that are `judged`."""
         H = z_hat.shape[1]
-        energies = self.energy(z_hat[:, list(judged(H))], kind)
-        if kind == "value" and self.in_trouble(z):
-            energies = self.bounded(energies)
-            return H * energies.mean(dim=1) + DISCOUNT**H * self.foretold(z_hat[:, -1])
+        energies = self.energy(z_hat[:, list(scored_steps(H))], kind)
+        if kind == "value" and self.is_ood(z):
+            energies = self.saturate(energies)
+            return H * energies.mean(dim=1) + DISCOUNT**H * self.terminal_value(z_hat[:, -1])
         return H * energies.mean(dim=1)

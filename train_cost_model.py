@@ -39,8 +39,8 @@ from support.resume import (
     optimise,
     refuse_nan,
     resume_run,
+    run_metadata,
     save_run,
-    so_far,
 )
 from support.runlog import RunLog
 from support.training import only_run, set_up
@@ -68,9 +68,9 @@ def arguments():
     return p.parse_args()
 
 
-def loss_fn(cost, expert, chaos):
-    """Binary cross-entropy on logits: expert (B, D) is 0, chaos (B, D) is 1 -> (loss, logs)."""
-    e, c = cost.energy(expert, "classifier"), cost.energy(chaos, "classifier")
+def loss_fn(cost, expert, random):
+    """Binary cross-entropy on logits: expert (B, D) is 0, random (B, D) is 1 -> (loss, logs)."""
+    e, c = cost.energy(expert, "classifier"), cost.energy(random, "classifier")
     loss = (F.softplus(e).mean() + F.softplus(-c).mean()) / 2
     return loss, {"expert": e.mean().detach(), "random": c.mean().detach()}
 
@@ -96,7 +96,7 @@ def evaluate(cost, held, ahead, device, dtype, when="held out"):
     for kind in ("classifier", "density"):
         e, c = energies[kind, EXPERT], energies[kind, RANDOM]
         auc[kind] = float(roc_auc_score(np.r_[np.zeros(len(e)), np.ones(len(c))], np.r_[e, c]))
-    z, to_come = ahead.mixed(4000, np.random.default_rng(1), device, dtype)
+    z, to_come = ahead.sample(4000, np.random.default_rng(1), device, dtype)
     return energies, auc, 1 - float(value_loss(cost, z, to_come) / to_come.var())
 
 
@@ -180,7 +180,7 @@ def main():
         for part in sources[RECOVERY]
     )
     if args.compile:
-        cost.net.compile()
+        cost.classifier.compile()
         cost.value.compile()
     optim = torch.optim.AdamW(cost.parameters(), args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=False)  # small and in fp32
@@ -203,8 +203,8 @@ def main():
     )
     steps, final = args.epochs * per_epoch, models / "cost_model_final.pth"
     frames = dict.fromkeys((EXPERT, RANDOM, RECOVERY), args.batch_size)  # of a step
-    state = lambda step: so_far(args, step, per_epoch, frames, **data)
-    judged = lambda step: evaluate(
+    state = lambda step: run_metadata(args, step, per_epoch, frames, **data)
+    evaluate_at = lambda step: evaluate(
         cost, held, held_recovery, device, dtype, f"step {step}, held out"
     )
     gas_of = lambda: max_gas(
@@ -215,7 +215,7 @@ def main():
     )
     if step >= steps:
         return already_trained(
-            final, step // per_epoch, args, lambda: write(step, *judged(step)[1:])
+            final, step // per_epoch, args, lambda: write(step, *evaluate_at(step)[1:])
         )
     log = RunLog(args, "cost_model", resumed=bool(saved))
     keep = lambda step: save_run(resume, {"cost": cost}, optim, scaler, **state(step))
@@ -229,18 +229,18 @@ def main():
         range(step, steps), initial=step, total=steps, desc="cost model", unit="step"
     ):
         rng = np.random.default_rng([args.seed, step])
-        expert, chaos = (
-            train[k].mixed(args.batch_size, rng, device, dtype) for k in (EXPERT, RANDOM)
+        expert, random = (
+            train[k].sample(args.batch_size, rng, device, dtype) for k in (EXPERT, RANDOM)
         )
-        loss, logs = loss_fn(cost, expert, chaos)
-        ahead = value_loss(cost, *recovery.mixed(args.batch_size, rng, device, dtype))
+        loss, logs = loss_fn(cost, expert, random)
+        ahead = value_loss(cost, *recovery.sample(args.batch_size, rng, device, dtype))
         loss, logs["value"] = loss + ahead, ahead.detach()
         lr = cosine(step, steps, args.lr)
         optimise(loss, [cost], optim, scaler, lr, f"step {step}")
         if log.due(step, steps):
             log.log(step, loss=loss, lr=lr, **logs)
         if (step + 1) % per_epoch == 0:
-            energies, auc, r2 = judged(step + 1)
+            energies, auc, r2 = evaluate_at(step + 1)
             log.log(step + 1, val_r2_value=r2, **{f"val_auc_{k}": a for k, a in auc.items()})
         if step + 1 == steps:
             write(steps, auc, r2)

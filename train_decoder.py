@@ -22,8 +22,9 @@ import torch.nn.functional as F
 
 from buffer import Loader, load_sources, provenance, sample_frames
 from car import ZOOM_STEPS
-from networks import TinyDecoder, stack
+from networks import TinyDecoder, stack_frames
 from support.checkpoints import (
+    back_up,
     build,
     epoch_of,
     fingerprint,
@@ -34,7 +35,6 @@ from support.checkpoints import (
     read,
     rotate,
     save,
-    set_aside,
 )
 from support.cli import (
     Number,
@@ -51,7 +51,15 @@ from support.cli import (
 )
 from support.pictures import ornament, plain, pyplot, save_figure
 from support.progress import progress
-from support.resume import arithmetic_of, optimise, read_run, refuse_nan, restore, save_run, so_far
+from support.resume import (
+    arithmetic_of,
+    optimise,
+    read_run,
+    refuse_nan,
+    restore,
+    run_metadata,
+    save_run,
+)
 from support.runlog import RunLog
 from support.training import autocast, on_device, only_run, set_up
 
@@ -69,7 +77,7 @@ def arguments():
     )
     g = p.add_argument_group("model")
     g.add_argument(
-        "--width",
+        "--channels",
         type=Number(int, 2, 1024),
         default=64,
         help="channels of the decoder's last but one map, times 4 in its first",
@@ -110,13 +118,13 @@ def version(path):
     return s.st_mtime_ns, s.st_size, s.st_ino
 
 
-def waiting(models, visuals, given_up, newest):
+def waiting(models, visuals, skipped, newest):
     """Encoder checkpoints that are not drawn yet, in numeric order: [(epoch, path)]."""
     found = numbered(models, "encoder_mixed_ep*.pth")
     return [
         (n, p)
         for n, p in found[-1 if newest else 0 :]
-        if (n, version(p)) not in given_up and not drawn(n, p, models, visuals)
+        if (n, version(p)) not in skipped and not drawn(n, p, models, visuals)
     ]
 
 
@@ -130,7 +138,12 @@ def drawn(epoch, path, models, visuals):
 def reconstruct(encoder, decoder, obs, device, dtype):
     """Frames (N, history, 3, 64, 64) -> their reconstructions (N, 3, 64, 64) float 0..1, CPU."""
     with autocast(device, dtype):
-        return decoder(encoder(stack(obs.to(device), encoder.history))).float().clamp(0, 1).cpu()
+        return (
+            decoder(encoder(stack_frames(obs.to(device), encoder.history)))
+            .float()
+            .clamp(0, 1)
+            .cpu()
+        )
 
 
 def draw_sheet(real, painted, names, epoch, path):
@@ -185,12 +198,12 @@ def main():
         )
     only_run(args, "decoder")
     if args.fresh:
-        set_aside(models, MADE)
-        set_aside(visuals, ("reconstruct_ep*.png",))
+        back_up(models, MADE)
+        back_up(visuals, ("reconstruct_ep*.png",))
     log = RunLog(args, "decoder", resumed=True)  # one log for all checkpoints, the present one last
-    given_up, last, idle, locks = set(), None, False, []
+    skipped, last, idle, locks = set(), None, False, []
     while not stop:
-        todo = waiting(models, visuals, given_up, args.newest)
+        todo = waiting(models, visuals, skipped, args.newest)
         locks[:] = [hold(path) for _, path in todo]  # until the next look no rotation deletes them
         if not todo:
             if args.once or last and last.get("done") or not idle and finished(models, visuals):
@@ -208,13 +221,13 @@ def main():
             bad = e
         if version(path) != found:
             continue  # replaced while it was read: looks again
-        given_up.add((epoch, found))  # drawn or bad: this version of the file once only
+        skipped.add((epoch, found))  # drawn or bad: this version of the file once only
         if bad:
             print(f"skipped: {bad}", flush=True)
             continue
         torch.manual_seed(args.seed)  # what is learned of a checkpoint depends on files alone
         nets = {
-            "decoder": warm_start(models, epoch, encoder.dim, args.width).to(
+            "decoder": warm_start(models, epoch, encoder.dim, args.channels).to(
                 device, memory_format=torch.channels_last
             )
         }
@@ -235,7 +248,7 @@ def main():
         )
         data = provenance(sources) | {"encoder_key": fingerprint(encoder)}
         frames = dict(zip(sources, loader.counts))  # of a step
-        state = lambda step: so_far(args, step, args.steps, frames, **data) | {"epoch": epoch}
+        state = lambda step: run_metadata(args, step, args.steps, frames, **data) | {"epoch": epoch}
         half, i, last_save = read_run(resume) if resume.is_file() else None, 0, time.monotonic()
         if half and half.get("encoder_key") == data["encoder_key"]:  # stopped in this one
             restore(resume, half, nets, optim, scaler, args)
@@ -251,7 +264,7 @@ def main():
             obs = next(batches)[0]
             with autocast(device, dtype):
                 with torch.no_grad():
-                    z = encoder(stack(obs, encoder.history))
+                    z = encoder(stack_frames(obs, encoder.history))
                 loss, logs = loss_fn(decoder, z, newest_frame(obs))
             lr = args.lr * 0.1 ** (i / args.steps)
             optimise(loss, [decoder], optim, scaler, lr, f"step {i} on epoch {epoch}")
@@ -312,15 +325,15 @@ def finished(models, visuals):
         return False
 
 
-def warm_start(models, epoch, dim, width):
+def warm_start(models, epoch, dim, channels):
     """The newest decoder of an earlier epoch, if it is whole and of this shape, or a fresh one."""
     earlier = [p for n, p in numbered(models, "decoder_ep*.pth") if n < epoch]
     with suppress(Refusal, IndexError):  # IndexError: there is none
         path = earlier[-1]
         decoder = build(read(path), "decoder", path)
-        if decoder.args == dict(dim=dim, width=width):
+        if decoder.args == dict(dim=dim, channels=channels):
             return decoder
-    return TinyDecoder(dim, width)
+    return TinyDecoder(dim, channels)
 
 
 if __name__ == "__main__":

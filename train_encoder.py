@@ -3,14 +3,14 @@
 Reads those of ROOT/data_race, data_recovery and data that are there; writes
 ROOT/models/encoder_mixed_ep{N}.pth each epoch, models/encoder.jsonl and
 visuals/encoder_curves.png. `--objective joint` (default) asks that latents
-be predictable from actions, tell the action, tell linearly how a picture was bent, with --align
+be predictable from actions, tell the action, tell linearly how a picture was bent, with --congeal
 also how to bend it straight, and, as in VICReg, vary and be uncorrelated; `--objective vicreg` is
 plain VICReg on two photometric views. Each epoch prints a linear probe of what the latents know:
 after the laptop's 3 minutes on two CPU cores expect R² over 0.9 for speed and lateral offset.
 
     python train_encoder.py --epochs 50 --batch_size 256
     torchrun --nproc_per_node=2 train_encoder.py --epochs 50 --batch_size 256            two GPUs
-    python train_encoder.py --width 0.25 --dim 128 --strides 2 2 2 1 --epochs 4 \\
+    python train_encoder.py --channels 16 --dim 128 --strides 2 2 2 1 --epochs 4 \\
         --steps_per_epoch 150 --batch_size 96 --lr 2e-3 --shares 0.35 0.45 0.2       a laptop
 """
 
@@ -30,19 +30,19 @@ from buffer import Loader, load_sources, provenance, sample_frames, shares_of
 from car import MAX_STEPS, ZOOM_STEPS
 from car.telemetry import TELEMETRY
 from networks import (
-    PANEL,
-    BendModel,
+    HUD_VALUES,
     InverseModel,
     Predictor,
     Projector,
     TinyEncoder,
-    stack,
-    unit_act,
+    WarpHead,
+    normalize_action,
+    stack_frames,
 )
-from support.augment import AHEAD, STRETCHES, bend_, jitter_, some_mirrored, unlikeness
+from support.augment import AHEAD, STRETCHES, congealing_loss, flip_batches, jitter_, warp_
 from support.checkpoints import rotate, save
 from support.cli import Number, Stop, fail, fraction, optimisation, parser, run, stopped, weight
-from support.distributed import RANK, RANKS, in_turn, over_ranks, same_start, stopped_anywhere
+from support.distributed import RANK, RANKS, rank_by_rank, same_start, stopped_anywhere, wrap_ddp
 from support.latents import features_of
 from support.pictures import ornament
 from support.progress import progress
@@ -54,8 +54,8 @@ from support.resume import (
     refuse_nan,
     reopen,
     resume_run,
+    run_metadata,
     save_run,
-    so_far,
 )
 from support.runlog import RunLog
 from support.training import autocast, name_of, on_device, only_run, set_up
@@ -72,10 +72,10 @@ def arguments(argv=None):
     p = parser(__doc__, data=True)
     g = p.add_argument_group("model")
     g.add_argument(
-        "--width",
-        type=Number(float, 0, 8, above=True),
-        default=1.0,
-        help="channels over ResNet-18's; 0.25 learns ten times faster on a CPU",
+        "--channels",
+        type=Number(int, 4, 512),
+        default=64,
+        help="of the first stage; ResNet-18 has 64, 16 learns ten times faster on a CPU",
     )
     g.add_argument(
         "--dim",
@@ -100,8 +100,8 @@ def arguments(argv=None):
         help="of ResNet-18's stages, product 8; 2 2 2 1 is twice as fast",
     )
     g.add_argument(
-        "--gauges",
-        type=Number(int, 0, PANEL - 1),
+        "--hud_pca",
+        type=Number(int, 0, HUD_VALUES - 1),
         help="numbers of a latent that are principal components of the instruments' "
         "pixels, straight from the frame (joint 8, vicreg 0): what they hold needs "
         "no learning",
@@ -133,18 +133,18 @@ def arguments(argv=None):
     g.add_argument("--cov", type=weight, default=1.0, help="weight of the covariance term")
     g.add_argument("--inverse", type=weight, default=2.0, help="joint: weight of inverse dynamics")
     g.add_argument(
-        "--bend",
+        "--warp",
         type=weight,
         default=15.0,
         help="joint: weight of telling how a picture was bent, which teaches where the "
         "road lies and where it leads; 0 leaves the bent pictures out",
     )
     g.add_argument(
-        "--align",
+        "--congeal",
         type=weight,
         default=0.0,
         help="joint: weight of telling how to bend a picture straight, so that all look "
-        "alike: where the road lies, not only how far it was moved; needs --bend. "
+        "alike: where the road lies, not only how far it was moved; needs --warp. "
         "The weights that come with the code have 25, with --pred 30 --cov 2",
     )
     g.add_argument(
@@ -161,18 +161,18 @@ def arguments(argv=None):
         p.error(f"--targets {args.targets}: expected rising steps from 1 on, such as 1 3 8")
     if math.prod(args.strides) != 8:
         p.error(f"--strides {args.strides}: expected four numbers with product 8, such as 2 2 2 1")
-    if args.align and not args.bend:
+    if args.congeal and not args.warp:
         p.error(
-            f"--align {args.align:g} --bend 0: what straightens a picture is told by the head "
-            "that tells how it was bent; add --align 0"
+            f"--congeal {args.congeal:g} --warp 0: what straightens a picture is told by the head "
+            "that tells how it was bent; add --congeal 0"
         )
-    own = {"joint": {"std": 16.0, "gauges": 8}, "vicreg": {"std": 25.0, "gauges": 0}}
+    own = {"joint": {"std": 16.0, "hud_pca": 8}, "vicreg": {"std": 25.0, "hud_pca": 0}}
     for name, value in own[args.objective].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.dim - args.gauges <= COLLAPSED_RANK:
+    if args.dim - args.hud_pca <= COLLAPSED_RANK:
         p.error(
-            f"--dim {args.dim} --gauges {args.gauges}: leaves {args.dim - args.gauges} numbers "
+            f"--dim {args.dim} --hud_pca {args.hud_pca}: leaves {args.dim - args.hud_pca} numbers "
             f"of a latent to learn, expected more than {COLLAPSED_RANK}, which a collapse has"
         )
     together = args.batch_size // RANKS * len(latents_of(args))
@@ -209,17 +209,17 @@ def views(obs, args, generator):
     64, 64) uint8, how the first of K was bent, (B, 2 + STRETCHES), or None, the newest scene ahead
     of the car of each of the others as it was, (B * (K - 1), 3, AHEAD, 64) uint8, or None).
 
-    Joint the first latent again, bent, where --bend is not 0, and then those of `latents_of`;
+    Joint the first latent again, bent, where --warp is not 0, and then those of `latents_of`;
     vicreg the same latent twice. Each is seen in a light of its own, which is noise to whoever
     foresees it.
     """
     at, how, scenes = latents_of(args), None, None
-    bent = args.objective == "joint" and args.bend
+    bent = args.objective == "joint" and args.warp
     again = [0] if bent or args.objective == "vicreg" else []
-    x = stack(obs, args.history, again + at)
+    x = stack_frames(obs, args.history, again + at)
     if bent:
-        how = bend_(x[:: 1 + len(at)], generator)
-        if args.align:
+        how = warp_(x[:: 1 + len(at)], generator)
+        if args.congeal:
             scenes = x.unflatten(0, (-1, 1 + len(at)))[:, 1:, -3:, :AHEAD].flatten(0, 1).clone()
     jitter_(x, generator)
     return x, how, scenes
@@ -238,17 +238,17 @@ def joint_loss(nets, x, how, scenes, act, args):
     told = nets["inverse"](z[:, 0], z[:, 1])  # the first target is the next latent
     logs = {
         "pred": F.mse_loss(z_hat.float(), z[:, 1:]),
-        "inverse": F.mse_loss(told.float(), unit_act(act[:, 0])),
+        "inverse": F.mse_loss(told.float(), normalize_action(act[:, 0])),
         "std": variance(flat),
         "cov": covariance(flat),
     }
     if how is not None:
-        logs["bend"] = F.mse_loss(nets["bend"](z[:, 0], seen[:, 0]).float(), how)
+        logs["warp"] = F.mse_loss(nets["warp"](z[:, 0], seen[:, 0]).float(), how)
     if scenes is not None:
         with torch.autocast(x.device.type, enabled=False):
-            logs["align"] = unlikeness(scenes, nets["bend"].lie(flat))
+            logs["congeal"] = congealing_loss(scenes, nets["warp"].predict_alignment(flat))
     loss = sum(getattr(args, name) * term for name, term in logs.items())
-    learned = nets["encoder"].learned(flat)
+    learned = nets["encoder"].conv_dims(flat)
     return loss, {k: v.detach() for k, v in logs.items()}, learned.detach()
 
 
@@ -271,13 +271,13 @@ def make_nets(args, device, dtype):
     torch.backends.cudnn.benchmark = True  # steps are alike: it tries which convolution is fastest
     nets = {
         "encoder": TinyEncoder(
-            args.width, args.history, args.repeat, args.dim, args.strides, args.gauges
+            args.channels, args.history, args.repeat, args.dim, args.strides, args.hud_pca
         )
     }
     if args.objective == "joint":
         nets |= {"predictor": Predictor(args.dim), "inverse": InverseModel(args.dim)}
-        if args.bend:
-            nets["bend"] = BendModel(args.dim, 2 + STRETCHES, bool(args.align))
+        if args.warp:
+            nets["warp"] = WarpHead(args.dim, 2 + STRETCHES, bool(args.congeal))
     else:
         nets["projector"] = Projector(args.dim, args.embedding)
     nets = {k: n.to(device, memory_format=torch.channels_last) for k, n in nets.items()}
@@ -315,7 +315,7 @@ def training_batches(loader, args, device, start=0):
         )
         return *views(obs, args, generator), act
 
-    batches = some_mirrored(loader.batches(start), args.mirror, args.seed, start)
+    batches = flip_batches(loader.batches(start), args.mirror, args.seed, start)
     return on_device(batches, device, seen)
 
 
@@ -344,8 +344,8 @@ class Probe:
             (features_of(encoder, obs, device, dtype), seen, y) for obs, seen, y in self.parts
         ]
         refuse_nan(za.sum() + zb.sum(), "the probe")
-        encoder.calibrate(za.to(device))
-        learned = encoder.learned(zb)
+        encoder.fit_standardization(za.to(device))
+        learned = encoder.conv_dims(zb)
         error = np.full(len(PROBED), np.nan)  # a few random drives may never see the road
         if ma.any() and mb.any():
             from sklearn.linear_model import Ridge  # 1 s, which a refusal need not take
@@ -404,7 +404,7 @@ def main():
     nets, optim, scaler = make_nets(args, device, dtype)
     models = args.root / "models"
     data = provenance(sources)
-    with in_turn():
+    with rank_by_rank():
         saved = resume_run(models / "encoder_resume.pth", nets, optim, scaler, args, MADE, **data)
     step = saved["step"] if saved else 0
     per_epoch = (
@@ -424,7 +424,7 @@ def main():
             * shares_of(sources, args.batch_size // RANKS, args.shares, each=True),
         )
     )  # of a step
-    state = lambda: so_far(args, step, per_epoch, frames, **data)
+    state = lambda: run_metadata(args, step, per_epoch, frames, **data)
     keep = lambda: save_run(models / "encoder_resume.pth", nets, optim, scaler, **state())
 
     newest = lambda: models / f"encoder_mixed_ep{step // per_epoch}.pth"
@@ -451,12 +451,12 @@ def main():
         f"from {step}, {args.batch_size} windows" + f" on {RANKS} processes" * (RANKS > 1)
     )
     if not saved and RANK == 0:
-        if args.gauges:
-            nets["encoder"].fit_gauges(stack(probe.parts[0][0], args.history))
+        if args.hud_pca:
+            nets["encoder"].fit_hud_pca(stack_frames(probe.parts[0][0], args.history))
         untrained = probe(nets["encoder"], device, dtype)
         print("untrained:", table(untrained))
         log.log(0, **{k.replace("val_", "untrained_"): v for k, v in untrained.items()})
-    loss_of = over_ranks(loss_fn, nets)
+    loss_of = wrap_ddp(loss_fn, nets)
     if args.compile:
         nets["encoder"].body.compile()
     if not saved and RANK == 0:

@@ -25,7 +25,7 @@ from car import FPS, MAX_STEPS
 from networks import Predictor
 from support.checkpoints import rotate, save
 from support.cli import Number, Stop, optimisation, parser, run, stopped
-from support.distributed import RANK, RANKS, in_turn, over_ranks, same_start, stopped_anywhere
+from support.distributed import RANK, RANKS, rank_by_rank, same_start, stopped_anywhere, wrap_ddp
 from support.dreams import animate_dream, draw_dream, dream, dream_windows, load_decoder
 from support.latents import WindowSampler, load_latents
 from support.pictures import ornament
@@ -37,8 +37,8 @@ from support.resume import (
     optimise,
     refuse_nan,
     resume_run,
+    run_metadata,
     save_run,
-    so_far,
 )
 from support.runlog import RunLog
 from support.training import autocast, only_run, set_up
@@ -129,7 +129,7 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     models, visuals = args.root / "models", args.root / "visuals"
     data = provenance(sources) | {"encoder_key": key}
-    with in_turn():
+    with rank_by_rank():
         saved = resume_run(
             models / "predictor_resume.pth",
             nets,
@@ -144,7 +144,7 @@ def main():
     per_epoch = same_start(step, per_epoch)
     steps = args.epochs * per_epoch
     frames = dict(zip(sources, sampler.K * shares_of(sources, args.batch_size, args.shares)))
-    state = lambda: so_far(args, step, per_epoch, frames, **data)
+    state = lambda: run_metadata(args, step, per_epoch, frames, **data)
     keep = lambda: save_run(models / "predictor_resume.pth", nets, optim, scaler, **state())
 
     newest = lambda: models / f"predictor_ep{step // per_epoch}.pth"
@@ -184,7 +184,7 @@ def main():
         + f" on {RANKS} processes"
         * (RANKS > 1)
     )
-    loss_of = over_ranks(loss_fn, nets)
+    loss_of = wrap_ddp(loss_fn, nets)
     if args.compile:
         predictor.rollout = torch.compile(predictor.rollout)  # what is called; not `forward`
 

@@ -22,7 +22,7 @@ from car.sprites import (
     hull_sprite,
     wheel_sprite,
 )
-from car.window import CAR_X, CAR_Y, HUD_Y, level_table, shown
+from car.window import CAR_X, CAR_Y, HUD_Y, shown, smoothscale_lut
 
 # ---- the picture ---------------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ class World:
             self.boxes = [[(slice(None), slice(None))] for _ in LEVELS]
         quads = np.array([quad for quad, _ in env.road_poly])
         colors = np.array([color for _, color in env.road_poly]).astype(int)
-        colors = np.pad(level_table()[colors], ((0, 0), (0, 1))).tolist()  # as `shown`
+        colors = np.pad(smoothscale_lut()[colors], ((0, 0), (0, 1))).tolist()  # as `shown`
         kerb = np.array([isinstance(color, tuple) for _, color in env.road_poly])
         last = kerb & ~np.roll(kerb, -2)  # of its row of kerbs: they alternate with tiles
         self.flat = [texels(widen(quads[~kerb], -1 / n, 0, 0), n) for n, _, _ in LEVELS]
@@ -140,7 +140,7 @@ def grid(zoom, h, w):
     return level, LEVELS[level][0], kx, ky, bx, by, (w, h)
 
 
-class Sight(NamedTuple):
+class RenderState(NamedTuple):
     """What a frame shows, in numbers: all of an env's state that its picture depends on."""
 
     zoom: float  # window px a unit
@@ -153,14 +153,14 @@ class Sight(NamedTuple):
     fresh: list  # tiles first touched since the last sight
 
 
-def look(env):
+def render_state(env):
     """The Sight of an env's present state."""
     hull, t = env.car.hull, env.t
     zoom = 0.1 * cr.SCALE * max(1 - t, 0) + cr.ZOOM * cr.SCALE * min(t, 1)
     at, v = hull.position, hull.linearVelocity
     wheels = [(w.omega, w.phase, w.joint.angle) for w in env.car.wheels]
     speed = math.sqrt(v.x * v.x + v.y * v.y)
-    return Sight(zoom, at.x, at.y, hull.angle, speed, hull.angularVelocity, wheels, env.fresh)
+    return RenderState(zoom, at.x, at.y, hull.angle, speed, hull.angularVelocity, wheels, env.fresh)
 
 
 class View:
@@ -260,7 +260,7 @@ class FastCarRacing(PhysicsCarRacing):
     def _render(self, mode):
         if mode != "state_pixels":
             return super()._render(mode)
-        sight, self.fresh = look(self), []
+        sight, self.fresh = render_state(self), []
         if self.deferred is None:
             return self.view.draw((sight,), self.road_shown)[0]
         self.deferred.append(sight)
@@ -289,7 +289,7 @@ def picture(env, size):
     if not isinstance(env, FastCarRacing):
         surface.blit(pygame.transform.smoothscale(env.surf, size), (0, 0))
         return cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)
-    sight = look(env)
+    sight = render_state(env)
     env.view._warp(sight, pixels[: h * HUD_Y // cr.WINDOW_H])
     zoom, side = sight.zoom * w / cr.WINDOW_W, h // 4
     car = pygame.Surface((side, side))

@@ -158,7 +158,7 @@ def vertical_end(value, height):
     return min(max(int(cr.WINDOW_H - (BAR_Y + BAR_Y * height * value)) - HUD_Y, 0), NO_BAR - 1)
 
 
-def mirrored(frames):
+def hflip(frames):
     """Frames (..., 64, 64, 3) uint8 -> how they look where left and right are exchanged: scene,
     steering and gyro bar. The spins of the wheels stay, as if left and right ones were the same."""
     out = cv2.flip(frames.reshape(-1, OBS_SIZE, 3), 1).reshape(frames.shape)

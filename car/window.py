@@ -11,7 +11,7 @@ CAR_X, CAR_Y = cr.WINDOW_W / 2, cr.WINDOW_H / 4  # where the car sits in the win
 
 def shown(color):
     """RGB 0..255 (truncated to int as the env does) -> RGBA as the shrunk frame shows it."""
-    return tuple(int(level_table()[int(c)]) for c in color) + (0,)
+    return tuple(int(smoothscale_lut()[int(c)]) for c in color) + (0,)
 
 
 def area_weights(n_out, n_in):
@@ -26,7 +26,7 @@ HUD_Y, BASE_Y = 700, 80  # window row of the HUD's top, and below it the last ro
 
 
 @lru_cache(maxsize=1)
-def level_table():
+def smoothscale_lut():
     """(256,) uint8: what pygame's smoothscale makes of flat greys, 0 to 2 less by build and CPU."""
     window = pygame.Surface((cr.WINDOW_W, cr.WINDOW_H))
     for v in range(256):  # 16 x 16 flat blocks, read in their middles

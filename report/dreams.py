@@ -5,8 +5,8 @@ import torch
 from sklearn.linear_model import Ridge
 
 from car import FPS
-from networks import unit_act
-from report.episodes import choose_spots, partners
+from networks import normalize_action
+from report.episodes import choose_samples, other_episode
 from report.futures import MOVING
 from report.probes import AHEAD
 from report.statistics import cells
@@ -22,7 +22,7 @@ FAR = 30  # latents ahead to which dreams are followed
 def linear_dream(train, z0, act, far):
     """z_hat (n, far, D) of a ridge regression, one a step, from z and the actions up to there."""
     z, told = train.z(0, far).numpy(), train.act(far)
-    told, act, out = unit_act(told).numpy(), unit_act(act).numpy(), []
+    told, act, out = normalize_action(told).numpy(), normalize_action(act).numpy(), []
     for k in range(1, far + 1):
         x = np.concatenate([z[:, 0], told[:, :k].reshape(len(z), -1)], axis=1)
         fit = Ridge(alpha=10.0).fit(x, z[:, k] - z[:, 0])
@@ -34,8 +34,8 @@ def linear_dream(train, z0, act, far):
 def dreams(subject, train, spots, args):
     """Part 2: {"all" or source: {row: [cell of each step 1..FAR]}}, and errors (n, FAR) by row."""
     z, act = spots.z(0, FAR), spots.act(FAR)
-    other = act[partners(spots, args.seed)]
-    fitted = choose_spots(train, args.train_frames // 2, args.seed, ahead=FAR)
+    other = act[other_episode(spots, args.seed)]
+    fitted = choose_samples(train, args.train_frames // 2, args.seed, ahead=FAR)
     z_hat = {
         "this predictor": subject.imagine(subject.predictor, z[:, 0], act),
         "copy-last": z[:, :1].expand_as(z[:, 1:]),

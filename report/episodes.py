@@ -150,10 +150,14 @@ def job_of(name, chunks):
                 if isinstance(c.meta["policy"].get(key), (int, float))
             }
         )
-        for key in ("pace", "width")
+        for key in ("pace", "max_offset")
     }
     paces = {"paces": found["pace"]} if found["pace"] else {}
-    return JOBS[name] | paces | ({"width": found["width"][-1]} if found["width"] else {})
+    return (
+        JOBS[name]
+        | paces
+        | ({"max_offset": found["max_offset"][-1]} if found["max_offset"] else {})
+    )
 
 
 def all_episodes(args, encoder):
@@ -189,7 +193,7 @@ def blocks(n):
     return [slice(i, i + BLOCK) for i in range(0, n, BLOCK)]
 
 
-class Spots:
+class Samples:
     """Places in episodes: row i is latent k[i] of episodes[e[i]]."""
 
     def __init__(self, episodes, e, k):
@@ -201,7 +205,7 @@ class Spots:
         return len(self.k)
 
     def __getitem__(self, rows):
-        return Spots(self.episodes, self.e[rows], self.k[rows])
+        return Samples(self.episodes, self.e[rows], self.k[rows])
 
     def frames(self, offsets):
         """obs (n, len(offsets), 3, 64, 64) uint8: frames so many latents later, or the first."""
@@ -235,7 +239,7 @@ class Spots:
         )
 
 
-def choose_spots(episodes, count, seed, behind=0, ahead=0):
+def choose_samples(episodes, count, seed, behind=0, ahead=0):
     """At most `count` Spots of each source after the zoom, so many latents from either end."""
     parts = []
     for source in dict.fromkeys(x.source for x in episodes):
@@ -252,10 +256,10 @@ def choose_spots(episodes, count, seed, behind=0, ahead=0):
             )
         rng = np.random.default_rng([seed, 2])
         parts += [every[i] for i in np.sort(rng.permutation(len(every))[:count])]
-    return Spots(episodes, *np.array(parts).T)
+    return Samples(episodes, *np.array(parts).T)
 
 
-def partners(spots, seed):
+def other_episode(spots, seed):
     """(n,): for each spot a row of another episode, of the same source where it has several."""
     rng, out = np.random.default_rng([seed, 3]), []
     for e, source in zip(spots.e, spots.source):

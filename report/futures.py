@@ -6,9 +6,9 @@ from sklearn.covariance import ledoit_wolf
 from sklearn.linear_model import Ridge
 
 from car.telemetry import TELEMETRY
-from demo_energy import MIN_JUMP, Elsewhere
-from networks import unit_act
-from report.episodes import JUDGES, OWN, blocks, choose_spots, partners, planes
+from demo_energy import MIN_JUMP, TeleportedCar
+from networks import normalize_action
+from report.episodes import JUDGES, OWN, blocks, choose_samples, other_episode, planes
 from report.probes import AHEAD, IN_VIEW, fit_standardised
 from report.statistics import auc, cells
 from support.augment import jitter_
@@ -18,7 +18,7 @@ MOVING = 5.0  # units/s, from which a film shows which way and how fast it runs
 UNLIKE = 0.5  # of two action sequences, mean distance in units of their usual size
 STEERED = 0.03  # mean |steer| from which a mirrored one is another
 FALSE_ALARMS = 0.01
-STILL = 0.01  # of the squares of errors: smaller ones count as large as that quantile
+CLIP_QUANTILE = 0.01  # of the squares of errors: smaller ones count as large as that quantile
 
 
 # ------------------------------------------------------------------ 3. impossible futures
@@ -45,7 +45,7 @@ def teleported(subject, spots, args):
     out = {t: np.zeros((len(spots), len(AHEAD), e.history, 64, 64, 3), np.uint8) for t in TELEPORTS}
     places = list(dict.fromkeys(spots.e))
     for i, place in enumerate(progress(places, desc="teleport", unit="track", leave=False)):
-        twin = Elsewhere(spots.episodes[place].track, rng)
+        twin = TeleportedCar(spots.episodes[place].track, rng)
         for name, guest in zip(TELEPORTS, (place, places[i - 1])):
             for row in np.flatnonzero(spots.e == guest):
                 x, jump = spots.episodes[guest], twin.jump(MIN_JUMP if guest == place else 0)
@@ -59,7 +59,7 @@ def teleported(subject, spots, args):
     return out
 
 
-def relit(obs, generator):
+def color_jitter(obs, generator):
     """obs (n, history, 3, 64, 64) in another light, one draw a row."""
     x = obs.flatten(1, 2).clone(memory_format=torch.channels_last)
     jitter_(x, generator)
@@ -70,7 +70,7 @@ def shows(spots, other):
     """{violation: (n, len(AHEAD)) bool}: where it makes another future of this one."""
     act, every = spots.act(max(AHEAD)), np.ones((len(spots), len(AHEAD)), bool)
     moving = every & (spots.state("speed") > MOVING)[:, None]
-    apart = (unit_act(act) - unit_act(act[other])).norm(dim=2).numpy()
+    apart = (normalize_action(act) - normalize_action(act[other])).norm(dim=2).numpy()
     mean = lambda x: np.stack([x[:, :h].mean(axis=1) for h in AHEAD], axis=1)
     in_view = np.stack([spots.within(IN_VIEW, h) for h in AHEAD], axis=1)
     return {
@@ -95,7 +95,7 @@ def expectations(subject, spots, other, seed):
     for judge, (encoder, predictor) in subject.pairs().items():
         light = torch.Generator().manual_seed(seed)
         now = spots.z(0, 0, judge)[:, 0]
-        lit = subject.encode_now(encoder, spots, change=lambda obs: relit(obs, light))
+        lit = subject.encode_now(encoder, spots, change=lambda obs: color_jitter(obs, light))
         z = {k: lit if k == THROUGHOUT else now for k in told}
         out[judge] = {
             k: (z[k], subject.imagine(predictor, z[k], a)[:, steps]) for k, a in told.items()
@@ -121,7 +121,9 @@ class Scale:
             cov = torch.from_numpy(ledoit_wolf(error.double().numpy(), assume_centered=True)[0])
             self.whiten.append(torch.linalg.cholesky(torch.linalg.inv(cov)).float())
             squares = self.squares(error, a)
-            logs = np.log(squares.clip(max(np.quantile(squares, STILL), 1e-9)))  # of a still car 0
+            logs = np.log(
+                squares.clip(max(np.quantile(squares, CLIP_QUANTILE), 1e-9))
+            )  # of a still car 0
             told = fit_standardised(Ridge(alpha=10.0), self.moment(now, z_hat[:, a]), logs)
             self.usual.append((told, logs.min(), logs.max()))
 
@@ -144,7 +146,7 @@ class Scale:
 
 def scales(subject, train, args):
     """{judge: Scale} of the judges that look at latents, from windows of training episodes."""
-    spots = choose_spots(train, args.train_frames, args.seed, ahead=max(AHEAD))
+    spots = choose_samples(train, args.train_frames, args.seed, ahead=max(AHEAD))
     act, steps, out = spots.act(max(AHEAD)), [h - 1 for h in AHEAD], {}
     for judge, (_, predictor) in subject.pairs().items():
         z = spots.z(0, max(AHEAD), judge)
@@ -172,8 +174,8 @@ def surprises(subject, spots, other, scale, args):
             film = FILMS.get(v, FILMS["true"])(h + subject.newest())
             obs = planes(elsewhere[v][rows, a]) if v in TELEPORTS else spots[rows].frames(film)
             was = spots[rows].frames(subject.newest())
-            obs = relit(obs, light) if v in COLOURS else obs
-            was = relit(was, same) if v == THROUGHOUT else was
+            obs = color_jitter(obs, light) if v in COLOURS else obs
+            was = color_jitter(was, same) if v == THROUGHOUT else was
             change = obs[:, -1].float() - was[:, -1].float()
             out["pixel error"][v][rows, a] = change.abs().mean(dim=(1, 2, 3))
             premises = ("true", *TOLD) if v == "true" else (v if v == THROUGHOUT else "true",)
@@ -192,7 +194,7 @@ def surprises(subject, spots, other, scale, args):
     }
 
 
-def separated(true, violated):
+def detection_metrics(true, violated):
     """(AUROC, share of violations found at 1 % false alarms, share of pairs told apart)."""
     alarm = np.quantile(true, 1 - FALSE_ALARMS, method="higher") if len(true) else np.nan
     pairs = (violated > true).mean() + (violated == true).mean() / 2 if len(true) else np.nan
@@ -202,7 +204,7 @@ def separated(true, violated):
 
 def futures(subject, train, spots, args):
     """Part 3: {violation: {judge: {h: {auroc, tpr_at_1pct, pairs: cells}}}}."""
-    other = partners(spots, args.seed)
+    other = other_episode(spots, args.seed)
     surprise = surprises(subject, spots, other, scales(subject, train, args), args)
     where, out = shows(spots, other), {}
     for violation in progress(VIOLATIONS, desc="futures", leave=False):
@@ -212,7 +214,7 @@ def futures(subject, train, spots, args):
             for judge in JUDGES:
                 pair = [surprise[judge][v][rows, a] for v in ("true", violation)]
                 found = (
-                    cells(separated, spots.track[rows], pair, args)
+                    cells(detection_metrics, spots.track[rows], pair, args)
                     if len(rows)
                     else [{"value": None, "low": None, "high": None, "n": 0, "tracks": 0}] * 3
                 )

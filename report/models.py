@@ -5,8 +5,15 @@ import torch
 
 from drive_mpc import take_gas
 from networks import Predictor
-from report.episodes import OWN, TWIN, Spots, blocks
-from support.checkpoints import fingerprint, latest, load_frozen, meanwhile, models_of, some_root
+from report.episodes import OWN, TWIN, Samples, blocks
+from support.checkpoints import (
+    find_models,
+    fingerprint,
+    latest,
+    load_frozen,
+    pretrained_hint,
+    require_dir,
+)
 from support.cli import command
 from support.latents import features_of
 from support.progress import progress
@@ -15,15 +22,15 @@ from support.training import autocast, set_up
 # ------------------------------------------------------------------ nets
 
 
-class Subject:
+class Models:
     """What is judged: the nets, their untrained twins, and the device they live on."""
 
     def __init__(self, args):
         self.device, self.dtype = set_up(args)
-        some_root(args.root)
+        require_dir(args.root)
         self.models = args.models or args.root / "models"
         if not args.checkpoint:
-            self.models = models_of(args.root, args.models)
+            self.models = find_models(args.root, args.models)
         self.path = args.checkpoint or latest(self.models, "encoder_mixed")
         self.encoder, _ = load_frozen(self.path, "encoder", self.device, "train_encoder.py")
         self.key = fingerprint(self.encoder)
@@ -48,13 +55,13 @@ class Subject:
             take_gas(args, self.payloads["cost"])
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
-            self.twin = self.encoder.untrained().eval()
+            self.twin = self.encoder.reinitialized().eval()
             self.blank = self.predictor and Predictor(**self.predictor.args).to(self.device).eval()
         self.decoder = None
 
     def _matching(self, args, path, name, script, **keys):
         """The net if it was trained on the nets of these keys, or None and a line that says why."""
-        mend = f"{command(script, args.root)} makes it{meanwhile(self.models)}"
+        mend = f"{command(script, args.root)} makes it{pretrained_hint(self.models)}"
         if not path.exists():
             print(f"no {name}: {path} is not there; {mend}")
             return None
@@ -90,7 +97,7 @@ class Subject:
     def encode_episodes(self, episodes):
         """Fills in each episode's z, of both encoders."""
         for x in progress(episodes, desc="encode", unit="episode", leave=False):
-            every = Spots([x], np.zeros(len(x.obs), int), np.arange(len(x.obs)))
+            every = Samples([x], np.zeros(len(x.obs), int), np.arange(len(x.obs)))
             x.z = {
                 judge: self.encode_now(encoder, every, what=None)
                 for judge, (encoder, _) in self.pairs().items()

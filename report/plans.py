@@ -12,15 +12,17 @@ from car.episode import restore_state
 from car.physics import is_tile
 from car.telemetry import TELEMETRY, centre_line
 from collect_race_data import Expert
-from drive_mpc import Futures, Plan, draw_plans, plan, to_action
-from report.episodes import OWN, choose_spots, planes
+from drive_mpc import Plan, RolloutCost, draw_plans, plan, to_action
+from report.episodes import OWN, choose_samples, planes
 from report.probes import fit_standardised, regressor
-from report.statistics import spearman, summarise
+from report.statistics import cells, spearman
 from support.cli import fail
 from support.progress import progress
 
 IN_SIGHT = 20.0, math.pi / 2  # the same, where a plan can still find the road
-LEAP = 2  # tiles in a step that nobody drives: another part of the track is nearer now
+MAX_TILES_PER_STEP = (
+    2  # tiles in a step that nobody drives: another part of the track is nearer now
+)
 AFTER, PACE = 1, 0.5  # seconds that an expert goes on from where a plan ended, and its pace
 WARM_UP = 5  # plans made before the judged one, as the driver would have
 
@@ -49,7 +51,7 @@ def along(env):
 def way(before, now, n):
     """Tiles from one place along a track of n tiles to another, where that is no leap."""
     step = (now - before + n / 2) % n - n / 2
-    return step * (abs(step) < LEAP)
+    return step * (abs(step) < MAX_TILES_PER_STEP)
 
 
 def outcome(env, saved, actions, off_road, expert=None):
@@ -107,11 +109,11 @@ def tiles_made(spots, env):
 def taught_outcome(subject, train, env, args):
     """A judge that saw the labels: told(z (n, H, D)) -> outcomes (n,) of plans, by the word of an
     MLP on the tiles just made and the wheels off the road that each latent tells. env lends its
-    tracks. Where --ceiling_steps is 0: nans.
+    tracks. Where --supervised_steps is 0: nans.
     """
-    if not args.ceiling_steps:
+    if not args.supervised_steps:
         return lambda z: np.full(len(z), np.nan)
-    spots = choose_spots(train, args.train_frames, args.seed, behind=1)
+    spots = choose_samples(train, args.train_frames, args.seed, behind=1)
     z = spots.z(0, 0)[:, 0].numpy()
     off = args.off_road * subject.encoder.repeat / FPS * spots.state("wheels_off_road") / 4
     y = np.stack([tiles_made(spots, env), -off], axis=1)
@@ -134,7 +136,7 @@ def judge_plans(subject, episode, k, seed, cfg):
     """(actions (N, H, 3), {judge: energies (N,)}, the planner's own plan (H, 3)) at latent k."""
     device, generator = subject.device, torch.Generator(subject.device)
     futures, blank = (
-        Futures(p, subject.cost, cfg.energy) for p in (subject.predictor, subject.blank)
+        RolloutCost(p, subject.cost, cfg.energy) for p in (subject.predictor, subject.blank)
     )
     z = episode.z[OWN].to(device)
     last = Plan.none(cfg.horizon, device)
@@ -193,14 +195,14 @@ def drive_plans(subject, told, envs, expert, episode, k, args):
         physics, episode.saved[k], a.repeat(subject.encoder.repeat, axis=0), args.off_road, expert
     )
     made = np.array([value(a) for a in act])
-    some, n = act[: args.lived], args.lived
+    some, n = act[: args.replayed_plans], args.replayed_plans
     later = np.array([value(a, expert) for a in some])
     dreamt = subject.imagine(
         subject.predictor, episode.z[OWN][k : k + 1].expand(len(act), -1), torch.from_numpy(act)
     )
     came = lived_latents(subject, fast, episode, k, some)
     now = episode.z[OWN][k : k + 1].to(subject.device)
-    lived = subject.cost.judge(now, came.to(subject.device), args.energy).cpu().numpy()
+    lived = subject.cost.rollout_cost(now, came.to(subject.device), args.energy).cpu().numpy()
     taught = told(came)
     e, blank = energies["this model"], energies["untrained"]
     driven = (made[e.argmin()], value(own), made[blank.argmin()], made.mean(), made.max())
@@ -238,3 +240,23 @@ def plans(subject, train, spots, args):
         env.close()
     figures, energy, blank, true = (np.array(x) for x in zip(*rows))
     return summarise(figures, energy, blank, true, spots, args), energy, true, spots
+
+
+def summarise(figures, energy, blank, true, spots, args):
+    """{"all" or source: {figure: cell}} of a row of figures for each state, and of the energies and
+    outcomes (n, N) of all states together."""
+    out = {}
+    for source in ("all", *dict.fromkeys(spots.source)):
+        own = np.flatnonzero((spots.source == source) | (source == "all"))
+        found = cells(
+            lambda r, e, b, t: [
+                *r.mean(axis=0),
+                spearman(-e.ravel(), t.ravel()),
+                spearman(-b.ravel(), t.ravel()),
+            ],
+            spots.track[own],
+            [x[own] for x in (figures, energy, blank, true)],
+            args,
+        )
+        out[source] = dict(zip((*FIGURES, *POOLED), found))
+    return out

@@ -12,8 +12,8 @@ from sklearn.linear_model import Ridge
 from sklearn.neural_network import MLPRegressor
 from torch import nn
 
-from networks import stack
-from report.episodes import TWIN, blocks, choose_spots
+from networks import stack_frames
+from report.episodes import TWIN, blocks, choose_samples
 from report.statistics import auc, cells, r2
 from support.augment import jitter_
 from support.cli import fail
@@ -87,7 +87,7 @@ def probe(kind, train, labels, seed):
     return lambda z: (state(z) * size + center, off(z))
 
 
-def mark(told, z, labels, args):
+def score_probe(told, z, labels, args):
     """{quantity: cell} of a fitted probe on evaluation latents."""
     y, off = told(z)
     found = cells(r2, labels.track, (labels.y, y, labels.seen), args, labels.seen.sum())
@@ -102,7 +102,7 @@ def pixels(spots, offsets):
     return spots.frames(offsets).permute(0, 1, 3, 4, 2).reshape(len(spots), -1).float().numpy()
 
 
-def principal(train, test, subject, seed, fit_on=1500):
+def pca_baseline(train, test, subject, seed, fit_on=1500):
     """Principal components of the pixels, as many as a latent has numbers: z of both Spots."""
     rows = np.random.default_rng([seed, 5]).permutation(len(train))[:fit_on]
     offsets, dim = subject.newest(), min(subject.encoder.dim, len(rows))
@@ -114,11 +114,11 @@ def principal(train, test, subject, seed, fit_on=1500):
     ]
 
 
-def ceiling(subject, spots, labels, args):
-    """The same net trained with the labels, in --ceiling_steps: what this size could know."""
+def supervised_bound(subject, spots, labels, args):
+    """The same net trained with the labels, in --supervised_steps: what this size could know."""
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        net = subject.encoder.untrained()
+        net = subject.encoder.reinitialized()
         head = nn.Linear(net.dim, len(PROBED) + 1).to(subject.device)
     params = [*net.parameters(), *head.parameters()]
     optim = torch.optim.AdamW(params, 2e-3, weight_decay=1e-4)
@@ -126,9 +126,9 @@ def ceiling(subject, spots, labels, args):
     y = (labels.y - labels.y[labels.seen].mean(0)) / (labels.y[labels.seen].std(0) + 1e-6)
     rng, offsets = np.random.default_rng([args.seed, 6]), subject.newest()
     light = torch.Generator(subject.device).manual_seed(args.seed)
-    for step in progress(range(args.ceiling_steps), desc="ceiling, with labels", leave=False):
-        rows = rng.integers(len(spots), size=args.ceiling_batch)
-        x = stack(spots[rows].frames(offsets).to(subject.device), net.history)
+    for step in progress(range(args.supervised_steps), desc="ceiling, with labels", leave=False):
+        rows = rng.integers(len(spots), size=args.supervised_batch)
+        x = stack_frames(spots[rows].frames(offsets).to(subject.device), net.history)
         jitter_(x, light)
         target, seen, off = (
             torch.from_numpy(a[rows]).to(subject.device).float()
@@ -139,15 +139,15 @@ def ceiling(subject, spots, labels, args):
         error = F.smooth_l1_loss(out[:, :-1].float(), target, reduction="none").mean(dim=1)
         loss = (error * seen).sum() / seen.sum().clamp_min(1)
         loss = loss + 0.2 * F.binary_cross_entropy_with_logits(out[:, -1].float(), off)
-        optimise(loss, [net, head], optim, scaler, cosine(step, args.ceiling_steps, 2e-3))
+        optimise(loss, [net, head], optim, scaler, cosine(step, args.supervised_steps, 2e-3))
     return net.eval().requires_grad_(False)
 
 
 def knows(subject, train, test, args):
     """Part 1: {row: {saw_labels, probe, cells of each quantity}}."""
     sampled = (
-        choose_spots(train, args.train_frames, args.seed),
-        choose_spots(test, args.frames, args.seed),
+        choose_samples(train, args.train_frames, args.seed),
+        choose_samples(test, args.frames, args.seed),
     )
     labels = [labels_of(s) for s in sampled]
     rows = {}
@@ -158,14 +158,14 @@ def knows(subject, train, test, args):
             rows[f"{name}, {kind}"] = {
                 "saw_labels": saw_labels,
                 "probe": kind,
-                "cells": mark(told, latents[1], labels[1], args),
+                "cells": score_probe(told, latents[1], labels[1], args),
             }
 
     add("this encoder", [s.z(0, 0)[:, 0].numpy() for s in sampled])
     add("untrained encoder", [s.z(0, 0, TWIN)[:, 0].numpy() for s in sampled])
-    add("PCA of the pixels", principal(*sampled, subject, args.seed))
-    if args.ceiling_steps:
-        net = ceiling(subject, sampled[0], labels[0], args)
+    add("PCA of the pixels", pca_baseline(*sampled, subject, args.seed))
+    if args.supervised_steps:
+        net = supervised_bound(subject, sampled[0], labels[0], args)
         add(
             "ceiling, saw the labels",
             [subject.encode_now(net, s, "ceiling").numpy() for s in sampled],
@@ -184,8 +184,8 @@ def imagined(subject, train, test, args):
     """
     H, rows = max(AHEAD), {}
     spots = [
-        choose_spots(train, args.train_frames // 2, args.seed, ahead=H),
-        choose_spots(test, args.frames // 2, args.seed, ahead=H),
+        choose_samples(train, args.train_frames // 2, args.seed, ahead=H),
+        choose_samples(test, args.frames // 2, args.seed, ahead=H),
     ]
     real = [s.z(0, H) for s in spots]
     z_hat = [subject.imagine(subject.predictor, z[:, 0], s.act(H)) for z, s in zip(real, spots)]
@@ -202,6 +202,6 @@ def imagined(subject, train, test, args):
             rows[name] = {
                 "saw_labels": False,
                 "probe": "ridge",
-                "cells": mark(told, asked, truth[1], args),
+                "cells": score_probe(told, asked, truth[1], args),
             }
     return rows

@@ -5,8 +5,6 @@ import warnings
 import numpy as np
 from scipy.stats import rankdata
 
-from report.plans import FIGURES, POOLED
-
 # ------------------------------------------------------------------ statistics
 
 
@@ -62,23 +60,3 @@ def cells(statistic, tracks, arrays, args, n=None):
         }
         for v, a, b in zip(values, low, high)
     ]
-
-
-def summarise(figures, energy, blank, true, spots, args):
-    """{"all" or source: {figure: cell}} of a row of figures for each state, and of the energies and
-    outcomes (n, N) of all states together."""
-    out = {}
-    for source in ("all", *dict.fromkeys(spots.source)):
-        own = np.flatnonzero((spots.source == source) | (source == "all"))
-        found = cells(
-            lambda r, e, b, t: [
-                *r.mean(axis=0),
-                spearman(-e.ravel(), t.ravel()),
-                spearman(-b.ravel(), t.ravel()),
-            ],
-            spots.track[own],
-            [x[own] for x in (figures, energy, blank, true)],
-            args,
-        )
-        out[source] = dict(zip((*FIGURES, *POOLED), found))
-    return out

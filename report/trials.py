@@ -11,12 +11,12 @@ behaviours  the energies of lapping, and of what must cost more: standing on the
 landscape   the energy of plans that hold steering and throttle, in four situations: what the
             planner sees when it looks for the lowest place. Axes and prints are actions: the
             steering in rad (the joint stops at 0.4), gas and brake from 0 to 1. What is above the
-            limit of --gas is hatched.
+            limit of --max_gas is hatched.
 
 Takes the fast env and tracks for choosing; writes ROOT/visuals/trials.json and
 visuals/energy_landscape.png. Two minutes on a CPU with `--samples 256 --threads 1`.
 
-    python trials.py
+    python -m report.trials
 """
 
 if __name__ == "__main__":
@@ -32,10 +32,10 @@ import torch
 from car import FPS, ZOOM_STEPS
 from car.env import make_env
 from car.telemetry import TELEMETRY, centre_line, place_beside, telemetry
-from collect_race_data import PACES, WIDTH, Expert
-from drive_mpc import BRAKE, STEER, Blind, load_driver, planning, to_action
-from networks import stack
-from support.checkpoints import some_root
+from collect_race_data import MAX_OFFSET, PACES, Expert
+from drive_mpc import BRAKE, STEER, BaselineDriver, load_driver, planning, to_action
+from networks import stack_frames
+from support.checkpoints import require_dir
 from support.cli import Number, parser, run, track_number
 from support.files import replace_atomically, versions, writable
 from support.pictures import ornament, pyplot, save_figure
@@ -73,7 +73,7 @@ def seen(env):
     return dict(zip(TELEMETRY, telemetry(env).tolist()))
 
 
-def on_track(env, seed):
+def reset_past_zoom(env, seed):
     """Resets env to a track, past the opening zoom; returns how sharp each tile turns, 1/units."""
     env.reset(seed=seed)
     env.unwrapped.t = math.inf  # the camera has arrived
@@ -161,14 +161,14 @@ def recovery(args, driver):
     env = make_env("fast")
     drivers = {
         "mpc": driver,
-        "expert": Blind(env, "expert", PACES[0], args.seed),
-        "random": Blind(env, "random", 0, args.seed),
+        "expert": BaselineDriver(env, "expert", PACES[0], args.seed),
+        "random": BaselineDriver(env, "random", 0, args.seed),
     }
     took = {name: {kind: [] for kind in KINDS} for name in drivers}
     for i in progress(range(args.starts), desc="recovery", unit="start", leave=False):
         kind, track = KINDS[i % len(KINDS)], args.track_seed + i % args.tracks
         for name, d in drivers.items():
-            curvature = on_track(env, track)
+            curvature = reset_past_zoom(env, track)
             place = trouble(kind, env, curvature, np.random.default_rng([args.seed, i]))
             took[name][kind].append(recover(env, d, *place, track))
     env.close()
@@ -221,11 +221,11 @@ def hold_line(speed, way, env):
     )
 
 
-def behave(name, env, rng):
+def make_policy(name, env, rng):
     """Begins a behaviour: places the car; returns act(env)."""
     tile = int(rng.integers(len(env.unwrapped.track)))
     if name == "lapping":
-        expert = Expert(PACES[0], width=WIDTH)  # the teacher
+        expert = Expert(PACES[0], max_offset=MAX_OFFSET)  # the teacher
         place_beside(env, tile, speed=45)
         expert.reset(env, rng)
         return expert.act
@@ -251,14 +251,16 @@ def behaviours(args, driver):
     for name in progress(BEHAVIOURS, desc="behaviours", leave=False):
         z = []
         for i in range(args.tracks):
-            on_track(env, args.track_seed + i)
+            reset_past_zoom(env, args.track_seed + i)
             rng, frames = np.random.default_rng([args.seed, i]), []
-            act = behave(name, env, rng)
+            act = make_policy(name, env, rng)
             for _ in range(round(SECONDS * FPS)):
                 frames.append(env.unwrapped.step(act(env))[0])
             film = np.stack(frames[:: encoder.repeat])[None].transpose(0, 1, 4, 2, 3)
             with torch.inference_mode(), autocast(driver.device, driver.dtype):
-                z.append(encoder(stack(torch.from_numpy(film).to(driver.device), encoder.history)))
+                z.append(
+                    encoder(stack_frames(torch.from_numpy(film).to(driver.device), encoder.history))
+                )
         energies[name] = {
             kind: driver.nets["cost"].energy(torch.cat(z), kind).cpu().numpy()
             for kind in ("density", "classifier")
@@ -355,10 +357,10 @@ def draw_landscape(ax, act, energy):
 def landscape(args, driver):
     """Draws visuals/energy_landscape.png -> {situation: the actions of lowest energy}."""
     env, rng = make_env("fast"), np.random.default_rng(args.seed)
-    curvature = on_track(env, args.track_seed)
+    curvature = reset_past_zoom(env, args.track_seed)
     held = torch.stack(
         torch.meshgrid(
-            torch.linspace(-1, 1, GRID), torch.linspace(-1, args.gas, GRID), indexing="ij"
+            torch.linspace(-1, 1, GRID), torch.linspace(-1, args.max_gas, GRID), indexing="ij"
         ),
         dim=-1,
     )
@@ -400,7 +402,7 @@ PARTS = {"recovery": recovery, "behaviours": behaviours, "landscape": landscape}
 
 def main():
     args = arguments()
-    visuals = writable(some_root(args.root) / "visuals")
+    visuals = writable(require_dir(args.root) / "visuals")
     driver, _ = load_driver(args, args)
     body = {
         "models": driver.models,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from car import SCENE_H
-from car.sprites import mirrored
+from car.sprites import hflip
 from support.distributed import RANK
 from vicreg import gather
 
@@ -48,7 +48,7 @@ def jitter_(x, generator):
         x[part, :SCENE_H] = scene.bitwise_right_shift_(UNIT_BITS).clamp_(0, 255)
 
 
-def bend_rows(device=None):
+def warp_rows(device=None):
     """(2 + STRETCHES, SCENE_H): columns by which bends of 1 move a row of the scene to the right: a
     shift, a slope, and a curvature of each stretch of the way ahead, nearest first.
     """
@@ -63,11 +63,11 @@ def bend_rows(device=None):
 
 def moved(how):
     """Columns (N, SCENE_H) by which bends `how` (N, 2 + STRETCHES) move each row to the right."""
-    rows = bend_rows(how.device)
+    rows = warp_rows(how.device)
     return (how[:, :, None] * rows).sum(dim=1)  # not a product of matrices, which autocast rounds
 
 
-def bend_(x, generator):
+def warp_(x, generator):
     """Moves the rows of the scene sideways, in place, as if road and car lay otherwise; car and
     instruments stay. x (N, C, 64, 64) uint8, channels_last -> how, (N, 2 + STRETCHES), variance 1.
 
@@ -101,7 +101,7 @@ def bend_(x, generator):
     return how
 
 
-def straightened(scenes, how):
+def unwarp(scenes, how):
     """Scenes as if bends `how` (N, 2 + STRETCHES) had been undone: (N, 3, AHEAD, 64) -> the same,
     0 beyond the frame, and the share of each pixel that was in it, (N, 1, AHEAD, 64). Bilinear,
     differentiable in `how`.
@@ -117,7 +117,7 @@ def straightened(scenes, how):
     return seen[:, :3], seen[:, 3:]
 
 
-def unlikeness(scenes, how):
+def congealing_loss(scenes, how):
     """Share of the scenes' variance over the batch that is left when each is straightened by its
     own `how`: it falls as their roads come to lie on one another. A pixel from beyond the frame
     counts as its own usual variance or its row's, whichever is more, so that leaving the frame does
@@ -126,7 +126,7 @@ def unlikeness(scenes, how):
     Congealing: Learned-Miller 2006, Data Driven Image Models through Continuous Joint Alignment.
     """
     scenes, how = gather(scenes), gather(how)  # those of all ranks
-    straight, inside = straightened(scenes, how)
+    straight, inside = unwarp(scenes, how)
     usual = scenes.float().var(dim=0, unbiased=False).mean(dim=0)  # (AHEAD, 64)
     mean = straight.sum(dim=0) / inside.sum(dim=0).clamp_min(1e-3)
     apart = (straight - inside * mean).pow(2).mean(dim=1, keepdim=True) / inside.clamp_min(1e-3)
@@ -134,12 +134,12 @@ def unlikeness(scenes, how):
     return (apart + (1 - inside) * beyond).mean() / usual.mean().clamp_min(1e-3)
 
 
-def some_mirrored(batches, share, seed, start):
+def flip_batches(batches, share, seed, start):
     """The batches from step `start` on, in a share of their windows left and right exchanged."""
     for step, (obs, act) in enumerate(batches, start):
         rows = np.random.default_rng([seed, step, RANK, 1]).random(len(obs)) < share
         if rows.any():
             frames = obs.permute(0, 1, 3, 4, 2).numpy()  # as they lie in memory
-            frames[rows] = mirrored(frames[rows])
+            frames[rows] = hflip(frames[rows])
             act[rows, :, 0] *= -1
         yield obs, act

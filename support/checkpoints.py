@@ -15,19 +15,20 @@ import torch
 from tqdm import tqdm
 
 from networks import (
-    BendModel,
     CostModel,
     InverseModel,
     Predictor,
     Projector,
     TinyDecoder,
     TinyEncoder,
+    WarpHead,
 )
+from support import REPO
 from support.cli import Refusal, command, fail, typed
 from support.files import git_commit, lock, replace_atomically, versions
 
-PRETRAINED = Path(__file__).parent / "models" / "pretrained"
-SCHEMA = 1  # of checkpoints; a newer one is refused
+PRETRAINED = REPO / "models" / "pretrained"
+SCHEMA = 2  # of checkpoints; another one is refused
 KEPT, KEPT_EVERY = 3, 10  # of a stage's checkpoints: the last so many, and each such epoch
 YOUNG_S = 600  # a checkpoint younger than this is never deleted
 TEMPORARY = re.compile(  # names of half-written checkpoints
@@ -41,7 +42,7 @@ NETS = {
     "encoder": TinyEncoder,
     "projector": Projector,
     "inverse": InverseModel,
-    "bend": BendModel,
+    "warp": WarpHead,
     "decoder": TinyDecoder,
     "predictor": Predictor,
     "cost": CostModel,
@@ -131,7 +132,7 @@ def read(path, script=""):
         ) from e
     if schema != SCHEMA:
         fail(
-            f"{path}: expected checkpoint schema {SCHEMA}, found {schema}; update the code"
+            f"{path}: expected checkpoint schema {SCHEMA}, found {schema}, which is not this code's"
             f"{mend(path, script, word='makes it anew')}"
         )
     return payload
@@ -210,7 +211,7 @@ def rotate(folder, prefix, spared=()):
                 path.unlink()
 
 
-def set_aside(folder, names):
+def back_up(folder, names):
     """Moves what an earlier run made, the files of these names (`numbered`), to a dated folder
     beside it; nothing is deleted."""
     stale = [p for name in names for _, p in numbered(folder, name)]
@@ -237,7 +238,7 @@ def latest(folder, prefix):
     return found[-1][1] if found else Path(folder) / f"{prefix}_ep1.pth"
 
 
-def some_root(root):
+def require_dir(root):
     """The Path of a ROOT; refuses one that is not there, where other nets would drive instead."""
     if not Path(root).is_dir():
         fail(
@@ -247,7 +248,7 @@ def some_root(root):
     return Path(root)
 
 
-def models_of(root, models=None, say=print):
+def find_models(root, models=None, say=print):
     """The folder of --models, or ROOT/models, or where nothing was trained, the weights that come
     with the code; says so."""
     if models is not None:
@@ -261,7 +262,7 @@ def models_of(root, models=None, say=print):
     if (models / "encoder_resume.pth").exists() and not latest(models, "encoder_mixed").exists():
         fail(
             f"{models}: its encoder has not finished an epoch; "
-            f"{command('train_encoder.py', root)} goes on{meanwhile(models)}"
+            f"{command('train_encoder.py', root)} goes on{pretrained_hint(models)}"
         )
     ours, shipped = (latest(folder, "encoder_mixed") for folder in (models, PRETRAINED))
     if shipped.exists() and not ours.exists():
@@ -270,7 +271,7 @@ def models_of(root, models=None, say=print):
     return models
 
 
-def meanwhile(models):
+def pretrained_hint(models):
     """The end of a line about nets that a folder lacks: how to take those that come with the code
     until they are trained."""
     if (
@@ -297,7 +298,7 @@ def need_nets(models, root):
         fail(
             f"{names}: not found; {made} "
             + ("makes it" if len(lacking) == 1 else "make them")
-            + meanwhile(models)
+            + pretrained_hint(models)
         )
 
 

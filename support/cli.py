@@ -121,6 +121,10 @@ class Help(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """One that refuses arguments in one line, and not behind a page of its usage."""
 
+    def __init__(self, **kw):
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        super().__init__(prog=f"-m {spec.name}" if spec else None, **kw)
+
     def error(self, message):
         self.exit(2, f"error: {message}; `python {self.prog} --help` explains\n")
 
@@ -234,7 +238,7 @@ def optimisation(p, batch_size, epochs=50, steps_per_epoch=0, lr=1e-3, weight_de
     )
     g.add_argument(
         "--steps_per_epoch",
-        type=natural,
+        type=nonnegative_int,
         default=steps_per_epoch,
         help="0: as many as show the data about once",
     )
@@ -266,7 +270,7 @@ class Number:
 
 
 positive = Number(int, 1, 10**9)
-natural = Number(int, 0, 10**9)
+nonnegative_int = Number(int, 0, 10**9)
 batch_number = Number(int, 1, 10**6)
 seed_number = Number(int, 0, 2**32 - 1)
 track_number = Number(int, 0, 2**63 - 10**10)  # what collectors draw, and sums with other seeds

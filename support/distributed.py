@@ -26,7 +26,7 @@ class _Loss(nn.Module):
         return self.loss_fn(self.nets, *batch)
 
 
-def over_ranks(loss_fn, nets):
+def wrap_ddp(loss_fn, nets):
     """loss_fn(nets, *batch) as a function of the batch: the part of one rank, while gradients are
     those of the parts of all together, batch statistics included. Every net must be used.
     """
@@ -37,11 +37,11 @@ def over_ranks(loss_fn, nets):
             nets[name] = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         for norm in net.modules():
             if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                norm.forward = partial(norm_over_ranks, norm)
+                norm.forward = partial(sync_batch_norm, norm)
     return nn.parallel.DistributedDataParallel(_Loss(loss_fn, nets))
 
 
-def norm_over_ranks(norm, x):
+def sync_batch_norm(norm, x):
     """The forward of a batch norm with the statistics of the batches of all ranks, x (N, C, ...):
     torch's SyncBatchNorm for CPUs, which it does not serve.
     """
@@ -66,10 +66,10 @@ RANK, LOCAL_RANK, RANKS = (  # which process this is of all, and on its machine;
     int(os.environ[k]) if dist.is_torchelastic_launched() else default
     for k, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
 )
-PATIENCE = timedelta(hours=4)  # others wait while rank 0 encodes, evaluates and paints alone
+DIST_TIMEOUT = timedelta(hours=4)  # others wait while rank 0 encodes, evaluates and paints alone
 
 
-def everywhere(*numbers):
+def all_gather_numbers(*numbers):
     """The numbers of all ranks, a list each, in order of rank; all wait for the last one."""
     mine = torch.tensor(numbers, dtype=torch.float64)
     if RANKS == 1:
@@ -81,12 +81,12 @@ def everywhere(*numbers):
 
 def stopped_anywhere(stop):
     """True once a Stop came to any rank. All ranks ask together, between the same two steps."""
-    return any(requested for (requested,) in everywhere(stop.requested))
+    return any(requested for (requested,) in all_gather_numbers(stop.requested))
 
 
 def same_start(step, per_epoch):
     """Steps an epoch as rank 0 counts them; refuses ranks that would not start at the same step."""
-    starts = everywhere(step, per_epoch)
+    starts = all_gather_numbers(step, per_epoch)
     if len({step for step, _ in starts}) > 1:
         fail(
             f"the processes would start at steps {[int(step) for step, _ in starts]}: all "
@@ -96,10 +96,10 @@ def same_start(step, per_epoch):
 
 
 @contextmanager
-def in_turn():
+def rank_by_rank():
     """The block runs in one rank after the other: what the first one makes, the others find."""
     for _ in range(RANK):
-        everywhere()
+        all_gather_numbers()
     yield
     for _ in range(RANKS - RANK):
-        everywhere()
+        all_gather_numbers()

@@ -5,7 +5,7 @@ import torch
 from tqdm import tqdm
 
 from buffer import Loader
-from networks import stack
+from networks import stack_frames
 from support.checkpoints import build, numbered, read
 from support.cli import Refusal, command
 from support.pictures import plain, pyplot, save_figure, save_gif
@@ -54,7 +54,7 @@ def dream_windows(sources, encoder, horizon, seed=0):
 def dream(encoder, predictor, decoder, obs, act, device):
     """Real frames, decoded dreams, both (n, H + 1, 64, 64, 3) uint8; step 0 is reconstructed."""
     n, h = len(obs), encoder.history
-    z0 = encoder(stack(obs[:, :h].to(device), h))
+    z0 = encoder(stack_frames(obs[:, :h].to(device), h))
     z = torch.cat([z0[:, None], predictor.rollout(z0, act.to(device))], dim=1)  # (n, H + 1, D)
     frames = decoder(z.flatten(0, 1)).clamp(0, 1).mul(255).byte().cpu()
     frames = frames.view(n, -1, 3, 64, 64)

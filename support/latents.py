@@ -9,14 +9,14 @@ import torch
 
 from buffer import made_by, read_ahead, shares_of
 from car import ZOOM_STEPS
-from networks import FORESIGHT, stack
+from networks import VALUE_HORIZON, stack_frames
 from support.checkpoints import fingerprint, latest, load_frozen
 from support.cli import command, fail
-from support.distributed import RANK, in_turn
+from support.distributed import RANK, rank_by_rank
 from support.files import lock, replace_atomically, sync, versions, writable
 from support.progress import progress
-from support.resume import of_these, read_run
-from support.training import DTYPES, autocast, encoded_at_once, name_of
+from support.resume import check_inputs, read_run
+from support.training import DTYPES, autocast, encode_batch_size, name_of
 
 OURS = re.compile(r"latents_[0-9a-f]{16}-p[0-9]+-(bf16|fp16|fp32)\.(f16|json)")  # what it writes
 
@@ -116,7 +116,7 @@ class Latents:
         rows = (torch.arange(len(obs), device=obs.device)[:, None] + back).clamp_min(0)
         out = [
             encode(obs[some].permute(0, 1, 4, 2, 3))
-            for some in rows.split(encoded_at_once(obs.device))
+            for some in rows.split(encode_batch_size(obs.device))
         ]
         return torch.cat(out).half().cpu().numpy()
 
@@ -157,9 +157,11 @@ class Latents:
 def features_of(encoder, obs, device, dtype):
     """Raw latents of stacked frames: obs (N, history, 3, 64, 64) -> (N, D) on the CPU."""
     out = []
-    for part in obs.split(encoded_at_once(device)):
+    for part in obs.split(encode_batch_size(device)):
         with autocast(device, dtype):
-            out.append(encoder.features(stack(part.to(device), encoder.history)).float().cpu())
+            out.append(
+                encoder.features(stack_frames(part.to(device), encoder.history)).float().cpu()
+            )
     return torch.cat(out)
 
 
@@ -178,16 +180,16 @@ def load_latents(args, device, dtype, sources, stop, resume, predictor=None):
             f"{command('train_predictor.py', args.root, '--fresh')}"
         )
     if (models / resume).is_file() and not args.fresh:
-        of_these(models / resume, read_run(models / resume), encoder_key=key)
+        check_inputs(models / resume, read_run(models / resume), encoder_key=key)
 
     def encode(obs):
         with torch.no_grad(), autocast(device, dtype):
-            return encoder(stack(obs.to(device), encoder.history))
+            return encoder(stack_frames(obs.to(device), encoder.history))
 
     chunks = [c for split in sources.values() for part in split for c in part]
     bar = lambda items: progress(items, desc="encode", unit="episode", disable=RANK > 0)
     stem = f"{key}-p{chunks[0].meta['preprocess']}"
-    with in_turn():
+    with rank_by_rank():
         there = [
             name
             for name in (name_of(dtype), *DTYPES)  # whatever they were encoded in
@@ -271,7 +273,7 @@ class LatentSampler:
 
     def __init__(self, latents, chunks, predictor, horizon, cost=None):
         self.latents, self.predictor, self.K, self.cost = latents, predictor, horizon + 1, cost
-        self.length = self.K + (FORESIGHT if cost else 0)
+        self.length = self.K + (VALUE_HORIZON if cost else 0)
         self.starts = latents.starts(chunks, self.length, skip=ZOOM_STEPS)
         if len(self.starts) == 0:
             more = (self.length - 1) * latents.repeat
@@ -286,7 +288,7 @@ class LatentSampler:
         return self.latents.windows(starts, 1)[0][:, 0]
 
     @torch.no_grad()
-    def mixed(self, count, rng, device, dtype):
+    def sample(self, count, rng, device, dtype):
         """About (count, D) on the device: half real, half imagined up to the whole horizon; with a
         cost model also (count,), its `came` after each."""
         H = self.K - 1
@@ -301,5 +303,5 @@ class LatentSampler:
         chosen = torch.cat([x[rows, k] for k in pick for x in (z[:, 1:], dreamt)])
         if self.cost is None:
             return chosen
-        came = self.cost.came(z)[:, 1:]
+        came = self.cost.value_target(z)[:, 1:]
         return chosen, torch.cat([came[rows, k] for k in pick for _ in range(2)])

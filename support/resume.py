@@ -7,7 +7,7 @@ from contextlib import suppress
 import torch
 from torch import nn
 
-from support.checkpoints import Damaged, _write, last_line, numbered, read, save, set_aside
+from support.checkpoints import Damaged, _write, back_up, last_line, numbered, read, save
 from support.cli import Refusal, fail, typed
 from support.distributed import RANK
 
@@ -28,7 +28,7 @@ RUNTIME_ARGS = {
 }  # may change on resume
 
 
-def so_far(args, step, per_epoch, per_step, **data):
+def run_metadata(args, step, per_epoch, per_step, **data):
     """What each checkpoint says of its training: arguments, step, epoch, and the frames that were
     seen of each source (`per_step`: in one step); `data` is buffer.provenance's."""
     return dict(
@@ -78,7 +78,7 @@ def arithmetic_of(name, args):
     return ""
 
 
-def of_these(path, payload, **must):
+def check_inputs(path, payload, **must):
     """Refuses a payload with other values of `must`: of the nets, as x_key, it was trained on."""
     for key, now in must.items():
         if payload.get(key, now) != now:
@@ -103,11 +103,11 @@ def resume_run(path, nets, optim, scaler, args, made, data_key, **must):
             "on; --fresh sets it aside and starts again"
         )
     if args.fresh:
-        set_aside(path.parent, (path.name, *made))
+        back_up(path.parent, (path.name, *made))
     if not path.is_file():
         return None
     payload = read_run(path)
-    of_these(path, payload, **must)
+    check_inputs(path, payload, **must)
     restore(path, payload, nets, optim, scaler, args)
     if payload["data_key"] != data_key:
         print(
@@ -130,7 +130,7 @@ def restore(path, payload, nets, optim, scaler, args):
     the arguments are others."""
     if "per_epoch" not in payload:
         fail(f"{path}: was written by an older version of this code; add --fresh to start again")
-    then = {"gauges": "0", "mirror": "0.0", "align": "0.0", **payload["args"]}  # once had none
+    then = {"hud_pca": "0", "mirror": "0.0", "align": "0.0", **payload["args"]}  # once had none
     others = [
         f"--{key} {typed(then.get(key))}, this command has {typed(now)}"
         for key, now in vars(args).items()

@@ -82,13 +82,13 @@ class Report:
         if not known:
             return
         if known.get("finished", True):
-            return self._set_aside("finished")
+            return self._back_up("finished")
         now, then = (
             {k: json.dumps(v) for k, v in x.items()} for x in (self.settings, known["settings"])
         )
         other = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
         if other:
-            return self._set_aside(f"unfinished, with other {', '.join(other)}")
+            return self._back_up(f"unfinished, with other {', '.join(other)}")
         self.rows = {
             name: {e["track_seed"]: e for e in r["episodes"]} for name, r in known["rows"].items()
         }
@@ -114,7 +114,7 @@ class Report:
             )
         return known
 
-    def _set_aside(self, what):
+    def _back_up(self, what):
         """Gives the report that is there another name: no score is lost to a new drive."""
         aside = self.path.with_name(
             f"{self.path.stem}-{time.strftime('%Y%m%d-%H%M%S')}{self.path.suffix}"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from threadpoolctl import threadpool_limits
 
 from support.cli import cores, fail, optional
-from support.distributed import LOCAL_RANK, PATIENCE, RANK, RANKS, everywhere
+from support.distributed import DIST_TIMEOUT, LOCAL_RANK, RANK, RANKS, all_gather_numbers
 from support.files import lock_file, writable
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # options of glibc's mallopt
@@ -156,11 +156,11 @@ def set_up(args, ranks=False, was=""):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(
-            "cpu:gloo" + ",cuda:nccl" * (device.type == "cuda"), timeout=PATIENCE
+            "cpu:gloo" + ",cuda:nccl" * (device.type == "cuda"), timeout=DIST_TIMEOUT
         )
-    keep_memory()
+    tune_malloc()
     dtype, why = pick_precision(args.precision, device, was.split(", ")[1] if was else "")
-    if len({tuple(pick) for pick in everywhere(list(DTYPES).index(name_of(dtype)))}) > 1:
+    if len({tuple(pick) for pick in all_gather_numbers(list(DTYPES).index(name_of(dtype)))}) > 1:
         dtype, why = torch.float32, "the processes have unlike hardware"
     describe_device(device, dtype, why)
     if getattr(args, "compile", False):
@@ -185,7 +185,7 @@ def try_compiler(device):
         )
 
 
-def keep_memory():
+def tune_malloc():
     """Has glibc keep what is freed for the next step, not give it back to the kernel, which
     zeroes each page anew: a sixth of a training step on two cores. Elsewhere it does nothing."""
     with suppress(AttributeError, OSError, TypeError):
@@ -224,7 +224,7 @@ def on_device(batches, device, work=lambda *batch: batch):
             yield batch
 
 
-def encoded_at_once(device):
+def encode_batch_size(device):
     """How many pictures a frozen encoder is shown in one go: on a CPU few, whose maps stay in its
     caches, an eighth faster than 256 on two threads and a quarter to a third on one."""
     return 64 if device.type == "cpu" else 256

@@ -21,7 +21,7 @@ from car import ENV_ID, PREPROCESS_VERSION
 from car.env import make_env
 from car.episode import run_episode
 from car.telemetry import TELEMETRY
-from support.cli import Number, Stop, cores, fail, natural, parser
+from support.cli import Number, Stop, cores, fail, nonnegative_int, parser
 from support.files import git_commit, lock_file, versions, writable
 from support.progress import progress
 
@@ -65,7 +65,7 @@ def number_of(job, worker, episode):
 
 def work(conn, job, worker):
     """A worker: episode numbers come in, finished episodes' summaries go out."""
-    threading.Thread(target=die_with_the_collector, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     env = make_env(job["env"])
     for left in reversed(range(EPISODES_PER_WORKER)):
         try:
@@ -76,7 +76,7 @@ def work(conn, job, worker):
     conn.close()
 
 
-def die_with_the_collector():
+def exit_with_parent():
     """An orphan has nobody to collect for."""
     mp.parent_process().join()
     os._exit(1)
@@ -126,19 +126,24 @@ def collect(args, source, make_policy):
         f"{folder}: another collector of machine {args.machine_id} is at work there; wait for "
         "it, or give this one another --machine_id",
     )
-    sweep(folder, f"{source}-{socket.gethostname()}-s")
+    remove_stale_tmp(folder, f"{source}-{socket.gethostname()}-s")
     chunks, damaged, duplicates = index(folder)
     for line in damaged + duplicates:
         print(f"not counted: {line}")
     have = sum(c.frames for c in chunks)
     print(f"{folder}: {have:,} frames in {len(chunks)} episodes, target {args.frames:,}")
-    for line in driven_otherwise(chunks, args):
+    for line in other_flags(chunks, args):
         print(f"{folder}: keeps {line}")
     if have >= args.frames:
         print("nothing to do: the target is reached")
         return 0
     need_room(folder, args.frames - have)
-    crew, stop, done, error = Crew(make_job(args, source, folder, make_policy)), Stop(), [], None
+    crew, stop, done, error = (
+        WorkerPool(make_job(args, source, folder, make_policy)),
+        Stop(),
+        [],
+        None,
+    )
     start = time.monotonic()
     bar = progress(total=args.frames, initial=have, unit="frame", unit_scale=True, desc=source)
     try:
@@ -154,23 +159,23 @@ def collect(args, source, make_policy):
                 error = f"{folder}: workers die at once (exit code {crew.exitcode})"
     finally:
         bar.close()
-        crew.dismiss()
+        crew.terminate()
     report(done, time.monotonic() - start)
     if error:
         fail(error)
     return 130 if stop else 0
 
 
-def driven_otherwise(chunks, args):
+def other_flags(chunks, args):
     """Of the episodes that are there, those that flags unlike this command's drove, in words."""
-    for flag in ("pace", "width"):
+    for flag in ("pace", "max_offset"):
         then = [c.meta["policy"].get(flag) for c in chunks] if hasattr(args, flag) else []
         others = [x for x in then if x is not None and x not in np.ravel(getattr(args, flag))]
         if others:
             yield f"{len(others)} episodes of --{flag} {' '.join(map(str, sorted(set(others))))}"
 
 
-def origin(source, kind):
+def provenance_meta(source, kind):
     """What a chunk says of where it comes from; kind: of env."""
     return dict(
         source=source,
@@ -189,7 +194,7 @@ def make_job(args, source, folder, make_policy):
     runs = (re.search(r"r(\d+)-\w+-w\d+-e\d+$", p.stem) for p in folder.glob("*.npz"))
     run_no = 1 + max((int(r[1]) for r in runs if r), default=-1)
     stem = f"{source}-{host}-s{args.seed}m{args.machine_id}r{run_no:03d}-{secrets.token_hex(3)}"
-    meta = origin(source, args.env) | {"run": run_no}
+    meta = provenance_meta(source, args.env) | {"run": run_no}
     return dict(
         source=source,
         folder=folder,
@@ -200,7 +205,7 @@ def make_job(args, source, folder, make_policy):
         machine_id=args.machine_id,
         workers=args.workers,
         paces=getattr(args, "pace", None),
-        width=getattr(args, "width", None),
+        max_offset=getattr(args, "max_offset", None),
         stem=stem,
         meta=meta,
     )
@@ -218,7 +223,7 @@ def need_room(folder, frames):
         )
 
 
-class Crew:
+class WorkerPool:
     """The workers of a job: each has a number, a pipe, and episodes numbered from 0 on."""
 
     def __init__(self, job):
@@ -232,7 +237,7 @@ class Crew:
     def finished(self, timeout=0.5):
         """Replaces who is gone, and yields the summaries of the episodes that have ended."""
         for worker in set(range(self.job["workers"])) - {w for _, w in self.workers.values()}:
-            self._hire(worker)
+            self._spawn(worker)
         for pipe in wait(list(self.workers), timeout):
             try:
                 summary = pipe.recv()
@@ -244,10 +249,10 @@ class Crew:
                 continue
             self.deaths = 0
             if not summary.get("retires"):
-                self._hand_out(pipe)
+                self._assign(pipe)
             yield summary
 
-    def _hire(self, worker):
+    def _spawn(self, worker):
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=work, args=(theirs, self.job, worker), daemon=True)
         signals = {signal.SIGINT, signal.SIGHUP}  # a terminal's: the parent decides
@@ -259,9 +264,9 @@ class Crew:
         theirs.close()
         self.pids.add(process.pid)
         self.workers[ours] = process, worker
-        self._hand_out(ours)
+        self._assign(ours)
 
-    def _hand_out(self, pipe):
+    def _assign(self, pipe):
         worker = self.workers[pipe][1]
         try:
             pipe.send(self.next_episode[worker])
@@ -269,7 +274,7 @@ class Crew:
         except OSError:
             pass  # died meanwhile; `wait` will say so
 
-    def dismiss(self):
+    def terminate(self):
         """Ends all at once: chunks are whole or not there, only the episodes in hand are lost."""
         for process, _ in self.workers.values():
             process.kill()
@@ -280,7 +285,7 @@ class Crew:
                 tmp.unlink(missing_ok=True)
 
 
-def sweep(folder, stem):
+def remove_stale_tmp(folder, stem):
     """Removes what killed processes of this machine, whose names begin so, left half written."""
     for tmp in folder.glob(f".{stem}*.npz.*.tmp"):
         pid = tmp.name.split(".")[-2]
@@ -338,7 +343,7 @@ def collector_parser(doc, frames):
     )
     p.add_argument(
         "--machine_id",
-        type=natural,
+        type=nonnegative_int,
         default=0,
         help="another number on each machine that collects, so that no track is twice",
     )

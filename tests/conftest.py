@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process and all scripts
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 
-SMALL = "--width 0.125 --dim 32 --batch_size 12 --precision fp32 --threads 1".split()
+SMALL = "--channels 8 --dim 32 --batch_size 12 --precision fp32 --threads 1".split()
 CHAIN = {  # stage: the README's command, small
     "collect_race_data.py": [
         "--frames",
@@ -21,13 +21,13 @@ CHAIN = {  # stage: the README's command, small
         "--pace",
         "0.1",
         "0.2",
-        "--width",
+        "--max_offset",
         "3",
     ],
     "collect_recovery_data.py": ["--frames", "2500", "--workers", "2"],
     "collect_data.py": ["--frames", "3200", "--workers", "2"],
     "train_encoder.py": [*SMALL, "--epochs", "2", "--steps_per_epoch", "20"],
-    "train_decoder.py": ["--once", "--steps", "20", "--batch_size", "16", "--width", "16"],
+    "train_decoder.py": ["--once", "--steps", "20", "--batch_size", "16", "--channels", "16"],
     "train_predictor.py": [
         "--epochs",
         "2",
@@ -44,7 +44,8 @@ CHAIN = {  # stage: the README's command, small
 
 def script(name, *args, root=None, **kw):
     """Runs a script as a user would; returns the finished process with its output as text."""
-    command = [sys.executable, str(REPO / name), *map(str, args)]
+    where = [str(REPO / name)] if name.endswith(".py") else ["-m", name]
+    command = [sys.executable, *where, *map(str, args)]
     if root is not None:
         command += ["--root", str(root)]
     env = {**os.environ, "DISPLAY": "", "WAYLAND_DISPLAY": ""}

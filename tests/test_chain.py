@@ -56,7 +56,7 @@ def test_seeds_of_collectors_are_never_for_evaluation(chain):
     seeds = [c.meta["track_seed"] for c in chunks]
     assert min(seeds) >= 10_000_000 and len(set(seeds)) == len(seeds)
     race = [c.meta["policy"] for c in chunks if c.meta["source"] == "data_race"]
-    assert {(p["pace"], p["width"]) for p in race} == {(0.1, 3), (0.2, 3)}
+    assert {(p["pace"], p["max_offset"]) for p in race} == {(0.1, 3), (0.2, 3)}
 
 
 def test_training_leaves_checkpoints_logs_and_pictures(chain):
@@ -78,7 +78,7 @@ def test_training_leaves_checkpoints_logs_and_pictures(chain):
     assert (visuals / "output_dream.gif").read_bytes()[:4] == b"GIF8"
     assert not [p for p in root.rglob(".*") if p.is_file()]  # no temporary file is left
     assert "copy-last" in said["train_predictor.py"] and "AUC" in said["train_cost_model.py"]
-    assert "TinyEncoder" in script("networks.py", models / "encoder_mixed_ep2.pth").stdout
+    assert "TinyEncoder" in script("tools.checkpoint", models / "encoder_mixed_ep2.pth").stdout
 
 
 def test_a_finished_stage_is_not_repeated(chain):
@@ -222,7 +222,7 @@ def test_the_watcher_draws_what_is_good_in_order_names_the_bad_and_ends(chain, t
             str(REPO / "train_decoder.py"),
             "--steps",
             "4",
-            "--width",
+            "--channels",
             "8",
             "--batch_size",
             "8",
@@ -262,7 +262,7 @@ def test_a_stopped_decoder_goes_on_where_it_was(chain, tmp_path):
         "--once",
         "--steps",
         "300",
-        "--width",
+        "--channels",
         "8",
         "--batch_size",
         "8",
@@ -307,18 +307,18 @@ def test_an_aligned_encoder_trains_and_a_run_of_before_goes_on(chain, tmp_path):
     for name in ("data", "data_race", "data_recovery"):
         (tmp_path / name).symlink_to(chain[0] / name)
     args = [*SMALL, "--epochs", "1", "--steps_per_epoch", "6"]
-    done = script("train_encoder.py", *args, "--align", "5", root=tmp_path)
+    done = script("train_encoder.py", *args, "--congeal", "5", root=tmp_path)
     assert done.returncode == 0, done.stderr
     log = (tmp_path / "models" / "encoder.jsonl").read_text().splitlines()
     assert 0 < json.loads(log[-1])["val_align"] < 2
-    bend = weights(tmp_path / "models" / "encoder_mixed_ep1.pth")["bend"]
+    bend = weights(tmp_path / "models" / "encoder_mixed_ep1.pth")["warp"]
     assert bend["args"]["aligned"] and bend["weights"]["net.bias"].abs().max() > 0
     other = script("train_encoder.py", *args, root=tmp_path)
-    refused(other, "--align 5.0", "0.0")
+    refused(other, "--congeal 5.0", "0.0")
     saved = tmp_path / "models" / "encoder_resume.pth"
     shutil.copy(chain[0] / "models" / saved.name, saved)
     run = torch.load(saved, weights_only=True)
-    del run["args"]["align"]  # as it was before there was such a thing
+    del run["args"]["congeal"]  # as it was before there was such a thing
     torch.save(run, saved)
     shutil.copy(chain[0] / "models" / "encoder_mixed_ep2.pth", saved.parent)
     done = script("train_encoder.py", *CHAIN["train_encoder.py"], root=tmp_path)
@@ -361,7 +361,7 @@ def test_plain_vicreg_trains_too(chain, tmp_path):
 
 @pytest.mark.slow
 def test_the_fast_env_is_at_least_eight_times_the_stock_one(tmp_path):
-    done = script("benchmark.py", "env", "--rounds", "1", "--steps", "250", root=tmp_path)
+    done = script("benchmark.py", "env", "--iterations", "1", "--steps", "250", root=tmp_path)
     ratio = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("fast env  ")]
     assert float(ratio[0]) >= 8, done.stdout
 
@@ -423,9 +423,9 @@ def test_foreign_checkpoints_are_refused_and_kept(chain, tmp_path):
     shutil.copytree(chain[0] / "models", tmp_path / "models")
     encoder = tmp_path / "models" / "encoder_mixed_ep2.pth"
     payload = torch.load(encoder, weights_only=True)
-    payload["nets"]["encoder"]["args"]["width"] = 0.25
+    payload["nets"]["encoder"]["args"]["channels"] = 16
     torch.save(payload, encoder)
-    refused(script("drive_mpc.py", root=tmp_path), "encoder_mixed_ep2.pth", "width")
+    refused(script("drive_mpc.py", root=tmp_path), "encoder_mixed_ep2.pth", "channels")
     encoder.write_text("garbage")
     refused(script("drive_mpc.py", root=tmp_path), "encoder_mixed_ep2.pth", "damaged or foreign")
     torch.save({"schema": 1, "f": print}, encoder)  # a pickled payload is never run
@@ -459,9 +459,9 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     [
         ("collect_data.py --frames 0", ["--frames", "from 1 to"]),
         ("train_encoder.py --mirror 2", ["--mirror"]),
-        ("train_encoder.py --width 0", ["--width"]),
-        ("train_encoder.py --align -1", ["--align", "from 0 to", "-1"]),
-        ("train_encoder.py --dim 10", ["--dim 10 --gauges 8", "2 numbers"]),
+        ("train_encoder.py --channels 0", ["--channels"]),
+        ("train_encoder.py --congeal -1", ["--congeal", "from 0 to", "-1"]),
+        ("train_encoder.py --dim 10", ["--dim 10 --hud_pca 8", "2 numbers"]),
         ("train_encoder.py --batch_size 2", ["--batch_size 2", "data"]),
         ("train_encoder.py --objective vicreg --batch_size 3", ["--batch_size 3", "4 or more"]),
         ("train_encoder.py --targets 1 900", ["1800 steps", "longest has", "--targets"]),
@@ -469,7 +469,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
             "train_predictor.py --horizon 900",
             ["1800 steps", "longest has", "--horizon", "--repeat"],
         ),
-        ("train_encoder.py --align 40 --bend 0", ["--align 40 --bend 0"]),
+        ("train_encoder.py --congeal 40 --warp 0", ["--congeal 40 --warp 0"]),
         ("train_predictor.py --shares 0.5 0.5", ["--shares 0.5 0.5", "3 numbers", "data_recovery"]),
         ("train_cost_model.py --hidden 7", ["--hidden 256", "repeat its arguments"]),
         ("demo_energy.py --headless --steps 60", ["--steps 60", "step 61"]),
@@ -516,9 +516,7 @@ def test_a_last_file_that_is_gone_or_damaged_is_written_anew(chain, tmp_path):
             )
 
 
-SCRIPTS = sorted(
-    p.name for p in REPO.glob("*.py") if p.name not in ("vicreg.py", "networks.py", "car_env.py")
-)
+SCRIPTS = sorted(p.name for p in REPO.glob("*.py") if p.name not in ("vicreg.py", "networks.py"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -560,7 +558,7 @@ def test_without_nets_it_drives_with_the_weights_that_come_with_the_code(tmp_pat
 
 @pytest.mark.slow
 def test_training_is_timed_beside_the_bare_net(chain):
-    done = script("benchmark.py", "train", "--rounds", 1, "--train_steps", 2, root=chain[0])
+    done = script("benchmark.py", "train", "--iterations", 1, "--train_steps", 2, root=chain[0])
     assert done.returncode == 0, done.stderr
     ms = [float(x) for x in re.findall(r"([\d.]+) ms a step", done.stdout)]
     share = float(re.search(r"the loop runs at ([\d.]+)%", done.stdout)[1])

@@ -19,7 +19,7 @@ from conftest import REPO, script
 from buffer import index, read_chunk
 from car.env import make_env
 from collect_race_data import pace_of
-from collect_recovery_data import FUMBLE, NOISE, FaultyExpert
+from collect_recovery_data import NOISE, NOISE_BURST, FaultyExpert
 from support.workers import FIRST_SEED, number_of, seeds_of
 from tools.bench_data import children, workers_of
 
@@ -317,4 +317,4 @@ def test_a_fumble_is_as_random_as_a_planner_and_never_gas_with_brake():
         bent.append(action - np.array(driver.expert.controls(env)))
         assert action[1] * action[2] == 0 and abs(action[0]) <= 1 and action[1:].min() >= 0
         env.step(driver.expert.act(env))  # the car stays on its line
-    assert np.std(bent, axis=0)[0] == pytest.approx(FUMBLE * NOISE, rel=0.3)
+    assert np.std(bent, axis=0)[0] == pytest.approx(NOISE_BURST * NOISE, rel=0.3)

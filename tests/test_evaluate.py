@@ -27,14 +27,14 @@ from report.episodes import (
     TWIN,
     Episode,
     Recorder,
-    Spots,
-    choose_spots,
+    Samples,
+    choose_samples,
     numbered,
     on_grid,
-    partners,
+    other_episode,
 )
-from report.futures import FILMS, VIOLATIONS, Scale, scales, separated
-from report.models import Subject
+from report.futures import FILMS, VIOLATIONS, Scale, detection_metrics, scales
+from report.models import Models
 from report.page import text
 from report.plans import (
     AFTER,
@@ -47,14 +47,14 @@ from report.plans import (
     taught_outcome,
     way,
 )
-from report.probes import AHEAD, OFF_ROAD, PROBED, Labels, mark, probe
+from report.probes import AHEAD, OFF_ROAD, PROBED, Labels, probe, score_probe
 from report.statistics import auc, cells, spearman
 from support.cli import Refusal
 from support.workers import FIRST_SEED
 
 TINY = (
-    "--tracks 2 --train_frames 500 --frames 100 --windows 10 --states 1 --samples 16 --lived 4 "
-    "--ceiling_steps 3 --ceiling_batch 8 --bootstrap 5"
+    "--tracks 2 --train_frames 500 --frames 100 --windows 10 --states 1 --samples 16 "
+    "--replayed_plans 4 --supervised_steps 3 --supervised_batch 8 --bootstrap 5"
 ).split()
 SOURCES = ["data_race", "data_recovery", "data"]
 
@@ -104,7 +104,7 @@ def test_without_episodes_or_nets_it_judges_the_weights_that_come_with_the_code(
         *TINY,
         "--parts",
         "knows",
-        "--ceiling_steps",
+        "--supervised_steps",
         "0",
         "--threads",
         "1",
@@ -212,12 +212,12 @@ def test_bad_checkpoints_are_refused(chain, tmp_path):
         "expected a net named encoder",
     )
     with pytest.raises(Refusal, match="none.pth: not found; .*train_encoder.py"):
-        Subject(flags(chain[0], tmp_path / "none.pth"))
+        Models(flags(chain[0], tmp_path / "none.pth"))
     payload = torch.load(models / "encoder_mixed_ep2.pth", weights_only=True)
-    payload["nets"]["encoder"]["args"]["width"] = 0.25
+    payload["nets"]["encoder"]["args"]["channels"] = 16
     torch.save(payload, tmp_path / "wide.pth")
-    with pytest.raises(Refusal, match="wide.pth.*do not fit.*width"):
-        Subject(flags(chain[0], tmp_path / "wide.pth"))
+    with pytest.raises(Refusal, match="wide.pth.*do not fit.*channels"):
+        Models(flags(chain[0], tmp_path / "wide.pth"))
 
 
 def flags(root, checkpoint):
@@ -250,7 +250,7 @@ def test_parts_without_a_matching_predictor_are_left_out(chain, tmp_path, monkey
         [
             "evaluate.py",
             *TINY,
-            "--ceiling_steps",
+            "--supervised_steps",
             "0",
             "--root",
             str(tmp_path),
@@ -268,7 +268,7 @@ def test_parts_without_a_matching_predictor_are_left_out(chain, tmp_path, monkey
     assert cv2.imread(str(tmp_path / "visuals" / "report_only_knows.png")).std() > 5
     args = flags(root, models / "encoder_mixed_ep1.pth")
     with pytest.raises(Refusal, match="--parts plans"):
-        possible(Subject(args), args)
+        possible(Models(args), args)
 
 
 # ------------------------------------------------------------------ that the figures can be wrong
@@ -283,9 +283,9 @@ def test_auc_is_that_of_scikit_learn_ties_included():
 
 def test_a_future_swapped_with_itself_is_not_found():
     true = np.random.default_rng(0).random(500)
-    assert separated(true, true)[[0, 2]].tolist() == [0.5, 0.5]
-    assert separated(true, true)[1] <= 0.01
-    assert separated(true, true + 2).tolist() == [1, 1, 1]
+    assert detection_metrics(true, true)[[0, 2]].tolist() == [0.5, 0.5]
+    assert detection_metrics(true, true)[1] <= 0.01
+    assert detection_metrics(true, true + 2).tolist() == [1, 1, 1]
 
 
 def test_films_show_what_their_names_say():
@@ -302,10 +302,10 @@ def test_probes_find_what_is_there_and_nothing_else():
         Labels(x[:, :6] * 3 + 1, np.ones(len(x), bool), x[:, 6] > 0, np.arange(len(x)) % 7)
         for x in z
     ]
-    found = mark(probe("ridge", z[0], labels[0], 0), z[1], labels[1], args)
+    found = score_probe(probe("ridge", z[0], labels[0], 0), z[1], labels[1], args)
     assert all(found[q]["value"] > 0.999 for q in PROBED) and found[OFF_ROAD]["value"] > 0.97
     noise = [rng.normal(size=x.shape) for x in z]
-    found = mark(probe("ridge", noise[0], labels[0], 0), noise[1], labels[1], args)
+    found = score_probe(probe("ridge", noise[0], labels[0], 0), noise[1], labels[1], args)
     assert all(found[q]["value"] < 0.1 for q in PROBED)
     assert abs(found[OFF_ROAD]["value"] - 0.5) < 0.15
 
@@ -334,16 +334,16 @@ def episodes_of_a_linear_world(count, K=60, D=4):
 
 def test_the_linear_predictor_solves_a_linear_world():
     world = episodes_of_a_linear_world(12)
-    fit = choose_spots(world[:10], 120, 0, ahead=5)
-    ask = choose_spots(world[10:], 30, 0, ahead=5)
+    fit = choose_samples(world[:10], 120, 0, ahead=5)
+    ask = choose_samples(world[10:], 30, 0, ahead=5)
     z = ask.z(0, 5)
     error = (linear_dream(fit, z[:, 0], ask.act(5), 5) - z[:, 1:]).pow(2).mean()
     assert error < 0.01 * (z[:, :1] - z[:, 1:]).pow(2).mean()
 
 
 def test_swapped_actions_are_of_another_episode():
-    spots = Spots(episodes_of_a_linear_world(3), np.repeat([0, 1, 2], [20, 3, 2]), np.arange(25))
-    assert (spots.e[partners(spots, 0)] != spots.e).all()
+    spots = Samples(episodes_of_a_linear_world(3), np.repeat([0, 1, 2], [20, 3, 2]), np.arange(25))
+    assert (spots.e[other_episode(spots, 0)] != spots.e).all()
 
 
 def test_a_restored_state_goes_on_as_the_first_one_did():
@@ -517,7 +517,7 @@ def test_scales_are_of_the_steps_and_nets_they_are_asked_for():
     )
     found = scales(subject, episodes[:50], SimpleNamespace(train_frames=2000, seed=0))
     z = {
-        judge: choose_spots(episodes[50:], 400, 0, ahead=15).z(0, 15, judge)
+        judge: choose_samples(episodes[50:], 400, 0, ahead=15).z(0, 15, judge)
         for judge in found
         if judge != "copy-last"
     }

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-import networks
 from buffer import write_chunk
 from car.telemetry import TELEMETRY
 from networks import Predictor, TinyEncoder
-from support.checkpoints import build, fingerprint, hold, read, rotate, save
+from support.checkpoints import build, epoch_of, fingerprint, hold, read, rotate, save
 from support.cli import Refusal, run
+from tools.checkpoint import describe
 
 FOLDERS = ("data_race", "data_recovery", "data")
 ONE = ["--precision", "fp32", "--threads", "1", "--log_every", "0"]
@@ -31,7 +31,7 @@ STAGES = {
     "encoder": [
         *ONE,
         *LOOP,
-        "--width",
+        "--channels",
         "0.125",
         "--dim",
         "16",
@@ -45,7 +45,7 @@ STAGES = {
         "--batch_size",
         "6",
     ],
-    "decoder": [*ONE, "--once", "--width", "8", "--batch_size", "8", "--steps", "60"],
+    "decoder": [*ONE, "--once", "--channels", "8", "--batch_size", "8", "--steps", "60"],
     "predictor": [
         *ONE,
         *LOOP,
@@ -263,7 +263,7 @@ def eye():
 @pytest.mark.parametrize("stage", QUICK)
 def test_a_checkpoint_says_what_is_in_it(whole, capsys, stage):
     models = whole(stage) / "models"
-    networks.describe(models / f"{WRITTEN[stage]}.pth")
+    describe(models / f"{WRITTEN[stage]}.pth")
     said = capsys.readouterr().out
     for word in (
         "versions",
@@ -278,7 +278,7 @@ def test_a_checkpoint_says_what_is_in_it(whole, capsys, stage):
     ):
         assert word in said, word
     if stage != "decoder":  # which leaves nothing to resume
-        networks.describe(models / f"{stage}_resume.pth")
+        describe(models / f"{stage}_resume.pth")
         said = capsys.readouterr().out
         assert "optim" in said and "rng" in said and "numbers" in said and len(said) < 4000
 
@@ -292,7 +292,7 @@ def test_rotation_keeps_the_last_the_tens_the_young_and_the_used(tmp_path, eye):
     half.touch()
     os.utime(half, (0, 0))
     held = hold(tmp_path / "encoder_mixed_ep13.pth")
-    left = lambda: {networks.epoch_of(p) for p in tmp_path.glob("*.pth")}
+    left = lambda: {epoch_of(p) for p in tmp_path.glob("*.pth")}
     rotate(tmp_path, "encoder_mixed", spared={5})
     assert left() == {5, 7, 10, 13, 20, 23, 24, 25}
     held.close()
@@ -310,8 +310,8 @@ def hostile(path, eye, kind):
     elif kind == "other class":
         save(path, {"encoder": Predictor(8, 8)})
         return
-    elif kind == "other width":
-        entry["args"]["width"] = 0.25
+    elif kind == "other channels":
+        entry["args"]["channels"] = 16
     elif kind == "mad arguments":
         entry["args"]["dim"] = "x"
     elif kind == "newer":
@@ -337,7 +337,7 @@ def hostile(path, eye, kind):
     [
         ("pickled", "UnpicklingError"),
         ("other class", "found a Predictor"),
-        ("other width", "fit"),
+        ("other channels", "fit"),
         ("mad arguments", "fit"),
         ("newer", "found 99"),
         ("no nets", "damaged"),
@@ -402,7 +402,7 @@ def test_the_watcher_under_torture(given, tmp_path, count):
     """It is killed and started again in between; the last checkpoint ends it."""
     root, models, deeds = tmp_path, tmp_path / "models", tmp_path / "deeds.json"
     prepare(root, given, "encoder")
-    fast = ["--steps", 2, "--width", 4, "--batch_size", 4]
+    fast = ["--steps", 2, "--channels", 4, "--batch_size", 4]
     STAGES["decoder"].remove("--once")
     try:
         run = Run("decoder", root, *fast)
@@ -472,7 +472,7 @@ def small_disk(given, tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_is_waited_for(small_disk, eye):
     save(small_disk / "models" / "encoder_mixed_ep2.pth", {"encoder": eye})
-    run = Run("decoder", small_disk, "--width", 16).until(lambda: losses(small_disk, "decoder"))
+    run = Run("decoder", small_disk, "--channels", 16).until(lambda: losses(small_disk, "decoder"))
     filler = small_disk / "models" / "filler"
     with open(filler, "wb", buffering=0) as f, pytest.raises(OSError):
         while f.write(bytes(4096)):

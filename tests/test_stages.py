@@ -17,7 +17,7 @@ from test_chain import refused as refused_script
 from test_night import QUICK, WRITTEN, Run, losses, prepare, refused
 
 from networks import TinyEncoder
-from support.checkpoints import epoch_of, latest, numbered, read, rotate, save, set_aside
+from support.checkpoints import back_up, epoch_of, latest, numbered, read, rotate, save
 from support.resume import cosine
 
 pytest_plugins = ["test_night"]  # its fixtures: given, whole
@@ -130,7 +130,7 @@ def test_what_lacks_nets_says_so_and_how_to_drive_meanwhile(chain, tmp_path):
 @pytest.mark.slow
 def test_models_of_a_folder_are_driven_and_judged(chain, tmp_path):
     eye = without(tmp_path / "eye", chain[0] / "models", "encoder_mixed")
-    for name in ("demo_energy.py", "trials.py"):
+    for name in ("demo_energy.py", "report.trials"):
         refused_script(
             script(name, root=eye),
             "cost_model_final.pth",
@@ -230,7 +230,7 @@ def test_lists_of_checkpoints_hold_exact_names(tmp_path):
     rotate(tmp_path, "encoder_mixed")
     assert [n for n, _ in numbered(tmp_path, "encoder_mixed_ep*.pth")] == [5, 6, 7]
     for _ in range(2):  # in the same second: nothing is overwritten
-        set_aside(tmp_path, ("encoder_mixed_ep*.pth",))
+        back_up(tmp_path, ("encoder_mixed_ep*.pth",))
         save(tmp_path / "encoder_mixed_ep7.pth", {"encoder": eye})
     assert own_is_there(tmp_path)
     assert len(list(tmp_path.glob("replaced-*-*/encoder_mixed_ep7.pth"))) == 2
@@ -339,7 +339,7 @@ def test_networks_prints_names_and_a_command_that_can_be_typed(given, tmp_path, 
     prepare(root, given, "predictor")
     assert Run("predictor", root, "--steps_per_epoch", 1, "--epochs", 2).wait().code == 0
     first, second = (root / "models" / f"predictor_ep{n}.pth" for n in (1, 2))
-    said = script("networks.py", first, second).stdout
+    said = script("tools.checkpoint", first, second).stdout
     assert said.index(str(first)) < said.index(str(second))
     line = re.search(r"python (train_predictor\.py .*)", said)[1]
     assert f"--root '{root}'" in line and "--data data_race data_recovery data" in line
@@ -358,16 +358,17 @@ def test_networks_prints_names_and_a_command_that_can_be_typed(given, tmp_path, 
 # ------------------------------------------------------------------ numbers
 
 NUMBERS = {
-    "train_encoder": "width dim embedding history gauges repeat targets pred std cov inverse bend "
-    "align mirror sim epochs batch_size steps_per_epoch lr weight_decay seed "
+    "train_encoder": "channels dim embedding history hud_pca repeat targets pred std cov inverse "
+    "warp congeal mirror sim epochs batch_size steps_per_epoch lr weight_decay seed "
     "threads save_every log_every shares",
-    "train_decoder": "width steps batch_size lr seed threads",
+    "train_decoder": "channels steps batch_size lr seed threads",
     "train_predictor": "hidden state dropout horizon epochs batch_size lr weight_decay",
     "train_cost_model": "hidden shrinkage epochs batch_size lr weight_decay",
-    "evaluate": "track_seed tracks train_frames frames windows states lived ceiling_steps "
-    "ceiling_batch bootstrap off_road",
+    "evaluate": "track_seed tracks train_frames frames windows states replayed_plans "
+    "supervised_steps "
+    "supervised_batch bootstrap off_road",
     "trials": "starts track_seed tracks",
-    "benchmark": "rounds frames episodes batches chunks steps train_steps tracks gas",
+    "benchmark": "repeats frames episodes batches chunks steps train_steps tracks max_gas",
 }
 
 

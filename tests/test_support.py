@@ -116,7 +116,7 @@ def test_a_closed_terminal_saves_and_nohup_goes_on(tmp_path):
 
 def test_a_reader_that_goes_away_ends_a_script_quietly(collected):
     done = shell(
-        f"$PY networks.py '{ENCODER}' '{ENCODER}' | head -n 1 | wc -l; $PY buffer.py "
+        f"$PY -m tools.checkpoint '{ENCODER}' '{ENCODER}' | head -n 1 | wc -l; $PY buffer.py "
         f"'{collected}' | true"
     )
     assert "Traceback" not in done.stdout and "rror" not in done.stdout, done.stdout
@@ -134,7 +134,9 @@ def test_a_training_whose_output_is_cut_off_is_saved(chain, tmp_path):
 
 
 def test_closed_and_full_streams_lose_no_data(tmp_path):
-    assert shell(f"$PY networks.py '{ENCODER}' > /dev/full").returncode == 2  # its result is lost
+    assert (
+        shell(f"$PY -m tools.checkpoint '{ENCODER}' > /dev/full").returncode == 2
+    )  # its result is lost
     for n, streams in enumerate((">&-", "2>&-", "<&- >&- 2>&-", "> /dev/full 2>&1")):
         done = shell(
             f"$PY collect_data.py --frames 300 --workers 1 --root '{tmp_path}/{n}' {streams}"
@@ -174,7 +176,7 @@ def test_a_long_temporary_folder_and_a_notebooks_environment(tmp_path):
     assert done.returncode == 0, done.stdout
     done = shell(
         '$PY -c \'import sys; sys.argv = ["trials.py", "--help"]; import runpy; '
-        'runpy.run_path("trials.py", run_name="__main__")\'',
+        'runpy.run_module("report.trials", run_name="__main__")\'',
         MPLBACKEND="module://not_there",
     )
     assert done.returncode == 0 and "usage" in done.stdout

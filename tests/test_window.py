@@ -31,7 +31,7 @@ from tools.checkpoint import main as networks_main
 
 av = pytest.importorskip("av")
 QUICK = ["--env", "fast", "--threads", "1"]
-PATIENCE = 120  # s, far more than any of these takes
+DIST_TIMEOUT = 120  # s, far more than any of these takes
 
 
 def start(name, *args, root, env=None):
@@ -49,7 +49,7 @@ def start(name, *args, root, env=None):
 
 def finish(process):
     """-> (exit code, stdout, stderr)."""
-    out, err = process.communicate(timeout=PATIENCE)
+    out, err = process.communicate(timeout=DIST_TIMEOUT)
     return process.returncode, out, err
 
 
@@ -215,14 +215,14 @@ def test_the_dream_has_gaps_names_and_seconds(tmp_path):
 
 
 def test_the_sheet_of_dreams_shows_bends():
-    class Spots:
+    class Samples:
         source = np.array(["race"] * 50 + ["random"] * 50)
         speed, bend = np.full(100, 60.0), np.zeros(100)
 
         def state(self, name, ahead=0):
             return {"speed": self.speed, "curvature_20": self.bend}[name]
 
-    spots, error = Spots(), np.tile(np.arange(50.0), 2)
+    spots, error = Samples(), np.tile(np.arange(50.0), 2)
     spots.bend[[3, 22]], spots.bend[[70, 74, 99]] = 1.0, [-0.2, -0.5, 0.9]
     spots.speed[:20] = 0  # of those that move 20 to 49, the middle fifth is 32 to 38
     spots.bend[35] = 0.4
@@ -493,7 +493,7 @@ def test_scores_are_kept_after_each_drive_and_gone_on_with(tmp_path, signals):
     code, out, err = finish(start("drive_mpc.py", *args, root=tmp_path))
     assert code == 0 and f"goes on behind {left} drives" in out, err
     env, report = make_env("fast"), json.loads(path.read_text())
-    driver = drive_mpc.Blind(env, "random", 1.0, 0)
+    driver = drive_mpc.BaselineDriver(env, "random", 1.0, 0)
     for row in report["episodes"]:
         assert drive_mpc.drive(env, driver, row["track_seed"]) == row
     assert report["finished"] and len(report["episodes"]) == episodes
@@ -620,7 +620,7 @@ def test_a_checkpoint_is_not_exported_over_itself(tmp_path, monkeypatch, capsys)
     path = shutil.copy(shipped, tmp_path / "p.pth")
     before = Path(path).read_bytes()
     for out, why in ((path, "the checkpoint itself"), (tmp_path, "found a folder")):
-        monkeypatch.setattr(sys, "argv", ["networks.py", str(path), "--safetensors", str(out)])
+        monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(path), "--safetensors", str(out)])
         assert why in refused(capsys, networks_main)
     assert Path(path).read_bytes() == before
 
@@ -692,7 +692,7 @@ def test_scores_go_to_stdout_whatever_it_is(tmp_path, into):
             text=True,
             cwd=REPO,
             stdout=subprocess.PIPE if into == "a pipe" else file,
-            timeout=PATIENCE,
+            timeout=DIST_TIMEOUT,
         )
     said = done.stdout if into == "a pipe" else (tmp_path / "out").read_text()
     assert done.returncode == 0

@@ -16,10 +16,9 @@ import numpy as np
 
 from buffer import Loader, index, load_sources, read_chunk, write_chunk
 from car.env import make_env
-from car.telemetry import telemetry
-from support.training import keep_memory
-from tools.bench_env import follow
-from tools.bench_train import HERE
+from support import REPO
+from support.training import tune_malloc
+from tools.bench_env import drive
 
 MANY = 10**6  # more than any episode has steps
 
@@ -48,7 +47,7 @@ def collecting(root, script, frames, workers, watch=lambda pid: None):
     """Runs a collector; watch(its pid) is called twice a second."""
     command = [
         sys.executable,
-        HERE / script,
+        REPO / script,
         "--root",
         root,
         "--frames",
@@ -154,7 +153,7 @@ def private_mib(pid):
 
 
 def bench_loader(args):
-    keep_memory()  # as every stage does
+    tune_malloc()  # as every stage does
     with tempfile.TemporaryDirectory() as tmp:
         root, sources, first = Path(tmp), [], 0
         for name, script in SOURCES.items():
@@ -251,15 +250,3 @@ def opening(root, chunks, count, length=20):
     next(stream)
     print(f"first batch of a folder of {count:,} chunks: {time.monotonic() - start:.1f} s")
     stream.close()
-
-
-def drive(seed, steps):
-    """The actions of `follow` over one episode: the same for every env of a round."""
-    env, actions = make_env("physics"), []
-    env.reset(seed=seed)
-    for _ in range(steps):
-        actions.append(follow(telemetry(env)))
-        _, _, terminated, truncated, _ = env.step(actions[-1])
-        if terminated or truncated:
-            break
-    return actions

@@ -10,7 +10,6 @@ from car import FPS
 from car.env import make_env, observe
 from car.physics import PLAYFIELD
 from car.telemetry import TELEMETRY, place_car, telemetry
-from tools.bench_data import drive
 
 WARM_UP = 4  # episodes before anything is timed, of the hundreds in a worker's life
 
@@ -51,7 +50,7 @@ def bench_env(args):
             if seed == 90 or env is not contenders["official env + preprocess"][0]:
                 rollout(env, drive(seed, args.steps), seed, look)
     rates = {name: [] for name in contenders}
-    for seed in range(args.rounds):
+    for seed in range(args.repeats):
         actions, names = drive(seed, args.steps), list(contenders)
         k = seed % len(names)
         for name in names[k:] + names[:k]:  # nobody always profits from warm caches
@@ -161,3 +160,15 @@ def bench_fidelity(args):
     path = args.root / "visuals" / "fidelity.png"
     contact_sheet(frames, path)
     print(f"worst frame of each: {path}")
+
+
+def drive(seed, steps):
+    """The actions of `follow` over one episode: the same for every env of a round."""
+    env, actions = make_env("physics"), []
+    env.reset(seed=seed)
+    for _ in range(steps):
+        actions.append(follow(telemetry(env)))
+        _, _, terminated, truncated, _ = env.step(actions[-1])
+        if terminated or truncated:
+            break
+    return actions

@@ -14,12 +14,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_encoder
-from buffer import AHEAD, load_sources, some_chunks
+from buffer import AHEAD, load_sources, require_chunks
 from car import ZOOM_STEPS
 from car.env import make_env
 from car.telemetry import telemetry
-from drive_mpc import Futures, load_driver, planning
-from networks import judged
+from drive_mpc import RolloutCost, load_driver, planning
+from networks import scored_steps
+from support import REPO
 from support.checkpoints import latest
 from support.cli import fail
 from support.resume import optimise
@@ -27,7 +28,7 @@ from support.training import autocast, set_up
 from tools.bench_env import follow
 
 CHOOSING = 200_500  # first of the tracks that nets are compared on: never collected nor reported
-LAPTOP = "--width 0.25 --dim 128 --strides 2 2 2 1 --batch_size 96 --lr 2e-3".split()
+LAPTOP = "--channels 16 --dim 128 --strides 2 2 2 1 --batch_size 96 --lr 2e-3".split()
 PLANS = 200  # that are timed
 WARM_UP = 4  # episodes before anything is timed, of the hundreds in a worker's life
 
@@ -83,7 +84,7 @@ def bench_train(args):
             learn(*fixed)
 
     seconds = []
-    for _ in range(args.rounds):
+    for _ in range(args.repeats):
         alone = timed(bare, device)  # while it runs, the loader reads ahead:
         for _ in range(AHEAD):  # what is there already counts for neither
             next(batches)
@@ -107,11 +108,11 @@ def bench_train(args):
 
 
 def bench_scale(args):
-    some_chunks(args.root / "data_race")
+    require_chunks(args.root / "data_race")
     gpus = torch.cuda.device_count()
     flags = LAPTOP if args.laptop or not gpus else []
     cfg = train_encoder.arguments(flags)
-    images = cfg.batch_size * (len(train_encoder.latents_of(cfg)) + bool(cfg.bend))
+    images = cfg.batch_size * (len(train_encoder.latents_of(cfg)) + bool(cfg.warp))
     print(
         f"{' '.join(flags) or 'full size'}; {gpus} GPUs, batches of {images} images, torch "
         f"{torch.__version__}\nprocesses threads  ms a step  images/s"
@@ -138,14 +139,14 @@ def training_rate(args, ranks, flags):
             "torch.distributed.run",
             "--standalone",
             f"--nproc_per_node={ranks}",
-            HERE / "train_encoder.py",
+            REPO / "train_encoder.py",
             "--root",
             tmp,
             *flags,
             "--epochs",
             1,
             "--steps_per_epoch",
-            args.rounds * args.train_steps,
+            args.repeats * args.train_steps,
         ]
         done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
         if done.returncode:
@@ -174,13 +175,13 @@ class PlainFutures:
     @torch.inference_mode()
     def __call__(self, z, act):
         N, H, _ = act.shape
-        h, looks = self.predictor.lift(z), self.looks(H)
-        rests, h = self.predictor.rests(z, h, H)[0], h.expand(N, -1)
+        h, looks = self.predictor.to_state(z), self.looks(H)
+        rests, h = self.predictor.residual(z, h, H)[0], h.expand(N, -1)
         total = torch.zeros(N, device=z.device)
         for t in range(H):
-            h = self.predictor.step(h, act[:, t])
+            h = self.predictor.transition(h, act[:, t])
             if t in looks:
-                total += self.cost.energy(self.predictor.read(h) + rests[t], self.kind)
+                total += self.cost.energy(self.predictor.to_latent(h) + rests[t], self.kind)
         return H / len(looks) * total
 
 
@@ -197,8 +198,8 @@ def bench_plan(args):
         f"{name}, {scored} scored": kind(
             driver.nets["predictor"], driver.nets["cost"], cfg.energy, looks
         )
-        for scored, looks in (("all", range), ("every third", judged))
-        for name, kind in (("plain rollout", PlainFutures), ("folded products", Futures))
+        for scored, looks in (("all", range), ("every third", scored_steps))
+        for name, kind in (("plain rollout", PlainFutures), ("folded products", RolloutCost))
     }
     took = {name: [] for name in ways}
     for step in range(ZOOM_STEPS + WARM_UP + PLANS):
@@ -209,7 +210,7 @@ def bench_plan(args):
         for name in order:  # each is the first as often as the others
             driver.futures = ways[name]
             start = time.perf_counter()
-            driver.think()
+            driver.replan()
             driver.u.cpu()  # waits for the device
             if step >= ZOOM_STEPS + WARM_UP:
                 took[name].append(1000 * (time.perf_counter() - start))
@@ -240,7 +241,7 @@ def bench_paired(args):
         for kind in ("official", "fast"):  # side by side, a core each
             command = [
                 sys.executable,
-                HERE / "drive_mpc.py",
+                REPO / "drive_mpc.py",
                 "--root",
                 args.root,
                 "--env",
@@ -256,7 +257,7 @@ def bench_paired(args):
                 "--no_video",
                 "--json",
                 f"{tmp}/{kind}.json",
-                *(() if args.gas is None else ("--gas", args.gas)),
+                *(() if args.max_gas is None else ("--max_gas", args.max_gas)),
             ]
             runs.append(
                 subprocess.Popen(
@@ -283,6 +284,3 @@ def bench_paired(args):
         f"{gap.mean():+12.1f} ± {error:.1f} (standard error), "
         f"{abs(gap.mean()) / scores['official'].mean():.1%} of the mean"
     )
-
-
-HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from buffer import FRAME, MADE_BY, index, read_chunk, ride
+from buffer import FRAME, MADE_BY, episode_key, index, read_chunk
 from support.cli import Parser, Refusal, fail, optional, run
 from support.files import writable
 from support.progress import progress
@@ -35,7 +35,7 @@ def export_minari(folders, out, name):
     found = [index(folder) for folder in folders]
     rides = {}  # of an episode that is in two folders the first
     for chunk in (c for every, *_ in found for c in every):
-        rides.setdefault(ride(chunk.meta), chunk)
+        rides.setdefault(episode_key(chunk.meta), chunk)
     chunks = list(rides.values())
     damaged = list(dict.fromkeys(line for _, bad, _ in found for line in bad))
     if not chunks:

@@ -26,20 +26,20 @@ from torch import nn
 from buffer import index, read_chunk, write_chunk
 from car.telemetry import TELEMETRY
 from networks import (
-    FORESIGHT,
-    BendModel,
+    VALUE_HORIZON,
     CostModel,
     InverseModel,
     Predictor,
     Projector,
     TinyEncoder,
-    stack,
+    WarpHead,
+    stack_frames,
 )
 from support import training
 from support.augment import AHEAD, STRETCHES
 from support.checkpoints import fingerprint, load_frozen, save
 from support.cli import Refusal, run
-from support.distributed import RANK, RANKS, over_ranks
+from support.distributed import RANK, RANKS, wrap_ddp
 from support.latents import Latents
 from support.training import hardware_precisions, pick_precision, set_up
 from tools.checkpoint import export_safetensors
@@ -56,7 +56,7 @@ def gradient_of_terms():
     """Of VICReg's statistics with respect to a linear layer, in float32."""
     torch.manual_seed(1)
     nets, x = {"linear": nn.Linear(6, 5)}, torch.randn(16, 6)
-    loss_of = over_ranks(
+    loss_of = wrap_ddp(
         lambda nets, x: sum(term(nets["linear"](x)) for term in (variance, covariance)), nets
     )
     loss_of(x[RANK::RANKS]).backward()
@@ -86,7 +86,7 @@ def gradients(objective):
         {
             "predictor": Predictor(16, 8),
             "inverse": InverseModel(16, 8),
-            "bend": BendModel(16, BENDS, True),
+            "warp": WarpHead(16, BENDS, True),
         }
         if objective == "joint"
         else {"projector": Projector(16, 32)}
@@ -100,7 +100,7 @@ def gradients(objective):
         x, how = torch.cat([bent[mine, None], x[mine]], dim=1).flatten(0, 1), how[mine]
     else:
         x, how, scenes = x[mine, :2].flatten(0, 1), None, None
-    loss_of = over_ranks(loss_fn, nets)
+    loss_of = wrap_ddp(loss_fn, nets)
     with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
         loss, *_ = loss_of(x, how, scenes, act[mine], args)
     loss.backward()
@@ -364,7 +364,7 @@ def cache_of(root, encoder, chunks, encoded=None):
         if encoded is not None:
             encoded.append(len(obs))
         with torch.no_grad():
-            return encoder(stack(obs, encoder.history))
+            return encoder(stack_frames(obs, encoder.history))
 
     return Latents(
         root, fingerprint(encoder), encoder.dim, encoder.history, encoder.repeat, encode, chunks
@@ -376,7 +376,7 @@ def encoder():
     torch.manual_seed(0)
     net = TinyEncoder(0.125, dim=16).eval()
     with torch.no_grad():
-        net.calibrate(net.features(torch.randint(0, 256, (64, 9, 64, 64))))
+        net.fit_standardization(net.features(torch.randint(0, 256, (64, 9, 64, 64))))
     return net.requires_grad_(False)
 
 
@@ -391,7 +391,7 @@ def test_cached_latents_are_those_computed_anew(data, tmp_path, encoder):
     for chunk, n in zip(chunks, rng.multinomial(1000, [1 / len(chunks)] * len(chunks))):
         obs, t = read_chunk(chunk.path, "obs")["obs"], rng.integers(chunk.frames + 1, size=n)
         at = np.maximum(t[:, None] + encoder.repeat * np.arange(1 - encoder.history, 1), 0)
-        z = encoder(stack(torch.from_numpy(obs[at]).permute(0, 1, 4, 2, 3), encoder.history))
+        z = encoder(stack_frames(torch.from_numpy(obs[at]).permute(0, 1, 4, 2, 3), encoder.history))
         cached = cache.z[cache.rows[chunk.meta["uid"]][0] + t].astype(np.float32)
         worst = max(worst, float((z - torch.from_numpy(cached)).abs().div(z.abs().clamp(1)).max()))
     assert 0 < worst < 1e-3
@@ -440,13 +440,13 @@ def test_what_came_is_that_of_the_same_latent_real_or_imagined(tmp_path, encoder
     cost, noise = CostModel(encoder.dim), torch.randn(200, encoder.dim)
     cost.fit_density(noise, 2 * noise)
     sampler = Sampler(cache, chunks, Predictor(encoder.dim, 8, 8), H, cost)
-    z, came = sampler.mixed(64, rng, torch.device("cpu"), torch.float32)
+    z, came = sampler.sample(64, rng, torch.device("cpu"), torch.float32)
     z, came = z.view(4, 2, -1, encoder.dim), came.view(4, 2, -1)  # pick, real or imagined, window
     assert torch.equal(came[:, 0], came[:, 1]) and not torch.equal(z[:, 0], z[:, 1])
-    for latent, foretold in zip(z[:, 0].flatten(0, 1), came[:, 0].flatten()):
+    for latent, terminal_value in zip(z[:, 0].flatten(0, 1), came[:, 0].flatten()):
         row = int((torch.from_numpy(cache.z.astype(np.float32)) - latent).abs().sum(1).argmin())
-        after = cost.came(cache.windows([row], 1 + FORESIGHT)[0])[0, 0]
-        assert float(foretold) == pytest.approx(float(after), rel=1e-4)
+        after = cost.value_target(cache.windows([row], 1 + VALUE_HORIZON)[0])[0, 0]
+        assert float(terminal_value) == pytest.approx(float(after), rel=1e-4)
     with pytest.raises(
         Refusal, match="lasts 288 steps, 50 of zoom and 238 more, the longest has 280"
     ):
@@ -483,9 +483,9 @@ def test_minari_reads_the_export(data, tmp_path, monkeypatch):
     about = next(iter(dataset.storage.get_episode_metadata([0])))
     assert about["seed"] == chunks[0].meta["track_seed"]
     assert json.loads(about["options"]["meta"])["uid"] == chunks[0].meta["uid"]
-    again = script("buffer.py", "export", data / "data", "--out", tmp_path / "minari")
+    again = script("tools.export", data / "data", "--out", tmp_path / "minari")
     assert again.returncode == 2 and "exists already" in again.stderr
-    again = script("buffer.py", "export", data / "data", "--name", "rides", "--out", tmp_path / "m")
+    again = script("tools.export", data / "data", "--name", "rides", "--out", tmp_path / "m")
     assert again.returncode == 2 and "ends in a version" in again.stderr
     assert [p.name for p in (tmp_path / "minari").iterdir()] == ["carracing-v0"]
 

@@ -8,9 +8,10 @@ from gymnasium.envs.box2d import car_racing
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
 import benchmark
-import car.env as car_env
+from car import FPS, MAX_STEPS, SCENE_H
 from car.env import make_env, observe, preprocess
-from car.sprites import mirrored
+from car.renderer import RenderState
+from car.sprites import Hud, hflip
 from car.telemetry import TELEMETRY, place_car, telemetry
 
 MAX_MEAN, MAX_WORST = 0.3, 1.0  # grey levels of 255 off the official picture
@@ -24,7 +25,7 @@ class Undrawn(car_racing.CarRacing):
 
 
 def official(**kw):
-    return TimeLimit(OrderEnforcing(Undrawn(**kw)), car_env.MAX_STEPS)
+    return TimeLimit(OrderEnforcing(Undrawn(**kw)), MAX_STEPS)
 
 
 def named(state):
@@ -54,7 +55,7 @@ def play(env, twin, driver, seed):
     """Both envs through the same episode -> what the last step returned, but for the picture."""
     env.reset(seed=seed), twin.reset(seed=seed)
     assert env.unwrapped.track == twin.unwrapped.track
-    for _ in range(car_env.MAX_STEPS):
+    for _ in range(MAX_STEPS):
         action = driver(telemetry(env))
         result, same = env.step(action)[1:], twin.step(action)[1:]
         assert result == same
@@ -258,31 +259,31 @@ def test_place_car_puts_the_car_there(kind):
         env.step(np.zeros(3, np.float32))
     state = named(telemetry(env))
     assert state["speed"] == pytest.approx(40, abs=0.1) and abs(state["yaw_rate"]) < 0.02
-    ahead = np.array((-np.sin(angle), np.cos(angle))) * 40 * 10 / car_env.FPS
+    ahead = np.array((-np.sin(angle), np.cos(angle))) * 40 * 10 / FPS
     assert np.allclose((state["x"] - 10, state["y"] + 20), ahead, atol=0.2)
 
 
 @pytest.mark.parametrize("steer, yaw_rate", [(0.3, -2.0), (-0.4, 6.0), (0.11, 10.0), (0.0, -0.7)])
 def test_mirrored_instruments_are_those_of_the_mirrored_car(steer, yaw_rate):
     def shown(way):
-        sight = car_env.Sight(
+        sight = RenderState(
             1.0, 0.0, 0.0, 0.0, 60.0, way * yaw_rate, [(100.0, 0.0, way * steer)] * 4, []
         )
         frame = np.zeros((64, 64, 3), np.uint8)
-        car_env.Hud().draw(sight, frame[car_env.SCENE_H :])
+        Hud().draw(sight, frame[SCENE_H:])
         return frame
 
     right, left = shown(1), shown(-1)
-    off = np.abs(mirrored(right).astype(int) - left)
+    off = np.abs(hflip(right).astype(int) - left)
     assert off.max() <= 20 and off.sum() < np.abs(right.astype(int) - left).sum() / 10
-    assert (mirrored(right)[:, :18] == right[:, :18]).all()  # speed and wheels
+    assert (hflip(right)[:, :18] == right[:, :18]).all()  # speed and wheels
 
 
 def test_mirrored_scenes_exchange_left_and_right_and_twice_is_the_frame():
     env = make_env("fast")
     frames = np.stack([env.reset(seed=s)[0] for s in range(3)])
     env.close()
-    scene = slice(None), slice(0, car_env.SCENE_H)
-    assert (mirrored(frames)[scene] == frames[scene][:, :, ::-1]).all()
-    assert (mirrored(frames) != frames).any(axis=(1, 2, 3)).all()
-    assert (mirrored(mirrored(frames)) == frames).all()
+    scene = slice(None), slice(0, SCENE_H)
+    assert (hflip(frames)[scene] == frames[scene][:, :, ::-1]).all()
+    assert (hflip(frames) != frames).any(axis=(1, 2, 3)).all()
+    assert (hflip(hflip(frames)) == frames).all()

@@ -154,7 +154,7 @@ def test_its_own_episodes_are_data_to_learn_from(tmp_path):
 
 def test_trials_judge_every_driver_by_the_same_starts(tmp_path):
     done = script(
-        "trials.py",
+        "report.trials",
         "--starts",
         "4",
         "--tracks",
@@ -186,10 +186,10 @@ def test_trials_judge_every_driver_by_the_same_starts(tmp_path):
 
 def test_a_landscape_has_the_units_that_it_prints_and_no_gas_that_is_forbidden(tmp_path):
     done = script(
-        "trials.py",
+        "report.trials",
         "--parts",
         "landscape",
-        "--gas",
+        "--max_gas",
         "0.35",
         "--samples",
         "8",

@@ -10,8 +10,8 @@ import torch
 from conftest import script
 
 from car import SCENE_H
-from car.sprites import mirrored
-from networks import BendModel, InverseModel, Predictor, TinyEncoder, stack, unit_act
+from car.sprites import hflip
+from networks import InverseModel, Predictor, TinyEncoder, WarpHead, normalize_action, stack_frames
 from support.augment import (
     AHEAD,
     CAR,
@@ -19,12 +19,12 @@ from support.augment import (
     MEAN_OF,
     MOST,
     TINT,
-    bend_,
-    bend_rows,
+    congealing_loss,
+    flip_batches,
     jitter_,
-    some_mirrored,
-    straightened,
-    unlikeness,
+    unwarp,
+    warp_,
+    warp_rows,
 )
 from support.cli import Refusal
 from train_encoder import loss_fn, refuse_collapse, views
@@ -43,7 +43,7 @@ def obs():
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_stack_holds_its_frames_oldest_first(obs, history, packed):
     obs = obs if packed else obs.contiguous()
-    x = stack(obs, history)
+    x = stack_frames(obs, history)
     B, L = obs.shape[:2]
     T = L - history + 1
     assert x.shape == (B * T, 3 * history, 64, 64)
@@ -53,11 +53,11 @@ def test_a_stack_holds_its_frames_oldest_first(obs, history, packed):
             want = torch.cat([obs[b, t + i] for i in range(history)])
             assert torch.equal(x[b * T + t], want)
     some = x.view(B, T, *x.shape[1:])[:, [0, 2]].flatten(0, 1)
-    assert torch.equal(stack(obs, history, [0, 2]), some)
+    assert torch.equal(stack_frames(obs, history, [0, 2]), some)
 
 
 def test_a_view_changes_brightness_contrast_and_tint_of_the_scene_only(obs):
-    x = stack(obs, 2)
+    x = stack_frames(obs, 2)
     view, N = x.clone(), len(x)
     g = torch.Generator().manual_seed(1)
     jitter_(view, g)
@@ -82,7 +82,7 @@ def test_vicreg_sees_each_frame_twice_and_in_unlike_light(obs):
     args = argparse.Namespace(objective="vicreg", history=2, bend=5.0)
     x, how, scenes = views(obs, args, torch.Generator().manual_seed(1))
     assert how is None and scenes is None and x.shape == (6, 6, 64, 64)
-    frame = stack(obs, 2, [0])[..., SCENE_H:, :]
+    frame = stack_frames(obs, 2, [0])[..., SCENE_H:, :]
     assert torch.equal(x[::2, :, SCENE_H:], frame) and torch.equal(x[1::2, :, SCENE_H:], frame)
     assert (x[::2] != x[1::2])[:, :, :SCENE_H].float().mean() > 0.5
 
@@ -111,14 +111,14 @@ def test_a_bend_moves_a_road_as_it_says_and_neither_car_nor_instruments():
     x = x.permute(0, 3, 1, 2)
     bent = x.clone()
     with torch.autocast("cpu", torch.bfloat16):  # which must not round columns
-        how = bend_(bent, torch.Generator().manual_seed(0))
+        how = warp_(bent, torch.Generator().manual_seed(0))
     assert how.shape == (40, 5)
     assert torch.equal(bent[:, :, SCENE_H:], x[:, :, SCENE_H:])
-    on_road = (how @ bend_rows())[:, 47].abs() < 1  # there the car has the same grey under it
+    on_road = (how @ warp_rows())[:, 47].abs() < 1  # there the car has the same grey under it
     car = lambda frames: frames[on_road][:, :, 46:50, 30:34]
     assert on_road.any() and torch.equal(car(bent), car(x))
     assert abs(how.mean()) < 0.2 and abs(how.std() - 1) < 0.1
-    moved = (how @ bend_rows())[:, : CAR[0].start]  # the rows ahead of the car
+    moved = (how @ warp_rows())[:, : CAR[0].start]  # the rows ahead of the car
     road = (bent[:, :, : CAR[0].start].float() - 50) / 100  # (N, C, rows, 64)
     middle = (road * torch.arange(64)).sum(3) / road.sum(3) - 32
     whole = moved.abs() < 25  # the road is in the picture
@@ -127,11 +127,11 @@ def test_a_bend_moves_a_road_as_it_says_and_neither_car_nor_instruments():
 
 
 def test_no_bend_moves_a_row_out_of_reach():
-    assert MOST - 2 < 3**0.5 * bend_rows().abs().sum(dim=0).max() < MOST
+    assert MOST - 2 < 3**0.5 * warp_rows().abs().sum(dim=0).max() < MOST
 
 
 def test_curvature_of_a_stretch_bends_that_stretch_and_leaves_what_is_before_it():
-    rows = bend_rows()[2:].flip(1)  # from the car on
+    rows = warp_rows()[2:].flip(1)  # from the car on
     ahead = rows.diff(n=2, dim=1)
     for k, bends in enumerate(ahead):
         inside = bends.abs() > 1e-5
@@ -145,13 +145,13 @@ def roads(n):
     edge = (torch.arange(64) - 31.5).abs()
     road = (60 + 20 * (edge - 4).clamp(0, 6)).byte().expand(n, 9, 64, 64)
     x = road.clone(memory_format=torch.channels_last)
-    how = bend_(x, torch.Generator().manual_seed(2))
+    how = warp_(x, torch.Generator().manual_seed(2))
     return x[:, -3:, :AHEAD], how, road[:, -3:, :AHEAD].float()
 
 
 def test_straightened_undoes_bends_where_the_frame_shows_it():
     scenes, how, road = roads(50)
-    straight, inside = straightened(scenes, how)
+    straight, inside = unwarp(scenes, how)
     whole = (inside == 1).expand_as(straight)
     assert 0.6 < whole.float().mean() < 1
     assert (straight - road)[whole].abs().mean() < 0.4  # of 120 between road and lawn
@@ -160,15 +160,17 @@ def test_straightened_undoes_bends_where_the_frame_shows_it():
 
 def test_unlikeness_is_least_for_the_true_bends_and_not_for_leaving_the_frame():
     scenes, how, _ = roads(200)
-    true = float(unlikeness(scenes, how))
-    assert true < 0.2 and abs(float(unlikeness(scenes, 0 * how)) - 1) < 0.05
-    assert true < float(unlikeness(scenes, 0.5 * how)) < 1 < float(unlikeness(scenes, -how))
+    true = float(congealing_loss(scenes, how))
+    assert true < 0.2 and abs(float(congealing_loss(scenes, 0 * how)) - 1) < 0.05
+    assert (
+        true < float(congealing_loss(scenes, 0.5 * how)) < 1 < float(congealing_loss(scenes, -how))
+    )
     aside = how.clone()
     aside[:, 0] += 40
-    assert float(unlikeness(scenes, aside)) > 1.2
+    assert float(congealing_loss(scenes, aside)) > 1.2
     noise = torch.randn(how.shape, generator=torch.Generator().manual_seed(3))
     near = (how + 0.1 * noise).requires_grad_()
-    unlikeness(scenes, near).backward()  # its gradient leads back
+    congealing_loss(scenes, near).backward()  # its gradient leads back
     assert torch.cosine_similarity(near.grad.flatten(), (near - how).flatten(), dim=0) > 0.3
 
 
@@ -184,8 +186,8 @@ def test_each_latent_of_a_window_is_seen_in_a_light_of_its_own():
 
 
 def test_uint8_and_float_frames_are_the_same_to_the_encoder(obs):
-    encoder = TinyEncoder(width=0.125, history=3, dim=16).eval()
-    x = stack(obs, 3)
+    encoder = TinyEncoder(channels=8, history=3, dim=16).eval()
+    x = stack_frames(obs, 3)
     as_float = x.float()
     kept = as_float.clone()
     assert torch.equal(encoder(x), encoder(as_float))
@@ -220,7 +222,7 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
         "encoder": TinyEncoder(0.125, history=2, dim=16),
         "predictor": Predictor(16, 8),
         "inverse": InverseModel(16, 8),
-        "bend": BendModel(16, len(bend_rows()), True),
+        "warp": WarpHead(16, len(warp_rows()), True),
     }
     obs = obs.repeat(2, 2, 1, 1, 1)[:, :6]  # 4 steps and a frame of history
     act = torch.randn(6, 4, 3)
@@ -230,23 +232,23 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     x = torch.stack([obs[b, t : t + 2] for b in range(6) for t in at])
     x = x.flatten(1, 2).unflatten(0, (6, 4))
     x = torch.cat([x[:, :1], x], dim=1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    how = bend_(x[::5], g)
+    how = warp_(x[::5], g)
     scenes = x.view(6, 5, 6, 64, 64)[:, 1:, -3:, :AHEAD].flatten(0, 1).clone()
     jitter_(x, g)
     assert all(map(torch.equal, (x, how, scenes), seen))
     z = nets["encoder"].features(x).view(6, 5, 16)  # one batch norm sees all
     bent, z = z[:, 0], z[:, 1:]
-    told = (bent - z[:, 0]) @ nets["bend"].net.weight.T
-    assert torch.allclose(logs["bend"], (told - how).pow(2).mean(), rtol=1e-3)
-    lie = z.flatten(0, 1) @ nets["bend"].net.weight.T + nets["bend"].net.bias
-    assert torch.allclose(logs["align"], unlikeness(scenes, lie), rtol=1e-3)
+    told = (bent - z[:, 0]) @ nets["warp"].net.weight.T
+    assert torch.allclose(logs["warp"], (told - how).pow(2).mean(), rtol=1e-3)
+    lie = z.flatten(0, 1) @ nets["warp"].net.weight.T + nets["warp"].net.bias
+    assert torch.allclose(logs["congeal"], congealing_loss(scenes, lie), rtol=1e-3)
     assert torch.allclose(flat, z.flatten(0, 1), atol=1e-5)
     z_hat, pred = nets["predictor"].rollout(z[:, 0], act), 0.0
     for t in range(4):
         if t + 1 in at:
             pred += (z_hat[:, t] - z[:, at.index(t + 1)]).pow(2).mean() / 3
     assert torch.allclose(logs["pred"], pred, rtol=1e-3)
-    told = (nets["inverse"](z[:, 0], z[:, 1]) - unit_act(act[:, 0])).pow(2).mean()
+    told = (nets["inverse"](z[:, 0], z[:, 1]) - normalize_action(act[:, 0])).pow(2).mean()
     assert torch.allclose(logs["inverse"], told, rtol=1e-3)
     assert list(logs) == ["pred", "inverse", "std", "cov", "bend", "align"]
     total = sum(getattr(args, k) * term for k, term in logs.items())
@@ -256,29 +258,29 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
 def test_gauges_are_the_principal_components_of_the_newest_instruments(obs):
     from sklearn.decomposition import PCA
 
-    x = stack(obs.repeat(4, 2, 1, 1, 1)[:, :9], 2)
+    x = stack_frames(obs.repeat(4, 2, 1, 1, 1)[:, :9], 2)
     x[:, :, SCENE_H:] = torch.randint(0, 256, x[:, :, SCENE_H:].shape).byte()
-    net = TinyEncoder(0.125, history=2, dim=16, gauges=4).eval()
-    net.fit_gauges(x)
-    gauges = net.features(x)[:, -4:].detach()
+    net = TinyEncoder(0.125, history=2, dim=16, hud_pca=4).eval()
+    net.fit_hud_pca(x)
+    hud_pca = net.features(x)[:, -4:].detach()
     panel = x[:, -3:, SCENE_H:].flatten(1).double().numpy()
     want = torch.from_numpy(PCA(4, whiten=True, svd_solver="full").fit_transform(panel)).float()
-    assert torch.allclose(gauges.abs(), want.abs(), atol=1e-2)  # signs are free
+    assert torch.allclose(hud_pca.abs(), want.abs(), atol=1e-2)  # signs are free
     seen = x.clone()
-    bend_(seen, torch.Generator().manual_seed(0))
+    warp_(seen, torch.Generator().manual_seed(0))
     jitter_(seen, torch.Generator().manual_seed(0))
     seen[:, :3] = 0  # an older frame
-    assert torch.allclose(net.features(seen)[:, -4:], gauges, atol=1e-5)
+    assert torch.allclose(net.features(seen)[:, -4:], hud_pca, atol=1e-5)
     assert not torch.allclose(net.features(seen)[:, :-4], net.features(x)[:, :-4], atol=1e-2)
-    twin = net.untrained().eval()
-    assert torch.equal(twin.features(x)[:, -4:], gauges)
+    twin = net.reinitialized().eval()
+    assert torch.equal(twin.features(x)[:, -4:], hud_pca)
     assert not torch.allclose(twin.head.weight, net.head.weight)
-    refused = script("train_encoder.py", "--dim", 8, "--gauges", 8)
+    refused = script("train_encoder.py", "--dim", 8, "--hud_pca", 8)
     assert refused.returncode == 2 and "leaves 0 numbers" in refused.stderr
 
 
 def test_strides_change_the_price_of_the_net_not_its_size(obs):
-    x, sizes = stack(obs, 3), []
+    x, sizes = stack_frames(obs, 3), []
     for strides in ((1, 2, 2, 2), (2, 2, 2, 1)):
         net = TinyEncoder(0.125, dim=16, strides=strides).eval()
         assert net.body(torch.zeros(1, 9, 64, 64)).shape == (1, 64, 4, 4)
@@ -299,14 +301,14 @@ def test_mirrored_windows_are_mirrored_as_a_whole_and_so_is_their_steering():
             (torch.from_numpy(f.copy()).permute(0, 1, 4, 2, 3), torch.from_numpy(a.copy()))
             for f, a in zip(frames[start:], acts[start:])
         )
-        return list(some_mirrored(batches, share, 5, start))
+        return list(flip_batches(batches, share, 5, start))
 
     count = 0
     for (obs, act), frame, a in zip(stream(0), frames, acts):
         obs = obs.permute(0, 1, 3, 4, 2).numpy()
         for window, steer, f, was in zip(obs, act.numpy(), frame, a):
             turned = (steer[:, 0] == -was[:, 0]).all()
-            assert (window == (mirrored(f) if turned else f)).all()
+            assert (window == (hflip(f) if turned else f)).all()
             assert turned or (steer == was).all()
             assert (steer[:, 1:] == was[:, 1:]).all()
             count += turned

@@ -14,18 +14,18 @@ from drive_mpc import (
     DECAY,
     LEAST_STD,
     STEER,
-    Futures,
     Plan,
+    RolloutCost,
     ar1_noise,
+    clip_plan,
     draw_plans,
-    limited,
     plan,
     planning,
     powerlaw_noise,
     take_gas,
     to_action,
 )
-from networks import DISCOUNT, FORESIGHT, TROUBLE, CostModel, Predictor, judged
+from networks import DISCOUNT, OOD_THRESHOLD, VALUE_HORIZON, CostModel, Predictor, scored_steps
 from support.cli import Parser, Refusal
 from tools.bench_train import PlainFutures
 from train_cost_model import max_gas
@@ -55,7 +55,7 @@ def config(planner, rounds=None, **kw):
     """The flags as they are by default, but for these."""
     p = Parser()
     planning(p)
-    args = p.parse_args(["--planner", planner, "--samples", "512", "--gas", "1"])
+    args = p.parse_args(["--planner", planner, "--samples", "512", "--max_gas", "1"])
     return argparse.Namespace(**{**vars(args), "rounds": rounds, **kw})
 
 
@@ -254,7 +254,7 @@ def test_actions_cover_full_lock_and_braking():
 
 def test_no_plan_has_more_gas_than_it_may():
     u = 3 * torch.randn(1000, 5, 2, generator=torch.Generator().manual_seed(0))
-    kept = limited(u, 0.4)
+    kept = clip_plan(u, 0.4)
     assert kept[..., 1].max() == 0.4 and kept.min() == -1 and kept[..., 0].max() == 1
     inside = (u[..., 0].abs() <= 1) & (u[..., 1] <= 0.4) & (u[..., 1] >= -1)
     assert torch.equal(kept[inside], u[inside])
@@ -273,7 +273,7 @@ def test_no_plan_has_more_gas_than_it_may():
 def test_the_gas_limit_is_the_cost_models_unless_it_is_given(capsys):
     for flags, payload, gas, said in (
         ((), {"max_gas": 0.5}, 0.5, "gas up to 0.5, stored with"),
-        (("--gas", "0.7"), {"max_gas": 0.5}, 0.7, ""),
+        (("--max_gas", "0.7"), {"max_gas": 0.5}, 0.7, ""),
         ((), {}, 1.0, "stores no limit"),
     ):
         p = Parser()
@@ -282,7 +282,7 @@ def test_the_gas_limit_is_the_cost_models_unless_it_is_given(capsys):
         take_gas(cfg, payload)
         take_gas(cfg, payload)
         out = capsys.readouterr().out
-        assert cfg.gas == gas and said in out and out.count("\n") == bool(said)
+        assert cfg.max_gas == gas and said in out and out.count("\n") == bool(said)
 
 
 def test_a_drive_without_the_flag_is_the_drive_with_the_stored_limit(chain, tmp_path):
@@ -290,7 +290,7 @@ def test_a_drive_without_the_flag_is_the_drive_with_the_stored_limit(chain, tmp_
     assert payload["max_gas"] == 0.5  # nets of 40 steps imagine little
     assert "gas up to 0.5: 15 steps ahead" in chain[1]["train_cost_model.py"]
     rows = {}
-    for flags in ((), ("--gas", 0.5), ("--gas", 0)):
+    for flags in ((), ("--max_gas", 0.5), ("--max_gas", 0)):
         path = tmp_path / "s.json"
         path.unlink(missing_ok=True)
         done = script(
@@ -345,9 +345,9 @@ def test_full_gas_is_for_nets_whose_dreams_hold(error, gas, capsys):
         ("--samples 1", "from 2"),
         ("--rho 1", "to 0.9999"),
         ("--beta -1", "from 0"),
-        ("--gas 1.5", "to 1"),
+        ("--max_gas 1.5", "to 1"),
         ("--noise nan 1", "from 0"),
-        ("--rounds 0", "from 1"),
+        ("--iterations 0", "from 1"),
         ("--noise_kind pink", "powerlaw"),
     ],
 )
@@ -409,10 +409,10 @@ def test_rollout_eats_its_own_output(nets):
     """The definition, term by term; and a shorter dream is the beginning of a longer one."""
     net = nets["predictor"]
     z, act = torch.randn(3, 8), torch.randn(3, 4, 3)
-    h, rest, expected = net.lift(z), z - net.read(net.lift(z)), []
+    h, rest, expected = net.to_state(z), z - net.read(net.to_state(z)), []
     for t in range(4):
         h = net.step(h, act[:, t])
-        rest = rest * net.fade.sigmoid()
+        rest = rest * net.decay_logit.sigmoid()
         expected.append(net.read(h) + rest)
     z_hat = net.rollout(z, act)
     assert torch.allclose(z_hat, torch.stack(expected, 1), atol=1e-5)
@@ -423,26 +423,30 @@ def test_rollout_eats_its_own_output(nets):
 @pytest.mark.parametrize("H", [15, 4, 1])
 @pytest.mark.parametrize("far", [0.9, 1.1])
 def test_futures_cost_what_their_dreams_cost(nets, kind, H, far):
-    """Dreamt and judged in one pass of folded weights: the same as a rollout, judged after it."""
+    """Folded weights in one pass cost the same as a rollout that is scored after it."""
     cost, act = nets["cost"], torch.randn(32, H, 3)
     away = torch.randn(1, 8)
-    reach = (TROUBLE * cost.chaos / cost.energy(cost.mu + away)).sqrt()  # as far as trouble begins
+    reach = (
+        OOD_THRESHOLD * cost.random_energy / cost.energy(cost.mu + away)
+    ).sqrt()  # as far as trouble begins
     z = cost.mu + far * reach * away
-    assert cost.in_trouble(z) == (far > 1)
-    expected = cost.judge(z, nets["predictor"].rollout(z.expand(32, -1), act), kind)
-    futures = Futures(**nets, kind=kind)
+    assert cost.is_ood(z) == (far > 1)
+    expected = cost.rollout_cost(z, nets["predictor"].rollout(z.expand(32, -1), act), kind)
+    futures = RolloutCost(**nets, kind=kind)
     for _ in range(2):  # nothing is left of the first
         assert torch.allclose(futures(z, act), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("looks", [range, judged])
+@pytest.mark.parametrize("looks", [range, scored_steps])
 @pytest.mark.parametrize("kind", ["value", "density"])
 def test_the_benchmarks_plain_rollout_computes_what_folded_products_do(nets, kind, looks):
     z, act = nets["cost"].mu[None] + 0.01, torch.randn(32, 15, 3)
-    plain, folded = (F(**nets, kind=kind, looks=looks)(z, act) for F in (PlainFutures, Futures))
+    plain, folded = (F(**nets, kind=kind, looks=looks)(z, act) for F in (PlainFutures, RolloutCost))
     assert torch.allclose(plain, folded, rtol=1e-4)
     every = nets["cost"].energy(nets["predictor"].rollout(z.expand(32, -1), act))
-    expected = every if looks is range else 15 / len(judged(15)) * every[:, list(judged(15))]
+    expected = (
+        every if looks is range else 15 / len(scored_steps(15)) * every[:, list(scored_steps(15))]
+    )
     assert torch.allclose(plain, expected.sum(1), rtol=1e-4)
 
 
@@ -461,29 +465,34 @@ def test_value_is_the_density_on_the_road_and_looks_further_in_trouble(nets):
     cost, z_hat = nets["cost"], torch.randn(32, 15, 8)
     near, far = cost.mu[None], cost.mu[None] + 10
     every_third = 3 * cost.energy(z_hat[:, 2::3]).sum(1)
-    assert torch.allclose(cost.judge(near, z_hat, "value"), every_third, rtol=1e-5)
-    assert torch.allclose(cost.judge(far, z_hat, "density"), every_third, rtol=1e-5)
-    beyond = cost.judge(far, z_hat, "value") - 3 * cost.bounded(cost.energy(z_hat[:, 2::3])).sum(1)
-    assert torch.allclose(beyond, DISCOUNT**15 * cost.foretold(z_hat[:, -1]), atol=1e-3)
+    assert torch.allclose(cost.rollout_cost(near, z_hat, "value"), every_third, rtol=1e-5)
+    assert torch.allclose(cost.rollout_cost(far, z_hat, "density"), every_third, rtol=1e-5)
+    beyond = cost.rollout_cost(far, z_hat, "value") - 3 * cost.saturate(
+        cost.energy(z_hat[:, 2::3])
+    ).sum(1)
+    assert torch.allclose(beyond, DISCOUNT**15 * cost.terminal_value(z_hat[:, -1]), atol=1e-3)
     assert torch.allclose(
-        cost.bounded(cost.chaos * torch.tensor([0, 1, 1e9])), cost.chaos * torch.tensor([0, 0.5, 1])
+        cost.saturate(cost.random_energy * torch.tensor([0, 1, 1e9])),
+        cost.random_energy * torch.tensor([0, 0.5, 1]),
     )
-    assert float(cost.bounded(torch.tensor(1e-3))) == pytest.approx(1e-3, rel=0.01)
+    assert float(cost.saturate(torch.tensor(1e-3))) == pytest.approx(1e-3, rel=0.01)
 
 
 def test_what_comes_is_the_discounted_sum_of_the_energies_after(nets):
-    cost, z = nets["cost"], torch.randn(2, 4 + FORESIGHT, 8)
+    cost, z = nets["cost"], torch.randn(2, 4 + VALUE_HORIZON, 8)
     cost.value[-1].bias.fill_(1.0)  # what is foretold is never below nothing
     worth = [
         [
             sum(
-                DISCOUNT**j * float(cost.bounded(cost.energy(z[b, t + 1 + j])))
-                for j in range(FORESIGHT)
+                DISCOUNT**j * float(cost.saturate(cost.energy(z[b, t + 1 + j])))
+                for j in range(VALUE_HORIZON)
             )
             for t in range(4)
         ]
         for b in range(2)
     ]
-    scale = sum(DISCOUNT**j for j in range(FORESIGHT)) * float(cost.chaos)
-    assert torch.allclose(cost.came(z) * scale, torch.tensor(worth), rtol=1e-4)
-    assert torch.allclose(cost.foretold(z), cost.value(z)[..., 0].clamp_min(0) * scale, rtol=1e-4)
+    scale = sum(DISCOUNT**j for j in range(VALUE_HORIZON)) * float(cost.random_energy)
+    assert torch.allclose(cost.value_target(z) * scale, torch.tensor(worth), rtol=1e-4)
+    assert torch.allclose(
+        cost.terminal_value(z), cost.value(z)[..., 0].clamp_min(0) * scale, rtol=1e-4
+    )
