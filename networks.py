@@ -11,48 +11,40 @@ import torch.nn.functional as F
 from torch import nn
 
 from car import OBS_SIZE, SCENE_H
-from support.cli import fail
 
-HUD_VALUES = 3 * (OBS_SIZE - SCENE_H) * OBS_SIZE  # pixels of a frame's instruments
+HUD_VALUES = 3 * (OBS_SIZE - SCENE_H) * OBS_SIZE  # values of a frame's HUD
 ACT = 3  # steer, gas, brake
-SCORE_EVERY = 3  # every so-manieth latent of a future is judged: neighbours say nearly the same
-OOD_THRESHOLD = 0.3  # of the energy of random driving: most of a lap stays below
-DISCOUNT, VALUE_HORIZON = 0.97, 75  # of energies to come, a latent; how many are summed up
-INITIAL_STEP = 0.1  # of a linear layer's usual first weights: a fresh predictor hardly moves
 ACTION_SCALE = (0.15, 0.3, 0.1)  # about their standard deviations: nets see actions of unit size
+INITIAL_STEP = 0.1  # of a linear layer's usual first weights: a fresh predictor hardly moves
+SCORE_EVERY = 3  # the cost looks at every third latent of a rollout: neighbours are alike
+OOD_THRESHOLD = 0.3  # of the energy of random driving; most of a lap stays below
+DISCOUNT, VALUE_HORIZON = 0.97, 75  # per latent; latents whose energies the value sums up
+
+
+# ------------------------------------------------------------------ encoder
 
 
 class TinyEncoder(nn.Module):
-    """ResNet-18 (He et al. 2015) without max-pooling: `history` frames -> a latent of `dim`.
+    """ResNet-18 (He et al. 2015) without max-pooling: `history` frames -> a latent of size `dim`.
 
-    The 4x4 map is projected whole, not averaged: averaging forgets where the road is. `strides` of
-    the four stages multiply to 8; 2 2 2 1 shrinks the picture early, for half of the arithmetic
-    of 1 2 2 2.
-    `repeat` is the number of environment steps between two frames of the history, and between two
-    latents.
-    The last `gauges` numbers of a latent are principal components of the newest frame's
-    instruments, straight from its pixels: bars of speed and yaw rate need no convolutions, which
-    are left free for the road. `fit_gauges` finds them before the training.
-    `forward` gives standardised latents, the one space in which everything downstream works;
-    `features` gives the raw ones that the losses of the encoder see.
+    channels: of the first stage. repeat: environment steps between two frames, and two latents.
+    strides: of the four stages; their product is 8. 2 2 2 1 costs half of 1 2 2 2. The 4x4 map is
+    projected whole: averaging it would forget where the road is.
+    hud_pca: the last numbers of a latent are principal components of the newest frame's HUD. The
+    bars of speed and yaw rate need no convolutions. `fit_hud_pca` finds them before the training.
+    `forward` gives standardized latents, in which all other nets work. `features` gives raw ones,
+    which the encoder's losses see.
     """
 
     def __init__(self, channels=64, history=3, repeat=2, dim=512, strides=(1, 2, 2, 2), hud_pca=0):
         super().__init__()
-        self.args = dict(
-            channels=channels,
-            history=history,
-            repeat=repeat,
-            dim=dim,
-            strides=list(strides),
-            hud_pca=hud_pca,
-        )
+        self.args = dict(channels=channels, history=history, repeat=repeat, dim=dim)
+        self.args |= dict(strides=list(strides), hud_pca=hud_pca)
         self.history, self.repeat, self.dim, self.hud_pca = history, repeat, dim, hud_pca
-        w = channels
-        from torchvision.models.resnet import BasicBlock, ResNet  # 2 s: only who builds one waits
+        from torchvision.models.resnet import BasicBlock, ResNet  # 2 s of import
 
         net = ResNet(BasicBlock, [2, 2, 2, 2])
-        net.inplanes = w
+        net.inplanes = w = channels
         self.body = nn.Sequential(
             nn.Conv2d(3 * history, w, 7, stride=2, padding=3, bias=False),  # (w, 32, 32)
             nn.BatchNorm2d(w),
@@ -83,27 +75,29 @@ class TinyEncoder(nn.Module):
 
     @staticmethod
     def hud_pixels(x):
-        """The newest frame's instruments of (N, 3 * history, 64, 64) -> (N, HUD_VALUES)."""
+        """The newest frame's HUD: (N, 3 * history, 64, 64) -> (N, HUD_VALUES)."""
         return x[:, -3:, SCENE_H:].flatten(1)
 
     @torch.no_grad()
     def fit_hud_pca(self, x):
-        """Finds the principal components in inputs of training data, among which each then has
-        variance 1. x (N, 3 * history, 64, 64) uint8."""
+        """Fits the principal components to training inputs x (N, 3 * history, 64, 64) uint8.
+
+        Each component gets variance 1.
+        """
         from sklearn.decomposition import PCA
 
-        panel = self.hud_pixels(x).float().cpu().numpy() / 127.5 - 1
-        pca = PCA(self.hud_pca, svd_solver="full").fit(panel)
+        hud = self.hud_pixels(x).float().cpu().numpy() / 127.5 - 1
+        pca = PCA(self.hud_pca, svd_solver="full").fit(hud)
         size = np.sqrt(np.maximum(pca.explained_variance_, 1e-6))
         self.pca_mean.copy_(torch.from_numpy(pca.mean_))
         self.pca_components.copy_(torch.from_numpy((pca.components_ / size[:, None]).T))
 
     def conv_dims(self, z):
-        """Latents (..., D) without their gauges."""
+        """Latents (..., D) without their HUD components."""
         return z[..., : self.dim - self.hud_pca]
 
     def reinitialized(self):
-        """A net of the same shape and gauges with fresh weights."""
+        """A net of the same shape and HUD components with fresh weights."""
         net = TinyEncoder(**self.args).to(self.mean.device)
         if self.hud_pca:
             net.pca_mean.copy_(self.pca_mean)
@@ -111,12 +105,12 @@ class TinyEncoder(nn.Module):
         return net
 
     def forward(self, x):
-        """(N, 3 * history, 64, 64) -> standardised latents (N, D), float32."""
+        """(N, 3 * history, 64, 64) -> standardized latents (N, D), float32."""
         return (self.features(x) - self.mean) / self.std
 
     @torch.no_grad()
     def fit_standardization(self, z):
-        """Sets the standardisation from raw latents of training data, (N, D)."""
+        """Sets the standardization from raw latents of training data (N, D)."""
         self.mean.copy_(z.mean(dim=0))
         self.std.copy_(z.std(dim=0).clamp_min(1e-4))
 
@@ -124,8 +118,8 @@ class TinyEncoder(nn.Module):
 def stack_frames(obs, history, at=None):
     """Windows of frames -> encoder inputs, oldest first.
 
-    obs (B, L, 3, 64, 64) -> (B * T, 3 * history, 64, 64), T latents a window: all
-    L - history + 1 that there are, or those `at` these indices.
+    obs (B, L, 3, 64, 64) -> (B * T, 3 * history, 64, 64), T latents a window: all L - history + 1,
+    or those `at` some indices.
     """
     B, L, C, H, W = obs.shape
     at = range(L - history + 1) if at is None else at
@@ -138,7 +132,7 @@ def stack_frames(obs, history, at=None):
 
 
 def mlp(*dims, norm=nn.LayerNorm):
-    """Linear layers with normalisation and GELU between them."""
+    """Linear layers with normalization and GELU between them."""
     layers = []
     for a, b in zip(dims[:-2], dims[1:-1]):
         layers += [nn.Linear(a, b), norm(b), nn.GELU()]
@@ -160,7 +154,7 @@ class Projector(nn.Module):
 
 @lru_cache
 def action_scale(device):
-    """ACT_SCALE as a tensor there: made once, for a GPU waits for each copy."""
+    """ACTION_SCALE on the device, made once: each copy would stall a GPU."""
     with torch.inference_mode(False):
         return torch.tensor(ACTION_SCALE, device=device)
 
@@ -171,7 +165,7 @@ def normalize_action(act):
 
 
 class InverseModel(nn.Module):
-    """Which action led from one latent to the next: keeps in the latent what actions move."""
+    """The action between two latents: it keeps in the latent what actions move."""
 
     def __init__(self, dim=512, hidden=256):
         super().__init__()
@@ -184,9 +178,11 @@ class InverseModel(nn.Module):
 
 
 class WarpHead(nn.Module):
-    """How a picture was bent, from what that did to its latent. Linear: so the latent has straight
-    directions for where the road lies and leads. With `aligned` it also tells how a picture lies,
-    as if one that all have in common had been bent."""
+    """How a frame was warped, from the change of its latent.
+
+    It is linear, so the latent has straight directions for where the road lies and leads. An
+    `aligned` head also predicts the warp that aligns a frame with all others.
+    """
 
     def __init__(self, dim=512, warps=5, aligned=False):
         super().__init__()
@@ -194,17 +190,19 @@ class WarpHead(nn.Module):
         self.net = nn.Linear(dim, warps, bias=aligned)
 
     def predict_alignment(self, z):
-        """(N, D) -> the warps (N, warps) that undone make pictures alike, but for what bends all
-        of them."""
+        """(N, D) -> warps (N, warps) that, undone, make frames alike."""
         return self.net(z)
 
-    def forward(self, z, z_bent):
+    def forward(self, z, z_warped):
         """(N, D), (N, D) -> (N, warps)"""
-        return F.linear(z_bent - z, self.net.weight)
+        return F.linear(z_warped - z, self.net.weight)
+
+
+# ------------------------------------------------------------------ decoder, predictor, cost model
 
 
 class TinyDecoder(nn.Module):
-    """Latent -> the newest frame: a 4x4 map, then four transposed convolutions. For eyes only."""
+    """Latent -> the newest frame: a 4x4 map, then four transposed convolutions."""
 
     def __init__(self, dim=512, channels=64):
         super().__init__()
@@ -231,13 +229,12 @@ class TinyDecoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Autoregressive residual MLP that dreams in coordinates of its own, small enough to be fast.
+    """Autoregressive residual MLP with a state h of its own, small enough to be fast.
 
     h[0] = to_state(z), h[t+1] = h[t] + f(h[t], act[t]),
-    z_hat[t] = to_latent(h[t]) + decay**t * (z - to_latent(h[0])):
-    what the coordinates do not carry of the present fades, each latent at a rate that is learned.
-    `lift` runs once for all futures of a plan; only f, `hidden` wide on `state` coordinates, runs
-    for each step of each.
+    z_hat[t] = to_latent(h[t]) + decay**t * (z - to_latent(h[0])).
+    The residual, what the state lacks of the present latent, decays at a learned rate per number.
+    `to_state` runs once for all candidates of a plan; f runs for each step of each.
     """
 
     def __init__(self, dim=512, hidden=512, state=256, dropout=0.0):
@@ -259,7 +256,7 @@ class Predictor(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def to_state(self, z):
-        """z (N, D) -> coordinates h (N, S)."""
+        """z (N, D) -> state h (N, S)."""
         return self.skip(z) + self.deep(z)
 
     def transition(self, h, act):
@@ -269,12 +266,12 @@ class Predictor(nn.Module):
         )
 
     def residual(self, z, h, H):
-        """(N, H, D): what of z (N, D) its h (N, S) does not carry, and is left of it at 1..H."""
+        """What the state h (N, S) lacks of z (N, D), as it decays over 1..H -> (N, H, D)."""
         t = torch.arange(1, H + 1, device=z.device)
         return self.decay_logit.sigmoid() ** t[:, None] * (z - self.to_latent(h))[:, None]
 
     def rollout(self, z, act):
-        """z (N, D), act (N, H, 3) -> z_hat (N, H, D): each step eats the one before."""
+        """z (N, D), act (N, H, 3) -> z_hat (N, H, D)."""
         N, H, A = act.shape
         assert z.shape == (N, self.dim) and A == ACT, (tuple(z.shape), tuple(act.shape))
         h = self.to_state(z)
@@ -285,18 +282,18 @@ class Predictor(nn.Module):
 
 
 def scored_steps(H):
-    """Which latents of a future of H are judged: every JUDGED-th, the last one included."""
+    """Indices of a rollout of H latents that the cost looks at, the last one included."""
     return range((H - 1) % SCORE_EVERY, H, SCORE_EVERY)
 
 
 class CostModel(nn.Module):
-    """The judge. Three energies, learned on frozen latents without reward and without labels:
+    """Three energies on frozen latents, learned without reward and without labels.
 
-    `classifier`: the logit of random against expert (the sigmoid is the score, 0 expert 1 random);
-    `density`: half the squared Mahalanobis distance to the expert's latents, over D; it rises
-    in every direction that leaves the expert, where a classifier only knows the seen ones;
-    `value`: the density on the road; in trouble, where it knows no way back, the density bounded
-    and what of it is to come after the horizon, as an expert who recovers would have it.
+    classifier: the logit of random against expert; its sigmoid is 0 for expert, 1 for random.
+    density: half the squared Mahalanobis distance to expert latents, over D. It rises in every
+    direction that leaves the expert; a classifier knows only the directions it saw.
+    value: the density, and out of distribution the saturated density plus a terminal value: what
+    is to come while an expert recovers.
     """
 
     def __init__(self, dim=512, hidden=256):
@@ -312,25 +309,26 @@ class CostModel(nn.Module):
 
     @torch.no_grad()
     def fit_density(self, z, z_random, shrinkage=0.05):
-        """Mean and covariance of expert latents (N, D), of which a fixed share, `shrinkage`, is a
-        round one of the same trace; the median energy of random driving's latents,
-        z_random (M, D)."""
+        """Fits the density to expert latents z (N, D), random_energy to z_random (M, D).
+
+        The share `shrinkage` of the covariance is a round one of the same trace. ValueError if the
+        expert's latents are all alike.
+        """
         from sklearn.covariance import shrunk_covariance
 
         z = z.double()
-        cov = torch.cov(z.T).reshape(self.mu.numel(), -1)  # of one number torch makes a scalar
+        cov = torch.cov(z.T).reshape(self.mu.numel(), -1)  # of D = 1 torch makes a scalar
         if len(z) < 2 or not cov.diagonal().mean() > 0:
-            fail(
-                f"the density: the {len(z)} latents of the expert are all alike; train the "
-                "encoder on frames that differ"
-            )
+            raise ValueError(f"the {len(z)} latents of the expert are all alike")
         cov = torch.from_numpy(shrunk_covariance(cov.cpu().numpy(), shrinkage)).to(z)
         self.mu.copy_(z.mean(dim=0))
-        self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))  # white: (z - mu) @ it
+        self.whiten.copy_(
+            torch.linalg.cholesky(torch.linalg.inv(cov))
+        )  # (z - mu) @ whiten is white
         self.random_energy.copy_(self.energy(z_random).median())
 
     def energy(self, z, kind="density"):
-        """(..., D) -> (...): low where an expert would be. Of one latent `value` is the density."""
+        """(..., D) -> (...): low where an expert would be. One latent's `value` is its density."""
         if kind == "classifier":
             return self.classifier(z).squeeze(-1).float()
         return ((z - self.mu) @ self.whiten).float().pow(2).mean(dim=-1) / 2
@@ -338,27 +336,31 @@ class CostModel(nn.Module):
     forward = energy
 
     def is_ood(self, z):
-        """Whether the present latent (1, D) is so unlike an expert's that `value` looks further."""
+        """Whether the present latent (1, D) is out of the experts' distribution."""
         return bool(self.energy(z) > OOD_THRESHOLD * self.random_energy)
 
     def terminal_value(self, z):
-        """(..., D) -> (...): sum of the bounded energies after a latent, discounted."""
+        """(..., D) -> (...): discounted sum of the saturated energies after a latent."""
         weights = (1 - DISCOUNT**VALUE_HORIZON) / (1 - DISCOUNT)  # their sum
         return weights * self.random_energy * self.value(z).squeeze(-1).float().clamp_min(0)
 
     def saturate(self, energy):
-        """Energies, in 0..random_energy: further from the expert than far is no worse."""
+        """Bounds energies to 0..random_energy: farther than far from the expert is no worse."""
         return self.random_energy * energy / (energy + self.random_energy)
 
     def value_target(self, z):
-        """What `value` learns: windows (B, T + FORESIGHT, D) as they came -> (B, T) in 0..1, the
-        discounted mean of the bounded energies of the FORESIGHT latents after each."""
+        """What `value` learns, from real windows z (B, T + VALUE_HORIZON, D) -> (B, T) in 0..1.
+
+        The discounted mean of the saturated energies of the VALUE_HORIZON latents after each.
+        """
         share = self.saturate(self.energy(z)) / self.random_energy
         return share[:, 1:].unfold(1, VALUE_HORIZON, 1) @ self.discount
 
     def rollout_cost(self, z, z_hat, kind="value"):
-        """Of futures z_hat (N, H, D) of the present z (1, D): (N,), the sum of the energies of
-        their latents, told from those that are `judged`."""
+        """Rollouts z_hat (N, H, D) of the present z (1, D) -> (N,), the sum of their energies.
+
+        It is estimated from the `scored_steps`.
+        """
         H = z_hat.shape[1]
         energies = self.energy(z_hat[:, list(scored_steps(H))], kind)
         if kind == "value" and self.is_ood(z):

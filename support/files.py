@@ -1,8 +1,10 @@
-"""Files that appear whole or not at all, and where code and results come from. Needs no torch."""
+"""Files that appear whole or not at all, locks, provenance of results. Needs no torch."""
 
 import argparse
 import atexit
 import errno
+import hashlib
+import itertools
 import os
 import platform
 import subprocess
@@ -11,40 +13,37 @@ import tempfile
 import time
 from contextlib import suppress
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tqdm import tqdm
 
 from support import REPO
-from support.cli import FULL, Stop, fail
+from support.cli import fail
 
-RETRY_S = 5  # seconds between two tries to write to a full disk
+# errors with which CIFS, FUSE and shared folders answer fsync of a folder, and flock
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)
-# what CIFS, FUSE or a shared folder of a virtual machine answers to fsync of a folder and to flock
-NAME_BYTES = 200  # of a file's name that its temporary one repeats; 255 is the most
+NAME_BYTES = 200  # longest name that a temporary file repeats; a file system takes 255
+VERSIONED = ("torch", "torchvision", "gymnasium", "box2d", "pygame-ce", "numpy")
+VERSIONED += ("opencv-python-headless",)
 
 
 def writable(folder):
-    """Makes the folder and returns it; refuses in one line if it cannot be written to."""
+    """Makes the folder and returns it. Refuses one that cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
-        fail(
-            f"{folder}: cannot write there ({e.strerror}); choose another folder or mend its "
-            "permissions"
-        )
+        fail(f"{folder}: cannot write there ({e.strerror}); choose another or mend its permissions")
     return folder
 
 
 def output_file(text):
-    """argparse type: the Path of a file to be written, in a folder that is made where it lacks;
-    refuses a folder, and a place where nothing can be written, before any work."""
+    """argparse type: the Path of a file to write. Makes its folder; refuses bad places early."""
     path = Path(text)
     try:
         if path.is_dir() or text.endswith(("/", os.sep)):
             fail(f"{text}: expected the name of a file, found a folder's")
-        path.exists()  # a name that is too long raises here
         if not path.exists() or path.is_file():
             writable(path.parent)
         elif not os.access(path, os.W_OK):
@@ -55,27 +54,28 @@ def output_file(text):
     return path
 
 
+# ------------------------------------------------------------------ writing
+
+
 def own_output(path):
-    """1 or 2 where `path` is what our own stdout or stderr writes to, a file too; or None."""
+    """1 or 2 if `path` is the file behind our stdout or stderr, else None."""
     with suppress(OSError):  # nothing there
         found = os.stat(path)
         return next((fd for fd in (1, 2) if os.path.samestat(os.fstat(fd), found)), None)
 
 
 def is_stream(path):
-    """Whether `path` is written to as it is: a device, a pipe or our own output."""
+    """Whether `path` is a device, a pipe or our own output: written to directly."""
     path = Path(path)
-    return own_output(path) is not None or (
-        path.exists() and not path.is_file() and not path.is_dir()
-    )
+    special = path.exists() and not path.is_file() and not path.is_dir()
+    return special or own_output(path) is not None
 
 
-def replace_atomically(path, write, patient=True):
-    """The file appears whole or not at all: `write(f)` fills a temporary dot-name in the same
-    folder, which is flushed, fsync'd and renamed to `path`; then the folder is fsync'd. Where the
-    disk is full it says so and tries again until there is room, or a stop is requested.
+def replace_atomically(path, write):
+    """The file appears whole or not at all.
 
-    A link is followed; a device, a pipe or our own output, /dev/stdout, is written to as it is.
+    `write(f)` fills a temporary dot-name in the same folder, which is flushed, fsync'd and renamed
+    to `path`; then the folder is fsync'd. A link is followed. A stream is written to directly.
     """
     if is_stream(path):
         sys.stdout.flush()
@@ -83,29 +83,24 @@ def replace_atomically(path, write, patient=True):
         with open(path if fd is None else os.dup(fd), "wb") as f:
             write(f)
         return
-    path, said = Path(os.path.realpath(path)), False
+
+    path = Path(os.path.realpath(path))
     name = path.name if len(os.fsencode(path.name)) < NAME_BYTES else path.name[-40:]
     tmp = path.with_name(f".{name}.{os.getpid()}.tmp")
-    while True:
-        try:
-            with open(tmp, "wb") as f:
-                write(f)
-                f.flush()
-                sync(f.fileno())
-            os.replace(tmp, path)
-            break
-        except OSError as e:
-            e.filename, e.filename2 = path, None
-            if not patient or e.errno not in FULL or Stop.requested:
-                raise
-            if not said:
-                tqdm.write(f"{path}: {e.strerror}; tries again until there is room")
-            said = True
-        finally:
-            with suppress(OSError):
-                tmp.unlink(missing_ok=True)
-        time.sleep(RETRY_S)
-    with suppress(PermissionError):  # of a folder that may be written to and not read
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            sync(f.fileno())
+        os.replace(tmp, path)
+    except OSError as e:
+        e.filename, e.filename2 = path, None
+        raise
+    finally:
+        with suppress(OSError):
+            tmp.unlink(missing_ok=True)
+
+    with suppress(PermissionError):  # a folder may be writable and not readable
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             sync(folder)
@@ -114,7 +109,7 @@ def replace_atomically(path, write, patient=True):
 
 
 def sync(fd):
-    """fsync, where the file system knows it."""
+    """fsync, if the file system supports it."""
     try:
         os.fsync(fd)
     except OSError as e:
@@ -122,13 +117,32 @@ def sync(fd):
             raise
 
 
+def back_up(folder, paths):
+    """Moves files into a new dated folder inside `folder`. Nothing is deleted."""
+    paths = [p for p in paths if p.exists()]
+    if not paths:
+        return
+    for k in itertools.count():
+        target = folder / (time.strftime("replaced-%Y%m%d-%H%M%S") + (f"-{k}" if k else ""))
+        with suppress(FileExistsError):
+            target.mkdir()
+            break
+    for path in paths:
+        path.rename(target / path.name)
+
+
+# ------------------------------------------------------------------ locks
+
+
 def lock(file, wait=True):
-    """Locks an open file for this process alone -> True; False where another process has it and
-    `wait` is not set. A file system without locks says so once, and gives it."""
+    """Locks an open file for this process -> True; False if another holds it and `wait` is off.
+
+    A file system without locks grants it, and a line says so once.
+    """
     import fcntl  # here: Windows has none, and may read checkpoints
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB * (not wait))
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as e:
@@ -144,16 +158,18 @@ def _say_no_locks(folder):
 
 
 def lock_file(path, busy):
-    """Keeps `path` locked until the process ends, whatever ends it; refuses with the line `busy`
-    where another process has it. Returns the open file."""
+    """Locks `path` until the process ends. Refuses with the line `busy` if another process has it.
+
+    Returns the open file.
+    """
     path = Path(path)
     while True:
         file = open(path, "w")
         if not lock(file, wait=False):
             fail(busy)
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):  # the process before may have deleted its name meanwhile
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break  # and not one that the process before was about to delete
+                break
     atexit.register(_unlock, file, path)
     return file
 
@@ -168,44 +184,34 @@ def _unlock(file, path):
 
 
 def git_commit():
-    """Commit of the code that runs, '+' behind it when files differ; 'unknown' outside git, and in
-    a copy that lies in another repository."""
-    here = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # a hook's is another
-    git = lambda *args: subprocess.run(
-        ["git", "-C", REPO, *args], capture_output=True, text=True, env=here
-    ).stdout.strip()
+    """Commit of the running code, "+" if files differ; "unknown" outside its own repository."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # a hook sets others
+
+    def git(*args):
+        command = ["git", "-C", REPO, *args]
+        return subprocess.run(command, capture_output=True, text=True, env=env).stdout.strip()
+
     try:
         top = git("rev-parse", "--show-toplevel")
         if not top or Path(top).resolve() != REPO:
             return "unknown"
-        head = git("rev-parse", "--short=12", "HEAD")
-        return head + "+" * bool(git("status", "--porcelain", "-uno")) or "unknown"
-    except OSError:
+        changed = git("status", "--porcelain", "-uno")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "") or "unknown"
+    except OSError:  # git is not installed
         return "unknown"
 
 
 def code_key():
-    """16 hex digits that change with any line of the code."""
-    import hashlib
-
-    files = sorted([*REPO.glob("*.py"), *REPO.glob("support/*.py")])
+    """16 hex digits that change with any line of the code outside tests."""
+    folders = (REPO, *(REPO / name for name in ("car", "support")))
+    files = sorted(path for folder in folders for path in folder.glob("*.py"))
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 
 def versions():
-    """Versions that decide what a run computes: a dict of str."""
-    from importlib.metadata import PackageNotFoundError, version
-
+    """{package: version} of all that decides what a run computes."""
     out = {"python": platform.python_version()}
-    for name in (
-        "torch",
-        "torchvision",
-        "gymnasium",
-        "box2d",
-        "pygame-ce",
-        "numpy",
-        "opencv-python-headless",
-    ):
+    for name in VERSIONED:
         try:
             out[name] = version(name)
         except PackageNotFoundError:

@@ -50,7 +50,7 @@ def plain(name):
 def save_figure(fig, path):
     """A matplotlib figure as PNG, whole or not at all."""
     try:
-        replace_atomically(path, lambda f: fig.savefig(f, format="png", dpi=110), patient=False)
+        replace_atomically(path, lambda f: fig.savefig(f, format="png", dpi=110))
     finally:
         pyplot().close(fig)
 
@@ -69,7 +69,6 @@ def save_gif(path, frames, fps, last_s=0.0):
         lambda f: pictures[0].save(
             f, format="GIF", save_all=True, append_images=pictures[1:], duration=ms, loop=0
         ),
-        patient=False,
     )
 
 
@@ -125,7 +124,7 @@ class VideoRecorder:
         for path, write in (
             (
                 stem.with_suffix(".mp4"),
-                lambda path: replace_atomically(path, lambda f: f.write(film), patient=False),
+                lambda path: replace_atomically(path, lambda f: f.write(film)),
             ),
             (stem.with_suffix(".gif"), lambda path: save_gif(path, self.gif, fps, self.gif_last_s)),
         ):

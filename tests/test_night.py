@@ -32,7 +32,7 @@ STAGES = {
         *ONE,
         *LOOP,
         "--channels",
-        "0.125",
+        "8",
         "--dim",
         "16",
         "--history",
