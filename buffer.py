@@ -111,7 +111,7 @@ def write_chunk(folder, meta, **arrays):
                     out.write(head.getvalue())
                     out.write(memoryview(array).cast("B") if array.ndim else array.tobytes())
 
-    replace_atomically(path, write, patient=False)  # the collector retires its workers
+    replace_atomically(path, write)
     return path
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process and all scripts: two run at a time
@@ -44,7 +45,8 @@ CHAIN = {  # stage: the README's command, small
 
 def script(name, *args, root=None, **kw):
     """Runs a script as a user would; returns the finished process with its output as text."""
-    where = [str(REPO / name)] if name.endswith(".py") else ["-m", name]
+    module = str(name).startswith(("report.", "tools."))
+    where = ["-m", name] if module else [str(REPO / name)]
     command = [sys.executable, *where, *map(str, args)]
     if root is not None:
         command += ["--root", str(root)]
@@ -63,3 +65,55 @@ def chain(tmp_path_factory):
         assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
         said[name] = done.stdout
     return root, said
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A root with three sources of noise, each of ten short episodes, every third held out."""
+    root, rng = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
+    for s, source in enumerate(("data_race", "data_recovery", "data")):
+        for i in range(10):
+            noise_episode(
+                root / source, f"{source}{i}", 70 + i, rng, 10 * (10 * s + i) + (i % 3 > 0)
+            )
+    return root
+
+
+def noise_episode(folder, uid, T, rng, track_seed):
+    from buffer import write_chunk
+    from car.telemetry import TELEMETRY
+
+    folder.mkdir(exist_ok=True)
+    ends = np.zeros(T, bool)
+    return write_chunk(
+        folder,
+        {
+            "source": folder.name,
+            "track_seed": track_seed,
+            "uid": uid,
+            "policy": {},
+            "preprocess": 1,
+        },
+        obs=rng.integers(0, 256, (T + 1, 64, 64, 3), np.uint8),
+        act=rng.uniform(-1, 1, (T, 3)).astype(np.float32),
+        reward=np.ones(T, np.float32),
+        terminated=ends,
+        truncated=ends,
+        telemetry=rng.uniform(-0.5, 0.5, (T + 1, len(TELEMETRY))).astype(np.float32),
+    )
+
+
+def copy_of(data, tmp_path):
+    for source in data.iterdir():
+        (tmp_path / source.name).symlink_to(source)
+    return tmp_path
+
+
+class FakeEncoder:
+    """`latents(newest frames (N, 3, 64, 64)) -> (N, dim)` in the place of an encoder."""
+
+    def __init__(self, latents, dim, history=3, repeat=2):
+        self.latents, self.dim, self.history, self.repeat = latents, dim, history, repeat
+
+    def __call__(self, x):
+        return self.latents(x[:, -3:])

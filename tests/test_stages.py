@@ -17,8 +17,9 @@ from test_chain import refused as refused_script
 from test_night import QUICK, WRITTEN, Run, losses, prepare, refused
 
 from networks import TinyEncoder
-from support.checkpoints import back_up, epoch_of, latest, numbered, read, rotate, save
-from support.resume import cosine
+from support.checkpoints import epoch_of, latest, numbered, read, rotate, save
+from support.files import back_up
+from support.run import cosine
 
 pytest_plugins = ["test_night"]  # its fixtures: given, whole
 SLOW = ["--epochs", 99, "--steps_per_epoch", 100]  # until something ends it
@@ -40,7 +41,7 @@ def test_more_epochs_go_on_and_fewer_are_said_to_be_done(whole, tmp_path, stage)
     last = root / "models" / f"{WRITTEN[stage]}.pth"
     before = last.stat().st_mtime_ns
     done = Run(stage, root, "--epochs", 3).wait(300)
-    assert done.code == 0 and "goes on to 3 epochs instead of 2" in done.said, done.said
+    assert done.code == 0 and "3 epochs instead of 2" in done.said, done.said
     assert "cosine over all 180 steps" in done.said
     later = [r for r in rows(root, stage) if r.get("step", 0) >= 120 and "lr" in r]
     assert len(later) == 60
@@ -219,7 +220,7 @@ def test_what_the_program_did_not_write_is_left_alone(given, tmp_path, stage):
 
 
 def test_lists_of_checkpoints_hold_exact_names(tmp_path):
-    eye = TinyEncoder(0.1, 1, 2, 8, (8, 1, 1, 1))
+    eye = TinyEncoder(8, 1, 2, 8, (8, 1, 1, 1))
     for epoch in range(1, 8):
         path = tmp_path / f"encoder_mixed_ep{epoch}.pth"
         save(path, {"encoder": eye})
@@ -230,7 +231,7 @@ def test_lists_of_checkpoints_hold_exact_names(tmp_path):
     rotate(tmp_path, "encoder_mixed")
     assert [n for n, _ in numbered(tmp_path, "encoder_mixed_ep*.pth")] == [5, 6, 7]
     for _ in range(2):  # in the same second: nothing is overwritten
-        back_up(tmp_path, ("encoder_mixed_ep*.pth",))
+        back_up(tmp_path, [p for _, p in numbered(tmp_path, "encoder_mixed_ep*.pth")])
         save(tmp_path / "encoder_mixed_ep7.pth", {"encoder": eye})
     assert own_is_there(tmp_path)
     assert len(list(tmp_path.glob("replaced-*-*/encoder_mixed_ep7.pth"))) == 2

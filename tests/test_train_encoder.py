@@ -16,8 +16,8 @@ from support.augment import (
     AHEAD,
     CAR,
     JITTER,
-    MEAN_OF,
-    MOST,
+    MAX_SHIFT,
+    MEAN_EVERY,
     TINT,
     congealing_loss,
     flip_batches,
@@ -27,7 +27,7 @@ from support.augment import (
     warp_rows,
 )
 from support.cli import Refusal
-from train_encoder import loss_fn, refuse_collapse, views
+from train_encoder import Objective, loss_fn, refuse_collapse, views
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_view_changes_brightness_contrast_and_tint_of_the_scene_only(obs):
     tint = 1 + TINT * (2 * torch.rand(N, 1, 3, generator=g) - 1)
     b, c = 1 + JITTER * (2 * torch.rand(2, N, 1, 1, generator=g) - 1)
     scene = x[..., :SCENE_H, :].float()
-    mean = scene[..., ::MEAN_OF, :].mean(dim=(1, 2, 3))
+    mean = scene[..., ::MEAN_EVERY, :].mean(dim=(1, 2, 3))
     for n in range(N):  # one draw a row, of all its frames
         for k in range(6):
             want = ((scene[n, k] - mean[n]) * c[n] + mean[n]) * b[n] * tint[n, 0, k % 3]
@@ -79,8 +79,8 @@ def test_a_view_changes_brightness_contrast_and_tint_of_the_scene_only(obs):
 
 
 def test_vicreg_sees_each_frame_twice_and_in_unlike_light(obs):
-    args = argparse.Namespace(objective="vicreg", history=2, bend=5.0)
-    x, how, scenes = views(obs, args, torch.Generator().manual_seed(1))
+    plain = Objective("vicreg", {}, 2, ())
+    x, how, scenes = views(obs, plain, torch.Generator().manual_seed(1))
     assert how is None and scenes is None and x.shape == (6, 6, 64, 64)
     frame = stack_frames(obs, 2, [0])[..., SCENE_H:, :]
     assert torch.equal(x[::2, :, SCENE_H:], frame) and torch.equal(x[1::2, :, SCENE_H:], frame)
@@ -127,7 +127,7 @@ def test_a_bend_moves_a_road_as_it_says_and_neither_car_nor_instruments():
 
 
 def test_no_bend_moves_a_row_out_of_reach():
-    assert MOST - 2 < 3**0.5 * warp_rows().abs().sum(dim=0).max() < MOST
+    assert MAX_SHIFT - 2 < 3**0.5 * warp_rows().abs().sum(dim=0).max() < MAX_SHIFT
 
 
 def test_curvature_of_a_stretch_bends_that_stretch_and_leaves_what_is_before_it():
@@ -176,8 +176,8 @@ def test_unlikeness_is_least_for_the_true_bends_and_not_for_leaving_the_frame():
 
 def test_each_latent_of_a_window_is_seen_in_a_light_of_its_own():
     obs = torch.randint(80, 120, (1, 1, 3, 64, 64), dtype=torch.uint8).expand(2, 6, 3, 64, 64)
-    args = argparse.Namespace(objective="joint", targets=[1, 3], history=3, bend=0)
-    x, how, scenes = views(obs, args, torch.Generator().manual_seed(1))
+    objective = Objective("joint", {"warp": 0}, 3, (1, 3))
+    x, how, scenes = views(obs, objective, torch.Generator().manual_seed(1))
     assert how is None and scenes is None
     frames = x.float().view(2, 3, 3, 3, 64, 64)[..., :SCENE_H, :]  # (B, T, history, 3, 56, 64)
     assert torch.equal(frames[:, :, 0], frames[:, :, 2])  # its frames in the same
@@ -207,27 +207,18 @@ def test_collapsed_latents_stop_the_training():
 def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     """Terms of the joint objective with gaps between targets, against plain loops."""
     torch.manual_seed(0)
-    args = argparse.Namespace(
-        objective="joint",
-        targets=[1, 3, 4],
-        history=2,
-        pred=10.0,
-        std=16.0,
-        cov=1.0,
-        inverse=2.0,
-        bend=5.0,
-        align=3.0,
-    )
+    weights = dict(pred=10.0, inverse=2.0, std=16.0, cov=1.0, warp=5.0, congeal=3.0)
+    objective = Objective("joint", weights, 2, (1, 3, 4))
     nets = {
-        "encoder": TinyEncoder(0.125, history=2, dim=16),
+        "encoder": TinyEncoder(8, history=2, dim=16),
         "predictor": Predictor(16, 8),
         "inverse": InverseModel(16, 8),
         "warp": WarpHead(16, len(warp_rows()), True),
     }
     obs = obs.repeat(2, 2, 1, 1, 1)[:, :6]  # 4 steps and a frame of history
     act = torch.randn(6, 4, 3)
-    seen = views(obs, args, torch.Generator().manual_seed(1))
-    loss, logs, flat = loss_fn(nets, *seen, act, args)
+    seen = views(obs, objective, torch.Generator().manual_seed(1))
+    loss, logs, flat = loss_fn(nets, *seen, act, objective)
     at, g = [0, 1, 3, 4], torch.Generator().manual_seed(1)
     x = torch.stack([obs[b, t : t + 2] for b in range(6) for t in at])
     x = x.flatten(1, 2).unflatten(0, (6, 4))
@@ -250,8 +241,8 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     assert torch.allclose(logs["pred"], pred, rtol=1e-3)
     told = (nets["inverse"](z[:, 0], z[:, 1]) - normalize_action(act[:, 0])).pow(2).mean()
     assert torch.allclose(logs["inverse"], told, rtol=1e-3)
-    assert list(logs) == ["pred", "inverse", "std", "cov", "bend", "align"]
-    total = sum(getattr(args, k) * term for k, term in logs.items())
+    assert list(logs) == ["pred", "inverse", "std", "cov", "warp", "congeal"]
+    total = sum(weights[k] * term for k, term in logs.items())
     assert torch.allclose(loss, total, rtol=1e-4)
 
 
@@ -260,7 +251,7 @@ def test_gauges_are_the_principal_components_of_the_newest_instruments(obs):
 
     x = stack_frames(obs.repeat(4, 2, 1, 1, 1)[:, :9], 2)
     x[:, :, SCENE_H:] = torch.randint(0, 256, x[:, :, SCENE_H:].shape).byte()
-    net = TinyEncoder(0.125, history=2, dim=16, hud_pca=4).eval()
+    net = TinyEncoder(8, history=2, dim=16, hud_pca=4).eval()
     net.fit_hud_pca(x)
     hud_pca = net.features(x)[:, -4:].detach()
     panel = x[:, -3:, SCENE_H:].flatten(1).double().numpy()
@@ -282,7 +273,7 @@ def test_gauges_are_the_principal_components_of_the_newest_instruments(obs):
 def test_strides_change_the_price_of_the_net_not_its_size(obs):
     x, sizes = stack_frames(obs, 3), []
     for strides in ((1, 2, 2, 2), (2, 2, 2, 1)):
-        net = TinyEncoder(0.125, dim=16, strides=strides).eval()
+        net = TinyEncoder(8, dim=16, strides=strides).eval()
         assert net.body(torch.zeros(1, 9, 64, 64)).shape == (1, 64, 4, 4)
         assert net(x).shape == (len(x), 16)
         sizes.append(sum(p.numel() for p in net.parameters()))
@@ -324,17 +315,17 @@ def test_mirrored_windows_are_mirrored_as_a_whole_and_so_is_their_steering():
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
     """drawn(rows) -> {panel: its axes} of a log of these rows, {step, values...}."""
-    from support import training
+    from support import run_log
 
     def draw(rows):
-        args = argparse.Namespace(root=tmp_path, log_every=5, tensorboard=False)
-        log = training.RunLog(args, "encoder")
+        args = argparse.Namespace(root=tmp_path, log_every=5)
+        log = run_log.RunLog(args, "encoder")
         for row in rows:
             log.log(**row)
         kept = []
         with monkeypatch.context() as m:
-            m.setattr(training, "save_figure", lambda fig, path: kept.append(fig))
-            training.RunLog(args, "encoder", resumed=True).curves()  # as a resumed run draws it
+            m.setattr(run_log, "save_figure", lambda fig, path: kept.append(fig))
+            run_log.RunLog(args, "encoder", resumed=True).curves()  # as a resumed run draws it
         log.curves()
         assert cv2.imread(str(log.png)).std() > 5
         return {ax.get_title(): ax for ax in kept[0].axes}

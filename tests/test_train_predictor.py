@@ -7,15 +7,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import script
+from conftest import FakeEncoder, script
 from PIL import Image
 
 from buffer import load_sources, write_chunk
 from car.telemetry import TELEMETRY
 from support.dreams import animate_dream, draw_dream, dream_windows
-from support.latents import Latents
+from support.latents import Latents, WindowSampler
 from train_decoder import PICTURES, draw_sheet
-from train_predictor import Sampler
 
 COLORS = {"data_race": (200, 40, 40), "data_recovery": (40, 200, 40), "data": (40, 40, 200)}
 
@@ -153,9 +152,9 @@ def test_swapped_actions_are_of_another_episode_of_the_same_source(tmp_path, hel
     sources = sources_of(tmp_path, COLORS)
     chunks = [c for split in sources.values() for part in split for c in part]
     np.random.default_rng(seed).shuffle(chunks)
-    encode = lambda obs: torch.zeros(len(obs), 4)
-    cache = Latents(tmp_path, "0123456789abcdef-p1-fp32", 4, 1, 2, encode, chunks)
-    sampler = Sampler(cache, sources, 1, 60, 8, seed=seed)
+    encoder = FakeEncoder(lambda frames: torch.zeros(len(frames), 4), 4, history=1)
+    cache = Latents(tmp_path, "0123456789abcdef-p1-fp32", encoder, chunks)
+    sampler = WindowSampler(cache, sources, 1, 60, 8, seed=seed)
     for step in range(3):
         own, other = sampler(step)[1][..., 0], sampler.swapped(step)[..., 0]
         assert own.shape == other.shape

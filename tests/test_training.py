@@ -2,54 +2,36 @@
 
 Run by torchrun this file is what each of two processes does in the first test:
 
-    torchrun --nproc_per_node=2 tests/test_scale.py OUT
+    torchrun --nproc_per_node=2 tests/test_training.py OUT
 """
 
 import argparse
-import json
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from conftest import REPO, SMALL, script
+from conftest import REPO, SMALL, copy_of, script
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 
-from buffer import index, read_chunk, write_chunk
-from car.telemetry import TELEMETRY
-from networks import (
-    VALUE_HORIZON,
-    CostModel,
-    InverseModel,
-    Predictor,
-    Projector,
-    TinyEncoder,
-    WarpHead,
-    stack_frames,
-)
-from support import training
-from support.augment import AHEAD, STRETCHES
-from support.checkpoints import fingerprint, load_frozen, save
+from networks import InverseModel, Predictor, Projector, TinyEncoder, WarpHead
+from support import device
+from support import run as running
+from support.augment import AHEAD, WARPS
+from support.checkpoints import save
 from support.cli import Refusal, run
+from support.device import hardware_precisions, pick_precision, set_up
 from support.distributed import RANK, RANKS, wrap_ddp
-from support.latents import Latents
-from support.training import hardware_precisions, pick_precision, set_up
-from tools.checkpoint import export_safetensors
-from tools.export import export_minari
-from train_cost_model import Sampler
-from train_encoder import loss_fn
+from train_encoder import Objective, loss_fn
 from vicreg import covariance, variance
 
 WINDOWS, AT = 8, (0, 1, 3)  # of the batch; the latents of each
-BENDS = 2 + STRETCHES
 
 
 def gradient_of_terms():
@@ -69,24 +51,16 @@ def gradients(objective):
     and moves single gradients by 1 %.
     """
     torch.manual_seed(0)
-    args = argparse.Namespace(
-        objective=objective,
-        targets=[1, 3],
-        history=1,
-        sim=25.0,
-        pred=10.0,
-        std=16.0,
-        cov=1.0,
-        inverse=2.0,
-        bend=5.0,
-        align=3.0,
-    )
-    nets = {"encoder": TinyEncoder(0.125, history=1, dim=16)}
+    weights = dict(sim=25.0, std=16.0, cov=1.0)
+    if objective == "joint":
+        weights = dict(pred=10.0, inverse=2.0, std=16.0, cov=1.0, warp=5.0, congeal=3.0)
+    terms = Objective(objective, weights, 1, (1, 3))
+    nets = {"encoder": TinyEncoder(8, history=1, dim=16)}
     nets |= (
         {
             "predictor": Predictor(16, 8),
             "inverse": InverseModel(16, 8),
-            "warp": WarpHead(16, BENDS, True),
+            "warp": WarpHead(16, WARPS, True),
         }
         if objective == "joint"
         else {"projector": Projector(16, 32)}
@@ -94,15 +68,15 @@ def gradients(objective):
     nets = {name: net.double() for name, net in nets.items()}
     x = torch.randint(0, 256, (WINDOWS, len(AT), 3, 64, 64))
     act, mine = torch.randn(WINDOWS, 3, 3).double(), slice(RANK, None, RANKS)
-    how, bent = torch.randn(WINDOWS, BENDS).double(), torch.randint(0, 256, (WINDOWS, 3, 64, 64))
+    warp, warped = torch.randn(WINDOWS, WARPS).double(), torch.randint(0, 256, (WINDOWS, 3, 64, 64))
     if objective == "joint":
         scenes = x[mine, :, :, :AHEAD].flatten(0, 1).byte()
-        x, how = torch.cat([bent[mine, None], x[mine]], dim=1).flatten(0, 1), how[mine]
+        x, warp = torch.cat([warped[mine, None], x[mine]], dim=1).flatten(0, 1), warp[mine]
     else:
-        x, how, scenes = x[mine, :2].flatten(0, 1), None, None
+        x, warp, scenes = x[mine, :2].flatten(0, 1), None, None
     loss_of = wrap_ddp(loss_fn, nets)
     with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-        loss, *_ = loss_of(x, how, scenes, act[mine], args)
+        loss, *_ = loss_of(x, warp, scenes, act[mine], terms)
     loss.backward()
     return {
         f"{objective}.{name}.{k}": v
@@ -127,43 +101,6 @@ def torchrun(name, *args, **kw):
     )
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A root with three sources of noise, each of ten short episodes, every third held out."""
-    root, rng = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
-    for s, source in enumerate(("data_race", "data_recovery", "data")):
-        for i in range(10):
-            episode(root / source, f"{source}{i}", 70 + i, rng, 10 * (10 * s + i) + (i % 3 > 0))
-    return root
-
-
-def episode(folder, uid, T, rng, track_seed):
-    folder.mkdir(exist_ok=True)
-    ends = np.zeros(T, bool)
-    return write_chunk(
-        folder,
-        {
-            "source": folder.name,
-            "track_seed": track_seed,
-            "uid": uid,
-            "policy": {},
-            "preprocess": 1,
-        },
-        obs=rng.integers(0, 256, (T + 1, 64, 64, 3), np.uint8),
-        act=rng.uniform(-1, 1, (T, 3)).astype(np.float32),
-        reward=np.ones(T, np.float32),
-        terminated=ends,
-        truncated=ends,
-        telemetry=rng.uniform(-0.5, 0.5, (T + 1, len(TELEMETRY))).astype(np.float32),
-    )
-
-
-def copy_of(data, tmp_path):
-    for source in data.iterdir():
-        (tmp_path / source.name).symlink_to(source)
-    return tmp_path
-
-
 def loaded(path):
     return torch.load(path, weights_only=True)
 
@@ -172,7 +109,7 @@ def loaded(path):
 
 
 def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(tmp_path):
-    done = torchrun("tests/test_scale.py", tmp_path / "two.pt")
+    done = torchrun("tests/test_training.py", tmp_path / "two.pt")
     assert done.returncode == 0, done.stderr[-3000:]
     two, one = loaded(tmp_path / "two.pt"), everything()
     assert two.keys() == one.keys() and len(one) > 200
@@ -226,7 +163,7 @@ def test_two_processes_stop_together_and_one_goes_on(data, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_make_the_predictor_of_one(data, tmp_path):
-    encoder = TinyEncoder(0.125, dim=16)
+    encoder = TinyEncoder(8, dim=16)
     made = {}
     for ranks, start in ((1, script), (2, torchrun)):
         (tmp_path / str(ranks)).mkdir()
@@ -256,16 +193,18 @@ def test_two_processes_make_the_predictor_of_one(data, tmp_path):
 
 
 def test_what_several_processes_cannot_do_is_said(monkeypatch):
-    monkeypatch.setattr(training, "RANKS", 2)
+    monkeypatch.setattr(device, "RANKS", 2)
     with pytest.raises(Refusal, match="runs as one process"):
         set_up(argparse.Namespace(batch_size=8))
     with pytest.raises(Refusal, match="--batch_size 9: expected a multiple of the 2"):
         set_up(argparse.Namespace(batch_size=9), ranks=True)
-    with pytest.raises(Refusal, match="--compile: for one process only"):
-        set_up(argparse.Namespace(batch_size=8, compile=True), ranks=True)
-    monkeypatch.setattr(training, "everywhere", lambda *numbers: [[40.0, 10.0], [0.0, 10.0]])
+
+
+def test_ranks_that_start_at_unlike_steps_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(running, "all_gather_numbers", lambda *n: [[40.0, 10.0], [0.0, 10.0]])
+    args = argparse.Namespace(root=tmp_path, fresh=False, epochs=1)
     with pytest.raises(Refusal, match=r"start at steps \[40, 0\]"):
-        training.same_start(40, 10)
+        running.Run(args, "encoder", {}, None, None, 10, (), {}, {})
 
 
 # ---- precision -----------------------------------------------------------------------------------
@@ -310,41 +249,41 @@ def test_what_is_asked_for_is_taken():
 
 @pytest.mark.parametrize("flags, has", [("avx2", ["fp32"]), ("avx512_bf16", ["bf16", "fp32"])])
 def test_a_cpu_takes_bf16_where_it_has_it(monkeypatch, flags, has):
-    monkeypatch.setattr(training.Path, "read_text", lambda self: f"flags: sse {flags}")
+    monkeypatch.setattr(device.Path, "read_text", lambda self: f"flags: sse {flags}")
     assert hardware_precisions(torch.device("cpu"))[0] == has
-    assert pick_precision("auto", torch.device("cpu"))[0] == training.DTYPES[has[0]]
+    assert pick_precision("auto", torch.device("cpu"))[0] == device.DTYPES[has[0]]
 
 
 def test_a_gpu_that_torch_does_not_see_is_explained(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None)
-    assert training.why_no_gpu(tmp_path) == ""
+    assert device.why_no_gpu(tmp_path) == ""
     (tmp_path / "nvidia0").touch()
-    assert "NVIDIA" in training.why_no_gpu(tmp_path) and "CUDA" in training.why_no_gpu(tmp_path)
+    assert "NVIDIA" in device.why_no_gpu(tmp_path) and "CUDA" in device.why_no_gpu(tmp_path)
     (tmp_path / "kfd").touch()
     monkeypatch.setattr(torch.version, "cuda", "13.0")  # and a processor's own graphics
-    assert "NVIDIA" in training.why_no_gpu(tmp_path)
+    assert "NVIDIA" in device.why_no_gpu(tmp_path)
     monkeypatch.setattr(torch.version, "cuda", None)
     (tmp_path / "nvidia0").unlink()
-    said = training.why_no_gpu(tmp_path)
+    said = device.why_no_gpu(tmp_path)
     assert "AMD GPU" in said and "built for CPUs only" in said and "TORCH_INDEX=" in said
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "HIP_VISIBLE_DEVICES" in training.why_no_gpu(tmp_path)  # it may be opened, and sees none
+    assert "HIP_VISIBLE_DEVICES" in device.why_no_gpu(tmp_path)  # it may be opened, and sees none
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert training.why_no_gpu(tmp_path) == ""
+    assert device.why_no_gpu(tmp_path) == ""
 
 
 def test_threads_hold_for_all_libraries():
     with threadpool_limits(2):  # and puts back what it found
-        training.pick_device(argparse.Namespace(device="cpu", threads=1))
+        device.pick_device("cpu", threads=1)
         found = {pool["filepath"]: pool["num_threads"] for pool in threadpool_info()}
     assert found and set(found.values()) == {1}
 
 
 def test_batch_statistics_are_float32_in_half_precision():
     torch.manual_seed(0)
-    encoder = TinyEncoder(0.125, history=1, dim=16)
+    encoder = TinyEncoder(8, history=1, dim=16)
     x, seen = torch.randint(0, 256, (8, 3, 64, 64)), {}
     norm = encoder.body[1]
     norm.register_forward_hook(lambda m, args, out: seen.update(x=args[0].detach()))
@@ -356,207 +295,11 @@ def test_batch_statistics_are_float32_in_half_precision():
     assert torch.allclose(norm.running_mean.double(), 0.1 * mean, rtol=1e-4, atol=1e-6)
 
 
-# ---- latent cache --------------------------------------------------------------------------------
-
-
-def cache_of(root, encoder, chunks, encoded=None):
-    def encode(obs):
-        if encoded is not None:
-            encoded.append(len(obs))
-        with torch.no_grad():
-            return encoder(stack_frames(obs, encoder.history))
-
-    return Latents(
-        root, fingerprint(encoder), encoder.dim, encoder.history, encoder.repeat, encode, chunks
-    )
-
-
-@pytest.fixture
-def encoder():
-    torch.manual_seed(0)
-    net = TinyEncoder(0.125, dim=16).eval()
-    with torch.no_grad():
-        net.fit_standardization(net.features(torch.randint(0, 256, (64, 9, 64, 64))))
-    return net.requires_grad_(False)
-
-
-def test_cached_latents_are_those_computed_anew(data, tmp_path, encoder):
-    chunks = index(data / "data_race")[0] + index(data / "data")[0]
-    cache = cache_of(tmp_path, encoder, chunks)
-    assert isinstance(cache.z, np.memmap) and cache.z.dtype == np.float16
-    rows = sum(c.frames + 1 for c in chunks)
-    assert cache.path.stat().st_size == 2 * encoder.dim * rows
-    assert 2 * 512 * 5.8e6 * 1.001 < 6e9  # so the whole plan fits, with a row more an episode
-    rng, worst = np.random.default_rng(0), 0.0
-    for chunk, n in zip(chunks, rng.multinomial(1000, [1 / len(chunks)] * len(chunks))):
-        obs, t = read_chunk(chunk.path, "obs")["obs"], rng.integers(chunk.frames + 1, size=n)
-        at = np.maximum(t[:, None] + encoder.repeat * np.arange(1 - encoder.history, 1), 0)
-        z = encoder(stack_frames(torch.from_numpy(obs[at]).permute(0, 1, 4, 2, 3), encoder.history))
-        cached = cache.z[cache.rows[chunk.meta["uid"]][0] + t].astype(np.float32)
-        worst = max(worst, float((z - torch.from_numpy(cached)).abs().div(z.abs().clamp(1)).max()))
-    assert 0 < worst < 1e-3
-
-
-def test_an_episode_that_changed_under_its_name_is_encoded_again(tmp_path, encoder):
-    rng, folder, encoded = np.random.default_rng(1), tmp_path / "data", []
-    paths = [episode(folder, f"e{i}", 70, rng, i) for i in range(3)]
-    old = np.array(cache_of(tmp_path, encoder, index(folder)[0], encoded).z)
-    paths[1].unlink()
-    episode(folder, "e1", 70, rng, 1)  # same name, length and track, other pixels
-    chunks = index(folder)[0]
-    cache = cache_of(tmp_path, encoder, chunks, encoded)
-    assert sum(encoded) == 4 * 71
-    fresh = cache_of(tmp_path / "else", encoder, chunks)
-    for chunk in chunks:
-        a, b = (c.starts([chunk], 1)[0] for c in (cache, fresh))
-        assert np.array_equal(cache.z[a : a + 71], fresh.z[b : b + 71])
-    assert np.array_equal(cache.z[: len(old)], old)  # nobody who reads them loses rows
-
-
-@pytest.mark.parametrize("left", ["", "{", "[]", '{"rows": {"e0": [0, 70]}}', '{"rows": 3}'])
-def test_an_index_that_cannot_be_understood_is_made_anew(tmp_path, encoder, left):
-    folder = tmp_path / "data"
-    episode(folder, "e0", 70, np.random.default_rng(2), 1)
-    for _ in range(2):
-        encoded = []
-        cache = cache_of(tmp_path, encoder, index(folder)[0], encoded)
-        assert sum(encoded) == 71
-        cache.index_path.write_text(left)
-
-
-def test_two_that_start_at_once_encode_once(data, tmp_path, encoder):
-    chunks, encoded = index(data / "data_race")[0], []
-    with ThreadPoolExecutor() as pool:
-        both = [pool.submit(cache_of, tmp_path, encoder, chunks, encoded) for _ in range(2)]
-    a, b = (future.result() for future in both)
-    assert sum(encoded) == sum(c.frames + 1 for c in chunks) == len(a.z) and a.rows == b.rows
-
-
-def test_what_came_is_that_of_the_same_latent_real_or_imagined(tmp_path, encoder):
-    rng, H = np.random.default_rng(0), 4
-    episode(tmp_path / "data_recovery", "long", 280, rng, 11)
-    chunks = index(tmp_path / "data_recovery")[0]
-    cache = cache_of(tmp_path, encoder, chunks)
-    cost, noise = CostModel(encoder.dim), torch.randn(200, encoder.dim)
-    cost.fit_density(noise, 2 * noise)
-    sampler = Sampler(cache, chunks, Predictor(encoder.dim, 8, 8), H, cost)
-    z, came = sampler.sample(64, rng, torch.device("cpu"), torch.float32)
-    z, came = z.view(4, 2, -1, encoder.dim), came.view(4, 2, -1)  # pick, real or imagined, window
-    assert torch.equal(came[:, 0], came[:, 1]) and not torch.equal(z[:, 0], z[:, 1])
-    for latent, terminal_value in zip(z[:, 0].flatten(0, 1), came[:, 0].flatten()):
-        row = int((torch.from_numpy(cache.z.astype(np.float32)) - latent).abs().sum(1).argmin())
-        after = cost.value_target(cache.windows([row], 1 + VALUE_HORIZON)[0])[0, 0]
-        assert float(terminal_value) == pytest.approx(float(after), rel=1e-4)
-    with pytest.raises(
-        Refusal, match="lasts 288 steps, 50 of zoom and 238 more, the longest has 280"
-    ):
-        Sampler(cache, chunks, Predictor(encoder.dim, 8, 8), H + 40, cost)
-
-
-# ---- other programs ------------------------------------------------------------------------------
-
-
-def test_minari_reads_the_export(data, tmp_path, monkeypatch):
-    minari = pytest.importorskip("minari", minversion="0.5.4")
-    pytest.importorskip("h5py")
-    folders = [data / "data_race", data / "data", data / "data"]  # an episode counts once
-    monkeypatch.setenv("MINARI_DATASETS_PATH", "")  # the export sets it
-    monkeypatch.chdir(tmp_path)
-    export_minari(folders, Path("minari"), "carracing-v0")  # as the README has it
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    dataset = minari.load_dataset("carracing-v0")
-    chunks = index(data / "data_race")[0] + index(data / "data")[0]
-    assert dataset.total_episodes == len(chunks)
-    assert dataset.total_steps == sum(c.frames for c in chunks)
-    for chunk, found in zip(chunks, dataset.iterate_episodes()):
-        want = read_chunk(chunk.path)
-        for ours, theirs in (
-            ("obs", found.observations),
-            ("act", found.actions),
-            ("reward", found.rewards),
-            ("terminated", found.terminations),
-            ("truncated", found.truncations),
-            ("telemetry", found.infos["telemetry"]),
-        ):
-            assert np.array_equal(want[ours], theirs), ours
-        assert dataset.observation_space.contains(found.observations[0])
-    about = next(iter(dataset.storage.get_episode_metadata([0])))
-    assert about["seed"] == chunks[0].meta["track_seed"]
-    assert json.loads(about["options"]["meta"])["uid"] == chunks[0].meta["uid"]
-    again = script("tools.export", data / "data", "--out", tmp_path / "minari")
-    assert again.returncode == 2 and "exists already" in again.stderr
-    again = script("tools.export", data / "data", "--name", "rides", "--out", tmp_path / "m")
-    assert again.returncode == 2 and "ends in a version" in again.stderr
-    assert [p.name for p in (tmp_path / "minari").iterdir()] == ["carracing-v0"]
-
-
-def test_safetensors_hold_the_weights_and_what_rebuilds_the_nets(tmp_path):
-    safetensors = pytest.importorskip("safetensors")
-    pytest.importorskip("safetensors.torch")
-    nets = {"encoder": TinyEncoder(0.125, dim=16), "predictor": Predictor(16, 8)}
-    save(tmp_path / "a.pth", nets)
-    out = tmp_path / "new" / "a.safetensors"
-    export_safetensors(tmp_path / "a.pth", out)
-    with safetensors.safe_open(out, "pt") as f:
-        about = {name: json.loads(text) for name, text in f.metadata().items()}
-        weights = {key: f.get_tensor(key) for key in f.keys()}
-    assert about["predictor"]["class"] == "Predictor"
-    again = TinyEncoder(**about["encoder"]["args"])
-    again.load_state_dict(
-        {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
-    )
-    assert fingerprint(again) == fingerprint(nets["encoder"])
-
-
-def test_tensorboard_shows_what_the_log_holds(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    args = argparse.Namespace(root=tmp_path, tensorboard=True, log_every=0)
-    for first in (0, 5):  # stopped and resumed
-        log = training.RunLog(args, "encoder", resumed=bool(first))
-        for step in range(first, first + 5):
-            log.log(step, loss=torch.tensor(10.0 - step))
-        log.board.close()
-    board = EventAccumulator(str(tmp_path / "models" / "tensorboard" / "encoder")).Reload()
-    shown = [(e.step, e.value) for e in board.Scalars("loss")]
-    assert shown == [(r["step"], r["loss"]) for r in log.rows()] and len(shown) == 10
-
-
-@pytest.mark.parametrize(
-    "package, export",
-    [
-        ("minari", lambda root: export_minari([root / "data"], root / "out", "noise-v0")),
-        ("safetensors", lambda root: export_safetensors(root / "a.pth", root / "out")),
-    ],
-)
-def test_a_package_that_is_missing_is_named_in_one_line(
-    data, tmp_path, monkeypatch, package, export
-):
-    save(copy_of(data, tmp_path) / "a.pth", {"predictor": Predictor(16, 8)})
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "safetensors.torch", raising=False)
-    with pytest.raises(Refusal, match=f"pip install '{package}") as refusal:
-        export(tmp_path)
-    assert "\n" not in str(refusal.value)
-
-
-def test_compiled_nets_have_the_names_of_plain_ones(data, tmp_path):
-    net = Predictor(16, 8)
-    net.rollout = torch.compile(net.rollout, backend="eager")
-    save(tmp_path / "a.pth", {"predictor": net})
-    loaded_net, _ = load_frozen(tmp_path / "a.pth", "predictor", torch.device("cpu"))
-    z, act = torch.randn(2, 16), torch.randn(2, 3, 3)
-    assert torch.allclose(loaded_net.rollout(z, act), net.eval().rollout(z, act))
-
-
 if __name__ == "__main__":
 
     def main():
         set_up(
-            argparse.Namespace(
-                device="cpu", threads=1, precision="fp32", seed=0, batch_size=8, compile=False
-            ),
+            argparse.Namespace(device="cpu", threads=1, precision="fp32", seed=0, batch_size=8),
             ranks=True,
         )
         found = everything()

@@ -1,0 +1,116 @@
+"""The cache of latents, and what is sampled from it."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise_episode as episode
+
+from buffer import index, read_chunk
+from networks import VALUE_HORIZON, CostModel, Predictor, TinyEncoder, stack_frames
+from support.checkpoints import fingerprint
+from support.cli import Refusal
+from support.latents import Latents, LatentSampler
+
+
+class Counted:
+    """An encoder that notes how many frames it was shown in each call."""
+
+    def __init__(self, encoder, encoded):
+        self.encoder, self.encoded = encoder, encoded
+        self.dim, self.history, self.repeat = encoder.dim, encoder.history, encoder.repeat
+
+    def __call__(self, x):
+        self.encoded.append(len(x))
+        return self.encoder(x)
+
+
+def cache_of(root, encoder, chunks, encoded=None):
+    encoded = [] if encoded is None else encoded
+    return Latents(root, fingerprint(encoder), Counted(encoder, encoded), chunks)
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    net = TinyEncoder(8, dim=16).eval()
+    with torch.no_grad():
+        net.fit_standardization(net.features(torch.randint(0, 256, (64, 9, 64, 64))))
+    return net.requires_grad_(False)
+
+
+def test_cached_latents_are_those_computed_anew(data, tmp_path, encoder):
+    chunks = index(data / "data_race")[0] + index(data / "data")[0]
+    cache = cache_of(tmp_path, encoder, chunks)
+    assert isinstance(cache.z, np.memmap) and cache.z.dtype == np.float16
+    rows = sum(c.frames + 1 for c in chunks)
+    assert cache.path.stat().st_size == 2 * encoder.dim * rows
+    assert 2 * 512 * 5.8e6 * 1.001 < 6e9  # so the whole plan fits, with a row more an episode
+    rng, worst = np.random.default_rng(0), 0.0
+    for chunk, n in zip(chunks, rng.multinomial(1000, [1 / len(chunks)] * len(chunks))):
+        obs, t = read_chunk(chunk.path, "obs")["obs"], rng.integers(chunk.frames + 1, size=n)
+        at = np.maximum(t[:, None] + encoder.repeat * np.arange(1 - encoder.history, 1), 0)
+        z = encoder(stack_frames(torch.from_numpy(obs[at]).permute(0, 1, 4, 2, 3), encoder.history))
+        cached = cache.z[cache.rows[chunk.meta["uid"]][0] + t].astype(np.float32)
+        worst = max(worst, float((z - torch.from_numpy(cached)).abs().div(z.abs().clamp(1)).max()))
+    assert 0 < worst < 1e-3
+
+
+def test_an_episode_that_changed_under_its_name_is_encoded_again(tmp_path, encoder):
+    rng, folder, encoded = np.random.default_rng(1), tmp_path / "data", []
+    paths = [episode(folder, f"e{i}", 70, rng, i) for i in range(3)]
+    old = np.array(cache_of(tmp_path, encoder, index(folder)[0], encoded).z)
+    paths[1].unlink()
+    episode(folder, "e1", 70, rng, 1)  # same name, length and track, other pixels
+    chunks = index(folder)[0]
+    cache = cache_of(tmp_path, encoder, chunks, encoded)
+    assert sum(encoded) == 4 * 71
+    fresh = cache_of(tmp_path / "else", encoder, chunks)
+    for chunk in chunks:
+        a, b = (c.starts([chunk], 1)[0] for c in (cache, fresh))
+        assert np.array_equal(cache.z[a : a + 71], fresh.z[b : b + 71])
+    assert np.array_equal(cache.z[: len(old)], old)  # nobody who reads them loses rows
+
+
+@pytest.mark.parametrize("left", ["", "{", "[]", '{"rows": {"e0": [0, 70]}}', '{"rows": 3}'])
+def test_an_index_that_cannot_be_understood_is_made_anew(tmp_path, encoder, left):
+    folder = tmp_path / "data"
+    episode(folder, "e0", 70, np.random.default_rng(2), 1)
+    for _ in range(2):
+        encoded = []
+        cache = cache_of(tmp_path, encoder, index(folder)[0], encoded)
+        assert sum(encoded) == 71
+        cache.index_path.write_text(left)
+
+
+def test_two_that_start_at_once_encode_once(data, tmp_path, encoder):
+    chunks, encoded = index(data / "data_race")[0], []
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(cache_of, tmp_path, encoder, chunks, encoded) for _ in range(2)]
+    a, b = (future.result() for future in both)
+    assert sum(encoded) == sum(c.frames + 1 for c in chunks) == len(a.z) and a.rows == b.rows
+
+
+def test_the_value_target_is_that_of_the_same_latent_real_or_imagined(tmp_path, encoder):
+    rng, H = np.random.default_rng(0), 4
+    episode(tmp_path / "data_recovery", "long", 280, rng, 11)
+    chunks = index(tmp_path / "data_recovery")[0]
+    cache = cache_of(tmp_path, encoder, chunks)
+    cost, noise = CostModel(encoder.dim), torch.randn(200, encoder.dim)
+    cost.fit_density(noise, 2 * noise)
+    sampler = LatentSampler(cache, chunks, Predictor(encoder.dim, 8, 8), H, cost)
+    z, target = sampler.sample(64, rng, torch.device("cpu"), torch.float32)
+    z, target = (
+        z.view(4, 2, -1, encoder.dim),
+        target.view(4, 2, -1),
+    )  # pick, real or imagined, window
+    assert torch.equal(target[:, 0], target[:, 1]) and not torch.equal(z[:, 0], z[:, 1])
+    for latent, value in zip(z[:, 0].flatten(0, 1), target[:, 0].flatten()):
+        row = int((torch.from_numpy(cache.z.astype(np.float32)) - latent).abs().sum(1).argmin())
+        after = cost.value_target(cache.windows([row], 1 + VALUE_HORIZON)[0])[0, 0]
+        assert float(value) == pytest.approx(float(after), rel=1e-4)
+    with pytest.raises(
+        Refusal, match="lasts 288 steps, 50 of zoom and 238 more, the longest has 280"
+    ):
+        LatentSampler(cache, chunks, Predictor(encoder.dim, 8, 8), H + 40, cost)
