@@ -1,6 +1,9 @@
-"""Worker processes that fill a folder with episodes."""
+"""Supervised worker processes that fill a folder with episodes.
 
-import errno
+Each worker has a pipe of its own, from which it takes episode numbers. A killed worker costs the
+episode in hand and is replaced. Chunks appear whole or not at all.
+"""
+
 import multiprocessing as mp
 import os
 import re
@@ -11,6 +14,7 @@ import socket
 import threading
 import time
 import zlib
+from collections import Counter
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -21,7 +25,7 @@ from car import ENV_ID, PREPROCESS_VERSION
 from car.env import make_env
 from car.episode import run_episode
 from car.telemetry import TELEMETRY
-from support.cli import Number, Stop, cores, fail, nonnegative_int, parser
+from support.cli import Number, Stop, cores, fail, fraction, nonnegative_int, parser
 from support.files import git_commit, lock_file, versions, writable
 from support.progress import progress
 
@@ -34,103 +38,17 @@ RETRIES = 20  # deaths of workers without one finished episode between them, the
 OFF_ROAD = list(TELEMETRY).index("wheels_off_road")
 
 
-# ------------------------------------------------------------------ workers
-
-
-def seeds_of(job, worker, episode):
-    """(track seed, rng) of a worker's episode: no two alike over machines, runs, sources, workers.
-
-    Every HELD_OUT_MOD-th episode of all drives a held-out track: see `buffer.held_out`.
-    """
-    entropy = [
-        job["seed"],
-        job["machine_id"],
-        zlib.crc32(job["source"].encode()),
-        job["run"],
-        worker,
-        episode,
-    ]
-    track, noise = np.random.SeedSequence(entropy).spawn(2)
-    seed = int(track.generate_state(1, np.uint64)[0] >> np.uint64(1))  # 63 bits
-    seed += (number_of(job, worker, episode) - seed) % HELD_OUT_MOD
-    if seed < FIRST_SEED:
-        seed += FIRST_SEED
-    return seed, np.random.default_rng(noise)
-
-
-def number_of(job, worker, episode):
-    """The number of a worker's episode among those of all workers."""
-    return episode * job["workers"] + worker
-
-
-def work(conn, job, worker):
-    """A worker: episode numbers come in, finished episodes' summaries go out."""
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-    env = make_env(job["env"])
-    for left in reversed(range(EPISODES_PER_WORKER)):
-        try:
-            episode = conn.recv()
-        except EOFError:
-            break
-        conn.send(record(env, job, worker, episode) | {"retires": left == 0})
-    conn.close()
-
-
-def exit_with_parent():
-    """An orphan has nobody to collect for."""
-    mp.parent_process().join()
-    os._exit(1)
-
-
-def record(env, job, worker, episode):
-    """Drives one episode, writes its chunk and returns its summary, or {"error": line}."""
-    track_seed, rng = seeds_of(job, worker, episode)
-    policy, options = job["make_policy"](job, number_of(job, worker, episode))
-    arrays, end = run_episode(env, policy, track_seed, rng)
-    meta = {
-        **job["meta"],
-        **end,
-        "track_seed": track_seed,
-        "policy": options,
-        "uid": f"{job['stem']}-w{worker:02d}-e{episode:06d}",
-        "worker": worker,
-        "mistakes": getattr(policy, "mistakes", {}),
-    }
-    try:
-        write_chunk(job["folder"], meta, **arrays)
-    except OSError as e:
-        mend = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
-        return {
-            "error": f"{job['folder']}: {e.strerror or e}; {mend} and run the same command again",
-            "retires": True,
-        }
-    grass = int((arrays["telemetry"][1:, OFF_ROAD] > 0).sum())
-    return {
-        "frames": len(arrays["act"]),
-        "return": float(arrays["reward"].sum()),
-        **end,
-        "grass": grass,
-        "mistakes": meta["mistakes"],
-    }
-
-
 def collect(args, source, make_policy):
-    """Fills ROOT/<source> up to args.frames with episodes of make_policy(job, number).
-
-    Worker processes get episode numbers through pipes of their own, so one that is killed takes
-    nothing with it but its episode; it is replaced. Returns the exit code.
-    """
+    """Fills ROOT/<source> up to args.frames -> exit code. `make_policy(job, number)` returns the
+    policy of an episode and {its name and options}; a job is the dict of `make_job`."""
     folder = writable(args.root / source)
-    lock_file(
-        folder / f".machine-{args.machine_id}.lock",
-        f"{folder}: another collector of machine {args.machine_id} is at work there; wait for "
-        "it, or give this one another --machine_id",
-    )
+    busy = f"{folder}: another collector of machine {args.machine_id} runs; choose a --machine_id"
+    lock_file(folder / f".machine-{args.machine_id}.lock", busy)
     remove_stale_tmp(folder, f"{source}-{socket.gethostname()}-s")
     chunks, damaged, duplicates = index(folder)
+    have = sum(c.frames for c in chunks)
     for line in damaged + duplicates:
         print(f"not counted: {line}")
-    have = sum(c.frames for c in chunks)
     print(f"{folder}: {have:,} frames in {len(chunks)} episodes, target {args.frames:,}")
     for line in other_flags(chunks, args):
         print(f"{folder}: keeps {line}")
@@ -138,36 +56,36 @@ def collect(args, source, make_policy):
         print("nothing to do: the target is reached")
         return 0
     need_room(folder, args.frames - have)
-    crew, stop, done, error = (
-        WorkerPool(make_job(args, source, folder, make_policy)),
-        Stop(),
-        [],
-        None,
-    )
+
+    pool, stop, done = WorkerPool(make_job(args, source, folder, make_policy)), Stop(), []
     start = time.monotonic()
     bar = progress(total=args.frames, initial=have, unit="frame", unit_scale=True, desc=source)
     try:
-        while have < args.frames and not stop and not error:
-            for summary in crew.finished():
-                if "error" in summary:
-                    error = summary["error"]
-                    break
+        while have < args.frames and not stop:
+            for summary in pool.finished():
                 done.append(summary)
                 have += summary["frames"]
                 bar.update(summary["frames"])
-            if crew.deaths > RETRIES:
-                error = f"{folder}: workers die at once (exit code {crew.exitcode})"
+            if pool.deaths > RETRIES:
+                fail(f"{folder}: workers die at once (exit code {pool.exitcode})")
     finally:
         bar.close()
-        crew.terminate()
-    report(done, time.monotonic() - start)
-    if error:
-        fail(error)
+        pool.terminate()
+        report(done, time.monotonic() - start)
     return 130 if stop else 0
 
 
+def remove_stale_tmp(folder, stem):
+    """Removes what killed processes of this machine, whose names begin so, left half written."""
+    for tmp in folder.glob(f".{stem}*.npz.*.tmp"):
+        pid = tmp.name.split(".")[-2]
+        age = abs(time.time() - tmp.stat().st_mtime)  # abs: the clock may have been set back
+        if not Path(f"/proc/{pid}").exists() and age > STALE:
+            tmp.unlink(missing_ok=True)
+
+
 def other_flags(chunks, args):
-    """Of the episodes that are there, those that flags unlike this command's drove, in words."""
+    """How many of the episodes other values of --pace and --max_offset drove, in words."""
     for flag in ("pace", "max_offset"):
         then = [c.meta["policy"].get(flag) for c in chunks] if hasattr(args, flag) else []
         others = [x for x in then if x is not None and x not in np.ravel(getattr(args, flag))]
@@ -175,12 +93,20 @@ def other_flags(chunks, args):
             yield f"{len(others)} episodes of --{flag} {' '.join(map(str, sorted(set(others))))}"
 
 
-def provenance_meta(source, kind):
-    """What a chunk says of where it comes from; kind: of env."""
+def need_room(folder, frames):
+    """Refuses to start where so many frames would leave less than MIN_FREE of the disk."""
+    free = shutil.disk_usage(folder).free >> 20
+    need = MIN_FREE + (frames * BYTES_A_FRAME >> 20)
+    if free < need:
+        fail(f"{folder}: expected {need:,} MiB free, found {free:,}; make room or lower --frames")
+
+
+def chunk_provenance(source, env_kind):
+    """The part of a chunk's meta that says where it comes from."""
     return dict(
         source=source,
         host=socket.gethostname(),
-        env=f"{ENV_ID} {kind}",
+        env=f"{ENV_ID} {env_kind}",
         preprocess=PREPROCESS_VERSION,
         telemetry=list(TELEMETRY),
         versions=versions(),
@@ -190,37 +116,23 @@ def provenance_meta(source, kind):
 
 def make_job(args, source, folder, make_policy):
     """All that a worker needs to know."""
-    host = socket.gethostname()
-    runs = (re.search(r"r(\d+)-\w+-w\d+-e\d+$", p.stem) for p in folder.glob("*.npz"))
-    run_no = 1 + max((int(r[1]) for r in runs if r), default=-1)
-    stem = f"{source}-{host}-s{args.seed}m{args.machine_id}r{run_no:03d}-{secrets.token_hex(3)}"
-    meta = provenance_meta(source, args.env) | {"run": run_no}
+    runs = [re.search(r"r(\d+)-\w+-w\d+-e\d+$", p.stem) for p in folder.glob("*.npz")]
+    run = 1 + max((int(r[1]) for r in runs if r), default=-1)
+    machine = f"{socket.gethostname()}-s{args.seed}m{args.machine_id}"
     return dict(
         source=source,
         folder=folder,
         make_policy=make_policy,
         seed=args.seed,
-        run=run_no,
+        run=run,
         env=args.env,
         machine_id=args.machine_id,
         workers=args.workers,
         paces=getattr(args, "pace", None),
         max_offset=getattr(args, "max_offset", None),
-        stem=stem,
-        meta=meta,
+        stem=f"{source}-{machine}r{run:03d}-{secrets.token_hex(3)}",
+        meta=chunk_provenance(source, args.env) | {"run": run},
     )
-
-
-def need_room(folder, frames):
-    """Refuses to start where so many frames would leave less than MIN_FREE of the disk."""
-    free = shutil.disk_usage(folder).free >> 20
-    need = MIN_FREE + (frames * BYTES_A_FRAME >> 20)
-    if free < need:
-        fail(
-            f"{folder}: expected {need:,} MiB free for {frames:,} frames and a margin of "
-            f"{MIN_FREE}, found {free:,}; make room, ask for less with --frames, or choose "
-            "another --root"
-        )
 
 
 class WorkerPool:
@@ -235,20 +147,23 @@ class WorkerPool:
         self.deaths, self.exitcode = 0, None  # deaths since an episode was finished
 
     def finished(self, timeout=0.5):
-        """Replaces who is gone, and yields the summaries of the episodes that have ended."""
+        """Replaces workers that are gone; yields the summaries of the episodes that have ended.
+        Raises the OSError of a worker that could not write."""
         for worker in set(range(self.job["workers"])) - {w for _, w in self.workers.values()}:
             self._spawn(worker)
         for pipe in wait(list(self.workers), timeout):
             try:
-                summary = pipe.recv()
+                summary, retires = pipe.recv()
             except (EOFError, OSError):  # retired, or killed
                 process, _ = self.workers.pop(pipe)
                 process.join(1)
                 self.deaths += process.exitcode != 0
                 self.exitcode = process.exitcode
                 continue
+            if isinstance(summary, OSError):
+                raise summary
             self.deaths = 0
-            if not summary.get("retires"):
+            if not retires:
                 self._assign(pipe)
             yield summary
 
@@ -285,66 +200,105 @@ class WorkerPool:
                 tmp.unlink(missing_ok=True)
 
 
-def remove_stale_tmp(folder, stem):
-    """Removes what killed processes of this machine, whose names begin so, left half written."""
-    for tmp in folder.glob(f".{stem}*.npz.*.tmp"):
-        pid = tmp.name.split(".")[-2]
-        age = abs(time.time() - tmp.stat().st_mtime)  # abs: the clock may have been set back
-        if not Path(f"/proc/{pid}").exists() and age > STALE:
-            tmp.unlink(missing_ok=True)
+def work(conn, job, worker):
+    """A worker: episode numbers come in, (summary or OSError, whether it retires) go out."""
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    env = make_env(job["env"])
+    for left in reversed(range(EPISODES_PER_WORKER)):
+        try:
+            episode = conn.recv()
+        except EOFError:
+            break
+        try:
+            summary = record(env, job, worker, episode)
+        except OSError as e:
+            summary = e
+        conn.send((summary, left == 0))
+    conn.close()
+
+
+def exit_with_parent():
+    """Ends a worker whose parent is gone."""
+    mp.parent_process().join()
+    os._exit(1)
+
+
+def record(env, job, worker, episode):
+    """Drives one episode, writes its chunk and returns its summary."""
+    track_seed, rng = seeds_of(job, worker, episode)
+    policy, options = job["make_policy"](job, episode_number(job, worker, episode))
+    arrays, end = run_episode(env, policy, track_seed, rng)
+    shared = {**end, "mistakes": getattr(policy, "mistakes", {})}
+    meta = {
+        **job["meta"],
+        **shared,
+        "track_seed": track_seed,
+        "policy": options,
+        "uid": f"{job['stem']}-w{worker:02d}-e{episode:06d}",
+        "worker": worker,
+    }
+    write_chunk(job["folder"], meta, **arrays)
+    grass = int((arrays["telemetry"][1:, OFF_ROAD] > 0).sum())
+    total = float(arrays["reward"].sum())
+    return {**shared, "frames": len(arrays["act"]), "return": total, "grass": grass}
+
+
+def seeds_of(job, worker, episode):
+    """(track seed, rng) of a worker's episode: no two alike over machines, runs, sources, workers.
+
+    Every HELD_OUT_MOD-th episode of all drives a held-out track: see `buffer.held_out`.
+    """
+    source = zlib.crc32(job["source"].encode())
+    entropy = [job["seed"], job["machine_id"], source, job["run"], worker, episode]
+    track, noise = np.random.SeedSequence(entropy).spawn(2)
+    seed = int(track.generate_state(1, np.uint64)[0] >> np.uint64(1))  # 63 bits
+    seed += (episode_number(job, worker, episode) - seed) % HELD_OUT_MOD
+    if seed < FIRST_SEED:
+        seed += FIRST_SEED
+    return seed, np.random.default_rng(noise)
+
+
+def episode_number(job, worker, episode):
+    """The number of a worker's episode among those of all workers."""
+    return episode * job["workers"] + worker
 
 
 def report(done, seconds):
-    """Prints what a run collected."""
+    """Prints what a run collected, from the summaries of its episodes."""
     if not done:
         print("no episode was added")
         return
-    frames = sum(d["frames"] for d in done)
+    frames, laps = sum(d["frames"] for d in done), sum(d["lap_finished"] for d in done)
     returns = np.array([d["return"] for d in done])
-    laps = sum(d["lap_finished"] for d in done)
+    grass = sum(d["grass"] for d in done) / frames
     print(
         f"{len(done)} episodes, {frames:,} frames, {frames / seconds:,.0f} frames/s, return "
-        f"{returns.mean():.1f} ± {returns.std():.1f}, laps {laps}, frames on grass "
-        f"{sum(d['grass'] for d in done) / frames:.1%}"
+        f"{returns.mean():.1f} ± {returns.std():.1f}, laps {laps}, frames on grass {grass:.1%}"
     )
-    kinds = {}
+    made, recovered = Counter(), Counter()
     for d in done:
-        for kind, (count, recovered) in d["mistakes"].items():
-            a, b = kinds.get(kind, (0, 0))
-            kinds[kind] = a + count, b + recovered
-    if kinds:
-        n, r = np.sum(list(kinds.values()), axis=0)
-        print(
-            f"mistakes {n}, recovered {r} ({r / max(1, n):.0%}): "
-            + ", ".join(f"{k} {b}/{a}" for k, (a, b) in sorted(kinds.items()))
-        )
+        made.update({kind: count for kind, (count, _) in d["mistakes"].items()})
+        recovered.update({kind: count for kind, (_, count) in d["mistakes"].items()})
+    if made:
+        n, r = made.total(), recovered.total()
+        kinds = ", ".join(f"{kind} {recovered[kind]}/{made[kind]}" for kind in sorted(made))
+        print(f"mistakes {n}, recovered {r} ({r / max(1, n):.0%}): {kinds}")
 
 
-def collector_parser(doc, frames):
-    """The flags that all collectors share."""
+def collector_parser(doc, frames, paces=None):
+    """The flags that all collectors share; with `paces`, the default of --pace, that flag too."""
     p = parser(doc, device=False)
-    p.add_argument(
-        "--frames",
-        type=Number(int, 1, 10**15),
-        default=frames,
-        help=f"frames in the folder at the end, those already there included (default {frames:,})",
-    )
-    p.add_argument(
-        "--env",
-        default="fast",
-        choices=["fast", "official"],
-        help="official: 25 times slower, to check that the fast env teaches the same",
-    )
-    p.add_argument(
+    add, count = p.add_argument, Number(int, 1, 10**15)
+    add("--frames", type=count, default=frames, help="frames in the folder at the end")
+    add("--env", default="fast", choices=["fast", "official"], help="official: 25 times slower")
+    add(
         "--workers",
         type=Number(int, 1, 1024),
         default=cores(),
-        help="processes, by default one a core that this process may use",
+        help="processes; default: a core each",
     )
-    p.add_argument(
-        "--machine_id",
-        type=nonnegative_int,
-        default=0,
-        help="another number on each machine that collects, so that no track is twice",
-    )
+    add("--machine_id", type=nonnegative_int, default=0, help="another one on each machine")
+    if paces:
+        text = "0 calm (58 units/s) to 1 full; several take turns"
+        add("--pace", type=fraction, nargs="+", default=paces, help=text)
     return p
