@@ -1,6 +1,6 @@
 """Supervised worker processes that fill a folder with episodes.
 
-Each worker has a pipe of its own, from which it takes episode numbers. A killed worker costs the
+Each worker has a pipe of its own, through which it reports its episodes. A killed worker costs the
 episode in hand and is replaced. Chunks appear whole or not at all.
 """
 
@@ -14,9 +14,7 @@ import socket
 import threading
 import time
 import zlib
-from collections import Counter
 from multiprocessing.connection import wait
-from pathlib import Path
 
 import numpy as np
 
@@ -29,9 +27,9 @@ from support.cli import Number, Stop, cores, fail, fraction, nonnegative_int, pa
 from support.files import git_commit, lock_file, versions, writable
 from support.progress import progress
 
+HOST = socket.gethostname()
 FIRST_SEED = 10_000_000  # tracks below are for choosing and for evaluation, never collected
 EPISODES_PER_WORKER = 300  # then it is replaced: Box2D leaks on create and destroy
-STALE = 5  # s after which a half-written file whose process is gone is removed
 MIN_FREE = 512  # MiB of disk to be left over; where there will be less, nothing is started
 BYTES_A_FRAME = 1600  # on disk, about
 RETRIES = 20  # deaths of workers without one finished episode between them, then it gives up
@@ -44,7 +42,7 @@ def collect(args, source, make_policy):
     folder = writable(args.root / source)
     busy = f"{folder}: another collector of machine {args.machine_id} runs; choose a --machine_id"
     lock_file(folder / f".machine-{args.machine_id}.lock", busy)
-    remove_stale_tmp(folder, f"{source}-{socket.gethostname()}-s")
+    remove_stale_tmp(folder, f"{source}-{HOST}-s*m{args.machine_id}r")
     chunks, damaged, duplicates = index(folder)
     have = sum(c.frames for c in chunks)
     for line in damaged + duplicates:
@@ -66,8 +64,6 @@ def collect(args, source, make_policy):
                 done.append(summary)
                 have += summary["frames"]
                 bar.update(summary["frames"])
-            if pool.deaths > RETRIES:
-                fail(f"{folder}: workers die at once (exit code {pool.exitcode})")
     finally:
         bar.close()
         pool.terminate()
@@ -76,12 +72,9 @@ def collect(args, source, make_policy):
 
 
 def remove_stale_tmp(folder, stem):
-    """Removes what killed processes of this machine, whose names begin so, left half written."""
+    """Removes what killed workers, whose names begin so, left half written."""
     for tmp in folder.glob(f".{stem}*.npz.*.tmp"):
-        pid = tmp.name.split(".")[-2]
-        age = abs(time.time() - tmp.stat().st_mtime)  # abs: the clock may have been set back
-        if not Path(f"/proc/{pid}").exists() and age > STALE:
-            tmp.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
 
 
 def other_flags(chunks, args):
@@ -105,7 +98,7 @@ def chunk_provenance(source, env_kind):
     """The part of a chunk's meta that says where it comes from."""
     return dict(
         source=source,
-        host=socket.gethostname(),
+        host=HOST,
         env=f"{ENV_ID} {env_kind}",
         preprocess=PREPROCESS_VERSION,
         telemetry=list(TELEMETRY),
@@ -115,61 +108,60 @@ def chunk_provenance(source, env_kind):
 
 
 def make_job(args, source, folder, make_policy):
-    """All that a worker needs to know."""
+    """All that a worker needs to know: the flags, and what follows from them."""
     runs = [re.search(r"r(\d+)-\w+-w\d+-e\d+$", p.stem) for p in folder.glob("*.npz")]
     run = 1 + max((int(r[1]) for r in runs if r), default=-1)
-    machine = f"{socket.gethostname()}-s{args.seed}m{args.machine_id}"
-    return dict(
+    run_name = f"s{args.seed}m{args.machine_id}r{run:03d}-{secrets.token_hex(3)}"
+    return vars(args) | dict(
         source=source,
         folder=folder,
         make_policy=make_policy,
-        seed=args.seed,
         run=run,
-        env=args.env,
-        machine_id=args.machine_id,
-        workers=args.workers,
         paces=getattr(args, "pace", None),
-        max_offset=getattr(args, "max_offset", None),
-        stem=f"{source}-{machine}r{run:03d}-{secrets.token_hex(3)}",
+        stem=f"{source}-{HOST}-{run_name}",
         meta=chunk_provenance(source, args.env) | {"run": run},
     )
 
 
 class WorkerPool:
-    """The workers of a job: each has a number, a pipe, and episodes numbered from 0 on."""
+    """The workers of a job. Each has a number, and drives episodes numbered from 0 on."""
 
     def __init__(self, job):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of each: they are as many as cores
         os.environ["PYTHONSAFEPATH"] = "1"  # workers import this code, not the working folder's
         self.context = mp.get_context("spawn")  # a fork server would look there first
-        self.job, self.workers, self.pids = job, {}, set()  # workers: pipe -> (process, number)
+        self.job, self.running = job, {}  # running: pipe -> (process, worker's number)
         self.next_episode = [0] * job["workers"]
-        self.deaths, self.exitcode = 0, None  # deaths since an episode was finished
+        self.deaths = 0  # since an episode was finished
 
     def finished(self, timeout=0.5):
         """Replaces workers that are gone; yields the summaries of the episodes that have ended.
         Raises the OSError of a worker that could not write."""
-        for worker in set(range(self.job["workers"])) - {w for _, w in self.workers.values()}:
+        for worker in set(range(self.job["workers"])) - {w for _, w in self.running.values()}:
             self._spawn(worker)
-        for pipe in wait(list(self.workers), timeout):
+        for pipe in wait(list(self.running), timeout):
+            process, worker = self.running[pipe]
             try:
-                summary, retires = pipe.recv()
+                summary = pipe.recv()
             except (EOFError, OSError):  # retired, or killed
-                process, _ = self.workers.pop(pipe)
+                del self.running[pipe]
                 process.join(1)
-                self.deaths += process.exitcode != 0
-                self.exitcode = process.exitcode
+                killed = process.exitcode != 0
+                self.deaths += killed
+                self.next_episode[worker] += killed  # the one in hand may be on disk
+                if self.deaths > RETRIES:
+                    fail(f"{self.job['folder']}: workers die at once (exit {process.exitcode})")
                 continue
             if isinstance(summary, OSError):
                 raise summary
             self.deaths = 0
-            if not retires:
-                self._assign(pipe)
+            self.next_episode[worker] += 1
             yield summary
 
     def _spawn(self, worker):
-        ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=work, args=(theirs, self.job, worker), daemon=True)
+        ours, theirs = self.context.Pipe(duplex=False)
+        args = theirs, self.job, worker, self.next_episode[worker]
+        process = self.context.Process(target=work, args=args, daemon=True)
         signals = {signal.SIGINT, signal.SIGHUP}  # a terminal's: the parent decides
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # while the worker imports, too
         try:
@@ -177,44 +169,26 @@ class WorkerPool:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         theirs.close()
-        self.pids.add(process.pid)
-        self.workers[ours] = process, worker
-        self._assign(ours)
-
-    def _assign(self, pipe):
-        worker = self.workers[pipe][1]
-        try:
-            pipe.send(self.next_episode[worker])
-            self.next_episode[worker] += 1
-        except OSError:
-            pass  # died meanwhile; `wait` will say so
+        self.running[ours] = process, worker
 
     def terminate(self):
         """Ends all at once: chunks are whole or not there, only the episodes in hand are lost."""
-        for process, _ in self.workers.values():
+        for process, _ in self.running.values():
             process.kill()
-        for process, _ in self.workers.values():
+        for process, _ in self.running.values():
             process.join(5)
-        for pid in self.pids:
-            for tmp in self.job["folder"].glob(f".{self.job['stem']}-*.{pid}.tmp"):
-                tmp.unlink(missing_ok=True)
+        remove_stale_tmp(self.job["folder"], self.job["stem"])
 
 
-def work(conn, job, worker):
-    """A worker: episode numbers come in, (summary or OSError, whether it retires) go out."""
+def work(conn, job, worker, first):
+    """A worker: drives episodes from `first` on, and sends their summaries, or an OSError."""
     threading.Thread(target=exit_with_parent, daemon=True).start()
     env = make_env(job["env"])
-    for left in reversed(range(EPISODES_PER_WORKER)):
+    for episode in range(first, first + EPISODES_PER_WORKER):
         try:
-            episode = conn.recv()
-        except EOFError:
-            break
-        try:
-            summary = record(env, job, worker, episode)
+            conn.send(record(env, job, worker, episode))
         except OSError as e:
-            summary = e
-        conn.send((summary, left == 0))
-    conn.close()
+            conn.send(e)
 
 
 def exit_with_parent():
@@ -224,23 +198,23 @@ def exit_with_parent():
 
 
 def record(env, job, worker, episode):
-    """Drives one episode, writes its chunk and returns its summary."""
+    """Drives one episode, writes its chunk -> its summary: the meta, frames, return and grass."""
     track_seed, rng = seeds_of(job, worker, episode)
     policy, options = job["make_policy"](job, episode_number(job, worker, episode))
     arrays, end = run_episode(env, policy, track_seed, rng)
-    shared = {**end, "mistakes": getattr(policy, "mistakes", {})}
     meta = {
         **job["meta"],
-        **shared,
+        **end,
         "track_seed": track_seed,
         "policy": options,
         "uid": f"{job['stem']}-w{worker:02d}-e{episode:06d}",
         "worker": worker,
+        "mistakes": getattr(policy, "mistakes", {}),
     }
     write_chunk(job["folder"], meta, **arrays)
-    grass = int((arrays["telemetry"][1:, OFF_ROAD] > 0).sum())
+    on_grass = arrays["telemetry"][1:, OFF_ROAD] > 0
     total = float(arrays["reward"].sum())
-    return {**shared, "frames": len(arrays["act"]), "return": total, "grass": grass}
+    return meta | {"frames": len(on_grass), "return": total, "grass": int(on_grass.sum())}
 
 
 def seeds_of(job, worker, episode):
@@ -268,21 +242,20 @@ def report(done, seconds):
     if not done:
         print("no episode was added")
         return
-    frames, laps = sum(d["frames"] for d in done), sum(d["lap_finished"] for d in done)
-    returns = np.array([d["return"] for d in done])
-    grass = sum(d["grass"] for d in done) / frames
+    keys = ("frames", "return", "lap_finished", "grass")
+    frames, returns, laps, grass = (np.array([d[key] for d in done]) for key in keys)
+    n = frames.sum()
     print(
-        f"{len(done)} episodes, {frames:,} frames, {frames / seconds:,.0f} frames/s, return "
-        f"{returns.mean():.1f} ± {returns.std():.1f}, laps {laps}, frames on grass {grass:.1%}"
+        f"{len(done)} episodes, {n:,} frames, {n / seconds:,.0f} frames/s, return "
+        f"{returns.mean():.1f} ± {returns.std():.1f}, laps {laps.sum()}, "
+        f"frames on grass {grass.sum() / n:.1%}"
     )
-    made, recovered = Counter(), Counter()
-    for d in done:
-        made.update({kind: count for kind, (count, _) in d["mistakes"].items()})
-        recovered.update({kind: count for kind, (_, count) in d["mistakes"].items()})
-    if made:
-        n, r = made.total(), recovered.total()
-        kinds = ", ".join(f"{kind} {recovered[kind]}/{made[kind]}" for kind in sorted(made))
-        print(f"mistakes {n}, recovered {r} ({r / max(1, n):.0%}): {kinds}")
+    kinds = list(done[0]["mistakes"])
+    if kinds:
+        counts = np.sum([list(d["mistakes"].values()) for d in done], axis=0)  # (kinds, 2)
+        made, recovered = counts.sum(axis=0)
+        each = ", ".join(f"{kind} {b}/{a}" for kind, (a, b) in sorted(zip(kinds, counts.tolist())))
+        print(f"mistakes {made}, recovered {recovered} ({recovered / max(1, made):.0%}): {each}")
 
 
 def collector_parser(doc, frames, paces=None):
@@ -291,12 +264,7 @@ def collector_parser(doc, frames, paces=None):
     add, count = p.add_argument, Number(int, 1, 10**15)
     add("--frames", type=count, default=frames, help="frames in the folder at the end")
     add("--env", default="fast", choices=["fast", "official"], help="official: 25 times slower")
-    add(
-        "--workers",
-        type=Number(int, 1, 1024),
-        default=cores(),
-        help="processes; default: a core each",
-    )
+    add("--workers", type=Number(int, 1, 1024), default=cores(), help="default: a core each")
     add("--machine_id", type=nonnegative_int, default=0, help="another one on each machine")
     if paces:
         text = "0 calm (58 units/s) to 1 full; several take turns"
