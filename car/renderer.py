@@ -1,7 +1,8 @@
 """The fast renderer: `preprocess(official frame)` without drawing the 1000x800 window.
 
-`TrackTextures` rasterises the track once per episode. `Renderer` warps it into the view of the car,
-lays sprites of the car over it and draws the HUD from tables. `FastCarRacing` is the env.
+`TrackTextures` rasterises the track once per episode. For a frame, `Renderer` warps the texture onto
+the 96x84 grid of the official frame, adds the sprites of the car, and averages to 64x56. The HUD's
+bars are axis-aligned, so their areas are arithmetic. `FastCarRacing` is the env.
 """
 
 import math
@@ -138,7 +139,7 @@ def sampling_grid(zoom, h, w):
 
 
 class Renderer:
-    """Draws the frames of one env, many in one go if need be; holds its textures and buffers."""
+    """Draws the frames of one env, one or many at a time; holds its textures and buffers."""
 
     def __init__(self):
         self.track, self.hud = TrackTextures(), Hud()

@@ -1,6 +1,6 @@
-"""Tables of what the renderer lays over the ground: sprites of the car, and the HUD.
+"""Cached tables for the renderer: sprites of the car, and the HUD.
 
-Both are computed once, at the size of the official window, and averaged down to frames.
+Both are computed at the size of the official window and averaged down to the frame.
 """
 
 import math
@@ -69,7 +69,7 @@ def hull_sprite(zoom):
 
 @lru_cache(maxsize=16384)
 def wheel_sprite(wheel, angle_step, phase_step, zoom):
-    """Sprite of what the hull leaves to see of a wheel (0..3), at a steering angle and a turn."""
+    """Sprite of the visible part of a wheel (0..3), at a steering angle and a turn."""
     surface = blank()
     angle, at = angle_step * ANGLE_STEP, [p * cd.SIZE for p in cd.WHEELPOS[wheel]]
     paint(surface, WHEEL, zoom, (0, 0, 0, 255), angle, at)
@@ -165,8 +165,8 @@ def level_end(place, value, length):
 
 
 def hflip(frames):
-    """Frames (..., 64, 64, 3) uint8 -> how they look where left and right are exchanged: scene,
-    steering and gyro bar. The spins of the wheels stay, as if left and right ones were the same."""
+    """Frames (..., 64, 64, 3) uint8 with left and right exchanged: scene, steering and gyro bar.
+    The wheels' bars stay, as if left and right wheels had the same spin."""
     out = cv2.flip(frames.reshape(-1, OBS_SIZE, 3), 1).reshape(frames.shape)
     hud = frames[..., SCENE_H:, :, :]
     out[..., SCENE_H:, :, :] = hud

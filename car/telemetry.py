@@ -1,4 +1,4 @@
-"""What the simulator knows of the car: its state, whether it is recovered; placing it anywhere."""
+"""The simulator's state of the car, whether a car is recovered, and placing a car anywhere."""
 
 import math
 
@@ -30,13 +30,12 @@ TELEMETRY = {  # name -> unit; right and left as the driver sees them
 }
 TRACK_SEARCH = 12.0  # units off the centre line beyond which another part may be nearer
 LOOK_AHEAD = (3, 6, 10)  # tiles of 3.5 units: about 10, 20 and 35 units
-# A car is recovered once it has for so many seconds had so many wheels on the road, moved along
-# the road within so many rad, and faster than so many units/s.
-RECOVERY_HOLD, RECOVERY_WHEELS, RECOVERY_HEADING, RECOVERY_SPEED = 0.2, 3, 0.5, 15
+RECOVERY_HOLD = 0.2  # s for which `is_recovered` must stay true
+RECOVERY_WHEELS, RECOVERY_HEADING, RECOVERY_SPEED = 3, 0.5, 15.0  # on the road, rad, units/s
 
 
 def is_recovered(wheels_on_road, heading_error, speed):
-    """Whether a car is recovered at this moment, if it stays so for RECOVERY_HOLD seconds.
+    """Whether a car is on the road, along it and moving. It counts after RECOVERY_HOLD seconds.
 
     wheels_on_road: 0..4; heading_error: rad, from the road or the racing line; speed: units/s.
     """
@@ -84,8 +83,8 @@ class Nearest:
 class CentreLine:
     """The track as flat lists; `nearest(x, y)` is the index of the nearest tile.
 
-    Between tiles, 3.5 units apart, position and direction go over smoothly: by the nearest tile
-    alone a heading error in a hairpin would jump by 0.3 rad from one frame to the next.
+    Position and direction are interpolated between tiles, which are 3.5 units apart. With the
+    nearest tile alone, the heading error in a hairpin would jump by 0.3 rad between two frames.
     """
 
     def __init__(self, track):
@@ -124,7 +123,7 @@ class CentreLine:
         return i + t
 
     def curvature_at(self, s):
-        """1/units, + to the left, at tile s, a float: between two tiles a mean of theirs."""
+        """1/units, + to the left, at tile s, a float: interpolated between two tiles."""
         i, n = math.floor(s), len(self.x)
         t = s - i
         return (1 - t) * self.curvature[i % n] + t * self.curvature[(i + 1) % n]
