@@ -1,8 +1,8 @@
 """The fast renderer: `preprocess(official frame)` without drawing the 1000x800 window.
 
-`TrackTextures` rasterises the track once per episode. For a frame, `Renderer` warps the texture onto
-the 96x84 grid of the official frame, adds the sprites of the car, and averages to 64x56. The HUD's
-bars are axis-aligned, so their areas are arithmetic. `FastCarRacing` is the env.
+`TrackTextures` rasterises the track once per episode. For a frame, `Renderer` warps the texture
+onto the 96x84 grid of the official frame, adds the sprites of the car, and averages to 64x56. The
+bars of the HUD are axis-aligned, so their areas are arithmetic. `FastCarRacing` is the env.
 """
 
 import math
