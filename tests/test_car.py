@@ -7,13 +7,13 @@ import pytest
 from gymnasium.envs.box2d import car_racing
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
-import benchmark
 from car import FPS, MAX_STEPS, SCENE_H
 from car.env import make_env, observe, preprocess
 from car.episode import EpisodeRecorder, run_episode
 from car.renderer import RenderState
 from car.sprites import Hud, hflip
 from car.telemetry import TELEMETRY, is_recovered, place_car, telemetry
+from tools.bench_env import compare, follow
 
 MAX_MEAN, MAX_WORST = 0.3, 1.0  # grey levels of 255 off the official picture
 
@@ -68,7 +68,7 @@ def play(env, twin, driver, seed):
 @pytest.mark.parametrize("kind", ["fast", "physics"])
 def test_whole_episodes_equal_the_official_ones_bit_for_bit(kind):
     env, twin = make_env(kind), official()  # reused from episode to episode
-    assert play(env, twin, benchmark.follow, seed=1)[3] == {"lap_finished": True}
+    assert play(env, twin, follow, seed=1)[3] == {"lap_finished": True}
     assert play(env, twin, random_driver(1), seed=0)[2]  # cut off by the 1000 steps
     reward, terminated, _, info = play(env, twin, straight_on, seed=2)
     assert (reward, terminated, info) == (-100, True, {"lap_finished": False})  # off the playfield
@@ -93,7 +93,7 @@ def test_an_unknown_kind_is_named():
 
 
 def test_pictures_are_those_of_the_official_env():
-    for name, rows in benchmark.compare(tracks=2).items():
+    for name, rows in compare(tracks=2).items():
         errors = [row[0] for row in rows]
         assert np.mean(errors) <= MAX_MEAN and np.max(errors) <= MAX_WORST, name
 
