@@ -48,8 +48,7 @@ class RandomDriver:
         self.left -= 1
         noise = r.normal(0, 0.03, 3).tolist()
         self.action = [0.85 * a + 0.15 * b + e for a, b, e in zip(self.action, self.target, noise)]
-        clipped = [min(max(a, low), 1) for a, low in zip(self.action, (-1, 0, 0))]
-        return np.array(clipped, np.float32)
+        return np.clip(self.action, (-1, 0, 0), 1).astype(np.float32)
 
 
 def make_random(job, number):

@@ -104,8 +104,7 @@ class FaultyExpert:
         else:
             steer = steer + self.noise[0]
             gas = gas + self.noise[1] if gas > 0 else 0.0
-        steer = max(-1.0, min(1.0, steer))
-        return np.array([steer, max(0.0, min(1.0, gas)), max(0.0, min(1.0, brake))], np.float32)
+        return np.clip((steer, gas, brake), (-1, 0, 0), 1).astype(np.float32)
 
     def _advance(self, env, action):
         """driving -> pending -> active -> evaluating -> driving; one of them a step."""

@@ -44,6 +44,7 @@ def run_episode(env, policy, track_seed, rng, on_step=None):
     `start(env, rng)`, which may place the car elsewhere and then returns True, and `max_steps`.
     on_step(env, t) is called before step t, for t from 0 on.
     """
+    # the first frame
     obs, _ = env.reset(seed=track_seed)
     policy.reset(env, rng)
     if hasattr(policy, "start") and policy.start(env, rng):
@@ -54,6 +55,7 @@ def run_episode(env, policy, track_seed, rng, on_step=None):
     if deferred:
         env.unwrapped.defer()  # frames drawn together cost half
 
+    # one action a step
     t, limit, ended = 0, getattr(policy, "max_steps", float("inf")), False
     while not ended:
         if on_step:

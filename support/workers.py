@@ -41,7 +41,7 @@ def collect(args, source, make_policy):
     policy of an episode and {its name and options}; a job is the dict of `make_job`."""
     folder = writable(args.root / source)
     busy = f"{folder}: another collector of machine {args.machine_id} runs; choose a --machine_id"
-    lock_file(folder / f".machine-{args.machine_id}.lock", busy)
+    lock_file(folder / f".machine-{args.machine_id}.lock", busy)  # so its .tmp files are stale
     remove_stale_tmp(folder, f"{source}-{HOST}-s*m{args.machine_id}r")
     chunks, damaged, duplicates = index(folder)
     have = sum(c.frames for c in chunks)
@@ -55,6 +55,7 @@ def collect(args, source, make_policy):
         return 0
     need_room(folder, args.frames - have)
 
+    # drive until the target is reached or a stop is requested
     pool, stop, done = WorkerPool(make_job(args, source, folder, make_policy)), Stop(), []
     start = time.monotonic()
     bar = progress(total=args.frames, initial=have, unit="frame", unit_scale=True, desc=source)
@@ -78,7 +79,7 @@ def remove_stale_tmp(folder, stem):
 
 
 def other_flags(chunks, args):
-    """How many of the episodes other values of --pace and --max_offset drove, in words."""
+    """Lines that count the episodes driven with other values of --pace and --max_offset."""
     for flag in ("pace", "max_offset"):
         then = [c.meta["policy"].get(flag) for c in chunks] if hasattr(args, flag) else []
         others = [x for x in then if x is not None and x not in np.ravel(getattr(args, flag))]
