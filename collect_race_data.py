@@ -150,9 +150,8 @@ class Expert:
         path, speed = np.vstack([path, path[:1]]), np.append(speed, speed[0])
         along = np.append(0.0, np.cumsum(np.hypot(*np.diff(path, axis=0).T)))
         s = np.arange(0.0, along[-1], SPACING)
-        self.nearest = Nearest(
-            np.column_stack([np.interp(s, along, c) for c in path.T]), LINE_SEARCH
-        )
+        line = np.column_stack([np.interp(s, along, c) for c in path.T])
+        self.nearest = Nearest(line, LINE_SEARCH)
         self.x, self.y = self.nearest.x, self.nearest.y
         self.speed = np.interp(s, along, speed).tolist()
 

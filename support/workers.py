@@ -165,10 +165,8 @@ class WorkerPool:
         process = self.context.Process(target=work, args=args, daemon=True)
         signals = {signal.SIGINT, signal.SIGHUP}  # a terminal's: the parent decides
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # while the worker imports, too
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        process.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         theirs.close()
         self.running[ours] = process, worker
 
@@ -251,8 +249,7 @@ def report(done, seconds):
         f"{returns.mean():.1f} ± {returns.std():.1f}, laps {laps.sum()}, "
         f"frames on grass {grass.sum() / n:.1%}"
     )
-    kinds = list(done[0]["mistakes"])
-    if kinds:
+    if kinds := list(done[0]["mistakes"]):
         counts = np.sum([list(d["mistakes"].values()) for d in done], axis=0)  # (kinds, 2)
         made, recovered = counts.sum(axis=0)
         each = ", ".join(f"{kind} {b}/{a}" for kind, (a, b) in sorted(zip(kinds, counts.tolist())))

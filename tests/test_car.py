@@ -1,4 +1,4 @@
-"""The fast env is the official one in everything but the drawing, and nearly so in that."""
+"""The fast env equals the official one in physics, and nearly so in its frames; telemetry."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Collectors under fire: killed, stopped, out of disk, merged from two machines; their seeds."""
+"""Collectors: killed, stopped, out of disk, merged from two machines; their seeds and mistakes."""
 
 import contextlib
 import os
