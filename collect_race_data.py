@@ -163,7 +163,8 @@ class Expert:
         """The same as three floats."""
         car = env.unwrapped.car
         hull, n = car.hull, len(self.x)
-        x, y, vx, vy = *hull.position, *hull.linearVelocity
+        at, travel = hull.position, hull.linearVelocity
+        x, y, vx, vy = at.x, at.y, travel.x, travel.y
         angle, yaw_rate = hull.angle, hull.angularVelocity
         sin, cos = math.sin(angle), math.cos(angle)
         forward, side, v = vy * cos - vx * sin, -vx * cos - vy * sin, math.hypot(vx, vy)

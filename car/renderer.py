@@ -94,6 +94,7 @@ class TrackTextures:
         if colors != self.background_colors:
             self.background_colors = colors
             self._draw_backgrounds(*colors)
+            self.boxes = [...] * len(LEVELS)  # around the last road: all has to be copied
         self.touched = displayed(env.road_color)
 
         quads = np.array([quad for quad, _ in env.road_poly])
@@ -102,13 +103,17 @@ class TrackTextures:
         kerb = np.array([isinstance(color, tuple) for _, color in env.road_poly])
         last = kerb & ~np.roll(kerb, -2)  # of its row of kerbs: they alternate with tiles
         self.tiles = [texels(widen(quads[~kerb], -1 / n, 0, 0), n) for n, _, _ in LEVELS]
-        for texture, background, (scale, _, zoom) in zip(self.textures, self.backgrounds, LEVELS):
-            np.copyto(texture, background)
+        for k, (scale, _, zoom) in enumerate(LEVELS):
+            texture, box = self.textures[k], self.boxes[k]
+            texture[box] = self.backgrounds[k][box]
             grow = GROWTH / zoom - AA_GROWTH / scale
             # The next quad is drawn over the end of this: without 1 texel more, grass would show
             # through two half-covered edges.
             ahead = np.where(last, grow, 1 / scale)[:, None]
-            for poly, color in zip(texels(widen(quads, grow, ahead, grow), scale), colors):
+            polys = texels(widen(quads, grow, ahead, grow), scale)
+            (x0, y0), (x1, y1) = polys.min((0, 1)) >> FRAC, polys.max((0, 1)) >> FRAC
+            self.boxes[k] = slice(y0 - 3, y1 + 4), slice(x0 - 3, x1 + 4)
+            for poly, color in zip(polys, colors):
                 cv2.fillConvexPoly(texture, poly, color, cv2.LINE_AA, FRAC)
 
     def _draw_backgrounds(self, bg, grass):
