@@ -263,7 +263,7 @@ def collector_parser(doc, frames, paces=None):
     add("--frames", type=count, default=frames, help="frames in the folder at the end")
     add("--env", default="fast", choices=["fast", "official"], help="official: 25 times slower")
     add("--workers", type=Number(int, 1, 1024), default=cores(), help="default: a core each")
-    add("--machine_id", type=nonnegative_int, default=0, help="another one on each machine")
+    add("--machine_id", type=nonnegative_int, default=0, help="its own number on each machine")
     if paces:
         text = "0 calm (58 units/s) to 1 full; several take turns"
         add("--pace", type=fraction, nargs="+", default=paces, help=text)
