@@ -1,7 +1,7 @@
-"""Day 1a: random exploration ("chaos"), and `collect`, the supervised workers of all collectors.
+"""Random exploration: temporally correlated steering, gas and brake.
 
-Temporally correlated steering, gas and brake from random places on the track: grass, spins and
-odd headings. Writes ROOT/data/*.npz, one episode a file; started again it goes on to the target.
+Half of the episodes start at random places on the track: grass, spins and odd headings. The script
+writes ROOT/data/*.npz, one episode a file. Started again, it goes on to the target.
 
     python collect_data.py                      1.5 million frames
     python collect_data.py --frames 20000       seconds on a laptop
@@ -21,15 +21,16 @@ from support.workers import collect, collector_parser
 class RandomDriver:
     """Holds random targets for 0.2 to 1.2 s each and approaches them through AR(1) noise."""
 
-    max_steps = 300  # lost in the grass there is little left to learn
+    max_steps = 300  # a car lost in the grass shows little more that is new
 
     def start(self, env, rng):
-        """Half of the episodes start anywhere on the track, askew, up to 60 units/s: True."""
+        """Places the car anywhere on the track, askew, at up to 60 units/s, in half of the
+        episodes -> whether it did."""
         if rng.random() < 0.5:
             return False
         tile = rng.integers(len(env.unwrapped.track))
-        off = rng.uniform(-8, 8)  # units beside the centre line; the road's half width is 6.67
-        place_beside(env, tile, off, askew=rng.normal(0, 0.6), speed=rng.uniform(0, 60))
+        offset = rng.uniform(-8, 8)  # units beside the centre line; the road's half width is 6.67
+        place_beside(env, tile, offset, askew=rng.normal(0, 0.6), speed=rng.uniform(0, 60))
         return True
 
     def reset(self, env, rng):
@@ -47,14 +48,16 @@ class RandomDriver:
         self.left -= 1
         noise = r.normal(0, 0.03, 3).tolist()
         self.action = [0.85 * a + 0.15 * b + e for a, b, e in zip(self.action, self.target, noise)]
-        return np.array(
-            [min(max(a, least), 1) for a, least in zip(self.action, (-1, 0, 0))], np.float32
-        )
+        return np.clip(self.action, (-1, 0, 0), 1).astype(np.float32)
 
 
 def make_random(job, number):
     return RandomDriver(), {"name": "random"}
 
 
+def main():
+    return collect(collector_parser(__doc__, 1_500_000).parse_args(), "data", make_random)
+
+
 if __name__ == "__main__":
-    run(lambda: collect(collector_parser(__doc__, 1_500_000).parse_args(), "data", make_random))
+    run(main)

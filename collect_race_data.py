@@ -1,5 +1,7 @@
 """The expert: a privileged driver that reads the track and the car, never the pixels.
 
+It writes ROOT/data_race/*.npz, one episode a file. Started again, it goes on to the target.
+
 Racing line: the path of least curvature inside the road (Heilmeier et al. 2019, "Minimum curvature
 trajectory planning and control for an autonomous race car"). Speed: the tyres' lateral limit, then
 a backward pass for braking. Steering: pure pursuit (Coulter 1992, CMU-RI-TR-92-01), whose arc is
@@ -17,26 +19,27 @@ import math
 import numpy as np
 
 from buffer import HELD_OUT_MOD
-from car.telemetry import Nearest
-from support.cli import Number, fraction, run
+from car.telemetry import Nearest, wrap_angle
+from support.cli import Number, run
 from support.workers import collect, collector_parser
 
 SPACING = 1.0  # units between the points of the resampled racing line
+LINE_SEARCH = 15.0  # units from the line: search all of it for the nearest point
 AXLE = 1.62  # units from the car's centre to either axle
 STEER_STOP = 0.4  # radians: the joint stops here, a larger action adds nothing
 GRASS_GRIP = 0.6  # friction of grass over friction of road
 FULL_GAS = 185.0  # rad/s: gas of (omega + 5) / FULL_GAS fills the rear tyres' friction circle
-LOST = 15.0  # units from the line: search all of it for the nearest point
-SLOW = 5.0  # units/s below which the direction of travel means nothing
+MIN_SPEED = 5.0  # units/s below which the direction of travel means nothing
 
-PACES, MAX_OFFSET = [0.65], 1.5  # of --pace and --max_offset, by default
-PACED = {  # what pace 0 and pace 1 differ in; paces between blend them
+RACE_PACES = [0.65]  # of --pace: the driver aims at what the expert does; full pace asks too much
+MAX_OFFSET = 1.5  # of --max_offset: the driver misses its teacher's line by a unit or two
+PACED = {  # differs between pace 0 and pace 1; paces between blend them
     #              calm   full
     "v_max": (64, 108),  # units/s; Box2D stops at 100
     "lateral": (90, 253),  # units/s^2, the line's in its bends
     "max_offset": (3.0, 4.75),  # units the line may leave the middle; half width 6.67
 }
-SHARED = {  # what they share
+SHARED = {  # is the same at all paces
     "sharp": 0.437,  # exponent of a bend's weight in the line, over its curvature
     "braking": 79.1,  # units/s^2 the line asks for before its bends
     "circle": 272,  # units/s^2 of lateral acceleration that leave no braking
@@ -58,14 +61,13 @@ SHARED = {  # what they share
 }
 
 
-def centre_line(track):
+def road_middle(track):
     """The road's middle and its rightward normals, two (N, 2) arrays, 3.5 units apart, closed."""
     beta, x, y = np.array(track)[:, 1:].T
-    normal = np.column_stack([np.cos(beta), np.sin(beta)])
-    middle = np.column_stack([x, y])
+    both = np.column_stack([x, y, np.cos(beta), np.sin(beta)])
     # The generator leaves a gap of two tiles between last and first: fill in its middle.
-    middle = np.vstack([middle, (middle[-1] + middle[0]) / 2])
-    normal = np.vstack([normal, (normal[-1] + normal[0]) / 2])
+    both = np.vstack([both, (both[-1] + both[0]) / 2])
+    middle, normal = both[:, :2], both[:, 2:]
     return middle, normal / np.linalg.norm(normal, axis=1, keepdims=True)
 
 
@@ -83,11 +85,12 @@ def racing_line(track, max_offset, sharp, rounds=4, iterations=60):
     are the curvature linearised about the last round's path, a bend's row weighed by its
     curvature to the power `sharp`: time is lost where the car is slow.
     """
-    middle, normal = centre_line(track)
+    middle, normal = road_middle(track)
     n = len(middle)
     i = np.arange(n)
     offset, dual, weight, rho = np.zeros(n), np.zeros(n), np.ones(n), 1e-3
     for _ in range(rounds):
+        # curvature linearised about the path: A e + b
         path = middle + normal * offset[:, None]
         kappa, step = curvature(path)
         tangent = np.roll(path, -1, 0) - np.roll(path, 1, 0)
@@ -97,6 +100,8 @@ def racing_line(track, max_offset, sharp, rounds=4, iterations=60):
         for shift, k in ((1, 1), (0, -2), (-1, 1)):
             a[i, (i - shift) % n] = k * (left * np.roll(normal, shift, 0)).sum(1)
         b = (left * (np.roll(middle, 1, 0) + np.roll(middle, -1, 0) - 2 * middle)).sum(1)
+
+        # ADMM
         solve = np.linalg.inv(a.T @ a + rho * np.eye(n))
         gradient = a.T @ b
         for _ in range(iterations):
@@ -123,14 +128,9 @@ def speed_profile(kappa, step, v_max, lateral, braking, circle):
     return np.array(speed)
 
 
-def wrap(angle):
-    """Radians in -pi..pi."""
-    return (angle + math.pi) % (2 * math.pi) - math.pi
-
-
 def pursuit_arc(dx, dy, course):
     """Curvature (1/units, left positive) of the arc that leaves along `course` to (dx, dy)."""
-    bearing = wrap(math.atan2(-dx, dy) - course)
+    bearing = wrap_angle(math.atan2(-dx, dy) - course)
     # Behind the car the sine falls again: there the tightest arc is the way round.
     turn = math.sin(bearing) if abs(bearing) < math.pi / 2 else math.copysign(1.0, bearing)
     return 2 * turn / max(1.0, math.hypot(dx, dy))
@@ -150,7 +150,8 @@ class Expert:
         path, speed = np.vstack([path, path[:1]]), np.append(speed, speed[0])
         along = np.append(0.0, np.cumsum(np.hypot(*np.diff(path, axis=0).T)))
         s = np.arange(0.0, along[-1], SPACING)
-        self.nearest = Nearest(np.column_stack([np.interp(s, along, c) for c in path.T]), LOST)
+        line = np.column_stack([np.interp(s, along, c) for c in path.T])
+        self.nearest = Nearest(line, LINE_SEARCH)
         self.x, self.y = self.nearest.x, self.nearest.y
         self.speed = np.interp(s, along, speed).tolist()
 
@@ -169,39 +170,36 @@ class Expert:
         forward, side, v = vy * cos - vx * sin, -vx * cos - vy * sin, math.hypot(vx, vy)
         slide = abs(side - AXLE * yaw_rate)  # units/s, the rear tyres' sideways
 
+        # steering: the arc to a point ahead, yaw damping, and into a slide
         near = self.nearest(x, y)
         ahead = (near + int((self.look + self.look_v * v) / SPACING)) % n
-        slip = math.atan2(side, forward) if v > SLOW else 0.0
+        slip = math.atan2(side, forward) if v > MIN_SPEED else 0.0
         arc = pursuit_arc(self.x[ahead] - x, self.y[ahead] - y, angle + self.slip_aim * slip)
         steer = math.atan(2 * AXLE * arc)
         steer += self.yaw_gain * (v * arc - yaw_rate) + self.counter * slip
-        if v > SLOW:  # in a slide the wheels follow the travel: the nose is free to swing back
+        if v > MIN_SPEED:  # in a slide the wheels follow the travel: the nose can swing back
             catch = max(0.0, min(1.0, (slide - self.catch) / self.catch_range))
             steer += catch * (math.atan2(side + AXLE * yaw_rate, forward) - steer)
         steer = max(-STEER_STOP, min(STEER_STOP, steer))
 
+        # pedals: towards the line's speed and the arc's, with the grip that the arc leaves
         grip = GRASS_GRIP + (1 - GRASS_GRIP) * sum([1 for w in car.wheels if w.tiles]) / 4
         limit = self.arc_limit * self.lateral * grip
-        target = min(
-            self.speed[(near + int(self.lead * v / SPACING)) % n],
-            math.sqrt(limit / (abs(arc) + 1e-6)),
-        )
+        target = self.speed[(near + int(self.lead * v / SPACING)) % n]
+        target = min(target, math.sqrt(limit / (abs(arc) + 1e-6)))
         used = max(v * v * abs(arc) / limit, slide / self.gas_slide)
         room = math.sqrt(max(0.0, 1 - used * used))  # of the friction circle, along the car
-        gas = brake = 0.0
         if target > v:
             most = self.gas_cap * grip * (abs(car.wheels[2].omega) + 5) / FULL_GAS
-            gas = min(1.0, self.gas_gain * (target - v), most * room)
-        else:
-            most = self.brake_cap * grip * max(room, self.brake_floor)
-            brake = min(self.brake_gain * (v - target), most)
-        return -steer, gas, brake
+            return -steer, min(1.0, self.gas_gain * (target - v), most * room), 0.0
+        most = self.brake_cap * grip * max(room, self.brake_floor)
+        return -steer, 0.0, min(self.brake_gain * (v - target), most)
 
     def heading_error(self, env):
         """Radians from the line's direction to the car's, in -pi..pi, as of the last `act`."""
         i, j = self.nearest.last, (self.nearest.last + 1) % len(self.x)
         line = math.atan2(self.x[i] - self.x[j], self.y[j] - self.y[i])
-        return wrap(env.unwrapped.car.hull.angle - line)
+        return wrap_angle(env.unwrapped.car.hull.angle - line)
 
 
 def pace_of(job, number):
@@ -210,40 +208,18 @@ def pace_of(job, number):
 
 
 def make_expert(job, number):
-    pace = pace_of(job, number)
-    max_offset = job.get("max_offset", MAX_OFFSET)
-    return Expert(pace, max_offset=max_offset), {
-        "name": "expert",
-        "pace": pace,
-        "max_offset": max_offset,
-    }
+    pace, max_offset = pace_of(job, number), job.get("max_offset", MAX_OFFSET)
+    options = {"name": "expert", "pace": pace, "max_offset": max_offset}
+    return Expert(pace, max_offset=max_offset), options
 
 
-def pace_parser(doc, frames, pace, reason):
-    """The collectors' flags and --pace with its default and the reason for it."""
-    p = collector_parser(doc, frames)
-    p.add_argument(
-        "--pace",
-        type=fraction,
-        nargs="+",
-        default=pace,
-        help="0 calm (about 58 units/s) to 1 full; several take turns. " + reason,
-    )
-    return p
+def main():
+    p = collector_parser(__doc__, 1_900_000, RACE_PACES)
+    width = Number(float, 0, 6.67, above=True)
+    text = "units the line may leave the middle of the road, whose half is 6.67"
+    p.add_argument("--max_offset", type=width, default=MAX_OFFSET, help=text)
+    return collect(p.parse_args(), "data_race", make_expert)
 
 
 if __name__ == "__main__":
-    p = pace_parser(
-        __doc__,
-        1_900_000,
-        PACES,
-        "The driver aims at what the expert does: full pace asks too much of it",
-    )
-    p.add_argument(
-        "--max_offset",
-        type=Number(float, 0, 6.67, above=True),
-        default=MAX_OFFSET,
-        help="units the line may leave the middle of the road, whose half is 6.67: the "
-        "driver misses its teacher's line by a unit or two",
-    )
-    run(lambda: collect(p.parse_args(), "data_race", make_expert))
+    run(main)

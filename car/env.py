@@ -1,15 +1,13 @@
-"""The only door to CarRacing: the official env, a fast twin of it, and the one way to look at it.
+"""The environments: official CarRacing, a fast equivalent, and `preprocess` for both.
 
     env = make_env("fast")  # physics, rewards and seeds of the official env, obs (64, 64, 3) uint8
     obs, info = env.reset(seed=0)
     obs, reward, terminated, truncated, info = env.step(np.array((steer, gas, brake), np.float32))
     state = telemetry(env)  # (K,) float32, named and explained in TELEMETRY
 
-steer -1..1, + to the right; gas and brake 0..1. The fast env shows `preprocess(official frame)`
-without drawing the 1000x800 window: the world is rasterised once per track into a texture; a frame
-is one warp of it onto the 96x84 grid of the official frame, the car laid over as cached sprites,
-then the same area average to 64x56; the HUD's bars are axis-aligned: their areas are arithmetic.
-`python benchmark.py env fidelity` measures what that gains and what it loses.
+steer -1..1, + to the right; gas and brake 0..1. The fast env returns `preprocess(official frame)`
+without drawing the 1000x800 window: see `car.renderer`. `python benchmark.py env fidelity` measures
+its speed and its error.
 """
 
 import cv2
@@ -55,5 +53,5 @@ def preprocess(frame):
 
 
 def observe(env, obs):
-    """What a driver of `env` sees: (64, 64, 3) uint8 whichever kind of env the obs came from."""
+    """The driver's frame (64, 64, 3) uint8 of an obs of any kind of env."""
     return obs if obs.shape == (OBS_SIZE, OBS_SIZE, 3) else preprocess(obs)

@@ -1,4 +1,9 @@
-"""The fast renderer: `preprocess(official frame)` without drawing the window."""
+"""The fast renderer: `preprocess(official frame)` without drawing the 1000x800 window.
+
+`TrackTextures` rasterises the track once per episode. For a frame, `Renderer` warps the texture
+onto the 96x84 grid of the official frame, adds the sprites of the car, and averages to 64x56. The
+bars of the HUD are axis-aligned, so their areas are arithmetic. `FastCarRacing` is the env.
+"""
 
 import math
 from functools import lru_cache
@@ -10,38 +15,50 @@ import pygame
 from gymnasium.envs.box2d import car_racing as cr
 
 from car import OBS_SIZE, SCENE_H
-from car.physics import PhysicsCarRacing
-from car.sprites import (
-    ANGLE_STEP,
-    CAR_COLS,
-    CAR_ROWS,
-    PHASE_STEPS,
-    PHASES_A_RAD,
-    ZOOMING_STEPS,
-    Hud,
-    hull_sprite,
-    wheel_sprite,
-)
-from car.window import CAR_X, CAR_Y, HUD_Y, shown, smoothscale_lut
-
-# ---- the picture ---------------------------------------------------------------------------------
+from car.physics import PLAYFIELD, PhysicsCarRacing
+from car.sprites import CAR_COLS, CAR_ROWS, Hud, car_sprite
+from car.window import CAR_X, CAR_Y, FULL_ZOOM, HUD_Y, displayed, smoothscale_lut
 
 HUD_TOP = 84  # first HUD row of the 96-pixel frame
 GROWTH = 0.52  # window px by which gfxdraw's outline enlarges each side of a polygon
 AA_GROWTH = 0.657  # texels by which cv2's LINE_AA does
-MARGIN = 2.0  # units of black kept around the playfield
-HALF = cr.PLAYFIELD + MARGIN  # units from the texture's centre to its sides
+HALF = PLAYFIELD + 2.0  # units from the texture's centre to its sides: 2 units of black around
 # (texels a unit, least zoom in px a unit drawn from it, zoom whose polygon growth it shows)
 LEVELS = ((3.5, 8.0, 16.2), (2.0, 4.0, 6.0), (1.0, 2.0, 3.0), (0.5, 0.0, 1.3))
-FULL_ZOOM = cr.ZOOM * cr.SCALE  # px a unit, once the camera has arrived
-BATCH = 16  # frames painted together
+BATCH = 16  # frames drawn together
 FRAC = 8  # fractional bits of polygon vertices
-INVERSE = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+
+
+class RenderState(NamedTuple):
+    """All of an env's state that its frame depends on, in numbers."""
+
+    zoom: float  # window px a unit
+    x: float  # units
+    y: float
+    angle: float  # rad
+    speed: float  # units/s
+    yaw_rate: float  # rad/s
+    wheels: list  # of (spin in rad/s, turn in rad, steering in rad)
+    fresh: list  # tiles first touched since the last RenderState
+
+
+def render_state(env):
+    """The RenderState of an env now."""
+    hull, t = env.car.hull, env.t
+    zoom = 0.1 * cr.SCALE * max(1 - t, 0) + cr.ZOOM * cr.SCALE * min(t, 1)
+    at, v = hull.position, hull.linearVelocity
+    wheels = [(w.omega, w.phase, w.joint.angle) for w in env.car.wheels]
+    speed = math.sqrt(v.x * v.x + v.y * v.y)
+    return RenderState(zoom, at.x, at.y, hull.angle, speed, hull.angularVelocity, wheels, env.fresh)
 
 
 def texels(points, scale):
     """World units (..., 2) -> fixed-point texture coordinates for `cv2.fillConvexPoly`."""
     return np.rint(((points + HALF) * scale - 0.5) * (1 << FRAC)).astype(np.int32)
+
+
+def unit(v):
+    return v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-9)
 
 
 def widen(quads, side, ahead, behind):
@@ -55,83 +72,69 @@ def widen(quads, side, ahead, behind):
     )
 
 
-def boxes_of(polys, side, run=8):
-    """Slices of a texture of `side` texels, each around `run` of the polygons (n, 4, 2)."""
-    firsts = np.arange(0, len(polys), run)
-    low = np.maximum((np.minimum.reduceat(polys.min(1), firsts) >> FRAC) - 3, 0).tolist()
-    high = np.minimum((np.maximum.reduceat(polys.max(1), firsts) >> FRAC) + 4, side).tolist()
-    return [(slice(y0, y1), slice(x0, x1)) for (x0, y0), (x1, y1) in zip(low, high)]
-
-
-def unit(v):
-    return v / np.maximum(np.linalg.norm(v, axis=-1, keepdims=True), 1e-9)
-
-
 def square(x, y, side):
     return np.array(((x, y), (x + side, y), (x + side, y + side), (x, y + side)))
 
 
-class World:
+class TrackTextures:
     """One track as antialiased textures, one for each range of zoom, indexed by world position.
 
-    Reused from track to track: 32 MB of textures, and as much for the same without the road, from
-    which the last road is wiped out box by box.
+    They are reused from track to track: 32 MB, and as much for the same without the road.
     """
 
     def __init__(self):
         sides = [math.ceil(2 * HALF * scale) for scale, _, _ in LEVELS]
         self.textures = [np.zeros((n, n, 4), np.uint8) for n in sides]
-        self.lawns = [np.zeros((n, n, 4), np.uint8) for n in sides]  # the world without its road
-        self.lawn_colors, self.boxes = None, [[] for _ in LEVELS]
+        self.backgrounds = [np.zeros((n, n, 4), np.uint8) for n in sides]
+        self.background_colors = None
 
     def draw(self, env):
         """Rasterise the track that `env` has just created."""
-        lawn_colors = shown(env.bg_color), shown(env.grass_color)
-        if lawn_colors != self.lawn_colors:
-            self.lawn_colors = lawn_colors
-            self._draw_lawns(*lawn_colors)
-            self.boxes = [[(slice(None), slice(None))] for _ in LEVELS]
+        colors = displayed(env.bg_color), displayed(env.grass_color)
+        if colors != self.background_colors:
+            self.background_colors = colors
+            self._draw_backgrounds(*colors)
+            self.boxes = [...] * len(LEVELS)  # around the last road: all has to be copied
+        self.touched = displayed(env.road_color)
+
         quads = np.array([quad for quad, _ in env.road_poly])
         colors = np.array([color for _, color in env.road_poly]).astype(int)
-        colors = np.pad(smoothscale_lut()[colors], ((0, 0), (0, 1))).tolist()  # as `shown`
+        colors = smoothscale_lut()[colors].tolist()
         kerb = np.array([isinstance(color, tuple) for _, color in env.road_poly])
         last = kerb & ~np.roll(kerb, -2)  # of its row of kerbs: they alternate with tiles
-        self.flat = [texels(widen(quads[~kerb], -1 / n, 0, 0), n) for n, _, _ in LEVELS]
+        self.tiles = [texels(widen(quads[~kerb], -1 / n, 0, 0), n) for n, _, _ in LEVELS]
         for k, (scale, _, zoom) in enumerate(LEVELS):
-            texture, lawn = self.textures[k], self.lawns[k]
-            for box in self.boxes[k]:
-                texture[box] = lawn[box]
+            texture, box = self.textures[k], self.boxes[k]
+            texture[box] = self.backgrounds[k][box]
             grow = GROWTH / zoom - AA_GROWTH / scale
             # The next quad is drawn over the end of this: without 1 texel more, grass would show
             # through two half-covered edges.
             ahead = np.where(last, grow, 1 / scale)[:, None]
             polys = texels(widen(quads, grow, ahead, grow), scale)
-            self.boxes[k] = boxes_of(polys, len(texture))
+            (x0, y0), (x1, y1) = polys.min((0, 1)) >> FRAC, polys.max((0, 1)) >> FRAC
+            self.boxes[k] = slice(y0 - 3, y1 + 4), slice(x0 - 3, x1 + 4)
             for poly, color in zip(polys, colors):
                 cv2.fillConvexPoly(texture, poly, color, cv2.LINE_AA, FRAC)
 
-    def _draw_lawns(self, bg, grass):
-        d, field = cr.GRASS_DIM, 2 * cr.PLAYFIELD
+    def _draw_backgrounds(self, bg, grass):
+        d = cr.GRASS_DIM
         patches = [square(d * i, d * j, d) for i in range(-20, 20, 2) for j in range(-20, 20, 2)]
-        squares = np.array([square(-cr.PLAYFIELD, -cr.PLAYFIELD, field)] + patches)
-        for lawn, (scale, _, zoom) in zip(self.lawns, LEVELS):
-            lawn[:] = 0
+        squares = np.array([square(-PLAYFIELD, -PLAYFIELD, 2 * PLAYFIELD)] + patches)
+        for background, (scale, _, zoom) in zip(self.backgrounds, LEVELS):
+            background[:] = 0
             grow = GROWTH / zoom - AA_GROWTH / scale
             outward = np.array(((-1, -1), (1, -1), (1, 1), (-1, 1))) * grow
             for i, poly in enumerate(texels(squares + outward, scale)):
-                cv2.fillConvexPoly(lawn, poly, grass if i else bg, cv2.LINE_AA, FRAC)
+                cv2.fillConvexPoly(background, poly, grass if i else bg, cv2.LINE_AA, FRAC)
 
-    def repaint(self, tile, color):
-        """Give a tile another colour, but for its soft edges: the change is 5 levels at most."""
-        for texture, flat in zip(self.textures, self.flat):
-            cv2.fillConvexPoly(texture, flat[tile], color, cv2.LINE_8, FRAC)
-
-
-# ---- the fast env --------------------------------------------------------------------------------
+    def repaint(self, tile):
+        """Give a tile the colour of touched ones, but for its soft edges: they are 5 levels off."""
+        for texture, tiles in zip(self.textures, self.tiles):
+            cv2.fillConvexPoly(texture, tiles[tile], self.touched, cv2.LINE_8, FRAC)
 
 
 @lru_cache(maxsize=256)
-def grid(zoom, h, w):
+def sampling_grid(zoom, h, w):
     """How (h, w) pixels of the window above the HUD sample the world: the level of its textures,
     texels a unit, units a pixel in x and y, units from the car to the first pixel, (w, h)."""
     level = next(i for i, (_, least, _) in enumerate(LEVELS) if zoom >= least)
@@ -140,142 +143,93 @@ def grid(zoom, h, w):
     return level, LEVELS[level][0], kx, ky, bx, by, (w, h)
 
 
-class RenderState(NamedTuple):
-    """What a frame shows, in numbers: all of an env's state that its picture depends on."""
-
-    zoom: float  # window px a unit
-    x: float  # units
-    y: float
-    angle: float  # rad
-    speed: float  # units/s
-    yaw_rate: float  # rad/s
-    wheels: list  # of (spin in rad/s, turn in rad, steering in rad)
-    fresh: list  # tiles first touched since the last sight
-
-
-def render_state(env):
-    """The Sight of an env's present state."""
-    hull, t = env.car.hull, env.t
-    zoom = 0.1 * cr.SCALE * max(1 - t, 0) + cr.ZOOM * cr.SCALE * min(t, 1)
-    at, v = hull.position, hull.linearVelocity
-    wheels = [(w.omega, w.phase, w.joint.angle) for w in env.car.wheels]
-    speed = math.sqrt(v.x * v.x + v.y * v.y)
-    return RenderState(zoom, at.x, at.y, hull.angle, speed, hull.angularVelocity, wheels, env.fresh)
-
-
-class View:
-    """Draws the frames of one env, many in one go if need be; holds its textures and buffers."""
+class Renderer:
+    """Draws the frames of one env, one or many at a time; holds its textures and buffers."""
 
     def __init__(self):
-        self.world, self.hud = World(), Hud()
+        self.track, self.hud = TrackTextures(), Hud()
         self.scenes = np.zeros((BATCH, HUD_TOP, cr.STATE_W, 4), np.uint8)
-        self.crops = self.scenes[:, CAR_ROWS, CAR_COLS]  # where the car is
         self.wide = np.zeros((2 * HUD_TOP, 2 * cr.STATE_W, 4), np.uint8)
         self.matrix = np.zeros((2, 3))
         # bilinear at a third of a pixel is the area average of 96 to 64, at a quarter of its cost
         i = np.arange(BATCH * SCENE_H)
         thirds = (3 * (i // 2) + np.where(i % 2, 5 / 3, 1 / 3)).astype(np.float32)
-        self.at = np.meshgrid(thirds[:OBS_SIZE], thirds)
-        self.stacks = lru_cache(self._stacks)
+        self.x, self.y = np.meshgrid(thirds[:OBS_SIZE], thirds)
 
-    def draw(self, sights, road):
-        """Frames (n, 64, 64, 3) uint8 of n sights; tiles they touched turn to `road` (RGBA)."""
-        out = np.zeros((len(sights), OBS_SIZE, OBS_SIZE, 3), np.uint8)  # black where no bar is
-        for i in range(0, len(sights), BATCH):
-            self._draw_scenes(sights[i : i + BATCH], road, out[i : i + BATCH, :SCENE_H])
-        for sight, frame in zip(sights, out):
-            self.hud.draw(sight, frame[SCENE_H:])
+    def draw(self, states):
+        """Frames (n, 64, 64, 3) uint8 of n RenderStates, in the order in which they came."""
+        out = np.zeros((len(states), OBS_SIZE, OBS_SIZE, 3), np.uint8)  # black where no bar is
+        for i in range(0, len(states), BATCH):
+            self._draw_scenes(states[i : i + BATCH], out[i : i + BATCH, :SCENE_H])
+        for state, frame in zip(states, out):
+            self.hud.draw(state, frame[SCENE_H:])
         return out
 
-    def _draw_scenes(self, sights, road, out):
-        """Stage by stage, not frame by frame: each finds its code and tables in the cache."""
-        for sight, scene in zip(sights, self.scenes):
-            for tile in sight.fresh:
+    def _draw_scenes(self, states, out):
+        for state, scene in zip(states, self.scenes):
+            for tile in state.fresh:
                 if tile % 3:  # every third has the colour of a touched one from the start
-                    self.world.repaint(tile, road)
-            self._draw_ground(sight, scene)
-        for sight, crop in zip(sights, self.crops):
-            self._draw_car(sight, crop)
-        tall, at, small, rgb, frames = self.stacks(len(sights))
-        cv2.remap(tall, *at, cv2.INTER_LINEAR, small)
-        cv2.cvtColor(small, cv2.COLOR_RGBA2RGB, rgb)
-        out[:] = frames
+                    self.track.repaint(tile)
+            if state.zoom < FULL_ZOOM:  # texels are smaller than pixels by a factor that changes
+                self.warp(state, self.wide)
+                cv2.resize(self.wide, (cr.STATE_W, HUD_TOP), scene, interpolation=cv2.INTER_AREA)
+            else:
+                self.warp(state, scene)
+            crop, car = scene[CAR_ROWS, CAR_COLS], car_sprite(state)
+            crop[:] = crop * car[..., 3:] + car
+        n, rows = len(states), len(states) * SCENE_H
+        tall = self.scenes[:n].reshape(n * HUD_TOP, cr.STATE_W, 4)  # one below the other
+        small = cv2.remap(tall, self.x[:rows], self.y[:rows], cv2.INTER_LINEAR)
+        out[:] = cv2.cvtColor(small, cv2.COLOR_RGBA2RGB).reshape(out.shape)
 
-    def _stacks(self, n):
-        """Of n frames one below the other: scenes, sampling points, results, the last as frames."""
-        rows = n * SCENE_H
-        tall = self.scenes[:n].reshape(n * HUD_TOP, cr.STATE_W, 4)
-        rgb = np.zeros((rows, OBS_SIZE, 3), np.uint8)
-        small = np.zeros((rows, OBS_SIZE, 4), np.uint8)
-        at = [a[:rows] for a in self.at]
-        return tall, at, small, rgb, rgb.reshape(n, SCENE_H, OBS_SIZE, 3)
-
-    def _draw_ground(self, sight, scene):
-        if sight.zoom < FULL_ZOOM:  # texels are smaller than pixels by a factor that changes
-            self._warp(sight, self.wide)
-            cv2.resize(self.wide, (cr.STATE_W, HUD_TOP), scene, interpolation=cv2.INTER_AREA)
-        else:
-            self._warp(sight, scene)
-
-    def _warp(self, sight, out):
+    def warp(self, state, out):
         """Sample the world as seen from the car onto out (h, w, 4), the window above the HUD."""
-        level, scale, kx, ky, bx, by, size = grid(sight.zoom, *out.shape[:2])
-        c, s = math.cos(sight.angle) * scale, math.sin(sight.angle) * scale
-        x, y = (sight.x + HALF) * scale - 0.5, (sight.y + HALF) * scale - 0.5
+        level, scale, kx, ky, bx, by, size = sampling_grid(state.zoom, *out.shape[:2])
+        c, s = math.cos(state.angle) * scale, math.sin(state.angle) * scale
+        x, y = (state.x + HALF) * scale - 0.5, (state.y + HALF) * scale - 0.5
         self.matrix[:] = (
             (c * kx, s * ky, x + c * bx - s * by),
             (s * kx, -c * ky, y + s * bx + c * by),
         )
-        cv2.warpAffine(self.world.textures[level], self.matrix, size, out, INVERSE)
-
-    def _draw_car(self, sight, crop):
-        zoom, layer = sight.zoom, hull_sprite(sight.zoom).copy()
-        a, b = (1, 1) if zoom >= FULL_ZOOM else ZOOMING_STEPS
-        for i, (_, phase, steer) in enumerate(sight.wheels):
-            turn = math.floor(phase * PHASES_A_RAD) % PHASE_STEPS // b * b + b // 2
-            layer += wheel_sprite(i, a * round(steer / (a * ANGLE_STEP)), turn, zoom)
-        crop[:] = crop * layer[..., 3:] + layer
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        cv2.warpAffine(self.track.textures[level], self.matrix, size, out, flags)
 
 
 class FastCarRacing(PhysicsCarRacing):
     """CarRacing whose obs (64, 64, 3) uint8 is `preprocess` of the official, off by 0.1 levels.
 
-    A driver that does not look can have its frames painted later, in one go, at half the cost:
-    after `defer()` the obs are None, and `painted()` returns them all.
+    A driver that reads no frames can have them drawn later, in one go, at half the cost: after
+    `defer()` the obs are None, and `deferred_frames()` returns them all.
     """
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
-        self.view = None  # its textures are drawn at the first reset
-        self.deferred = None  # sights to be painted later
+        self.renderer = None  # its textures are drawn at the first reset
+        self.deferred = None  # RenderStates to be drawn later
+
+    def defer(self):
+        """From now on nothing is drawn, until `deferred_frames()`."""
+        self.deferred = []
+
+    def deferred_frames(self):
+        """The frames (n, 64, 64, 3) uint8 since `defer()`; to be called before the next reset."""
+        states, self.deferred = self.deferred, None
+        return self.renderer.draw(states)
 
     def _create_track(self):
         if not super()._create_track():
             return False
-        self.view = self.view or View()
-        self.view.world.draw(self)
-        self.road_shown = shown(self.road_color)
+        self.renderer = self.renderer or Renderer()
+        self.renderer.track.draw(self)
         return True
 
     def _render(self, mode):
         if mode != "state_pixels":
             return super()._render(mode)
-        sight, self.fresh = render_state(self), []
+        state, self.fresh = render_state(self), []
         if self.deferred is None:
-            return self.view.draw((sight,), self.road_shown)[0]
-        self.deferred.append(sight)
-
-    def defer(self):
-        """From now on nothing is painted, until `painted()`."""
-        self.deferred = []
-
-    def painted(self):
-        """The frames (n, 64, 64, 3) uint8 since `defer()`; to be called before the next reset."""
-        sights, self.deferred = self.deferred, None
-        return self.view.draw(sights, self.road_shown)
-
-
-# ---- a picture for people ------------------------------------------------------------------------
+            return self.renderer.draw((state,))[0]
+        self.deferred.append(state)
 
 
 def picture(env, size):
@@ -289,16 +243,18 @@ def picture(env, size):
     if not isinstance(env, FastCarRacing):
         surface.blit(pygame.transform.smoothscale(env.surf, size), (0, 0))
         return cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)
-    sight = render_state(env)
-    env.view._warp(sight, pixels[: h * HUD_Y // cr.WINDOW_H])
-    zoom, side = sight.zoom * w / cr.WINDOW_W, h // 4
+
+    # ground, then the car on a surface of its own, since y points up in it, then the HUD
+    state = render_state(env)
+    env.renderer.warp(state, pixels[: h * HUD_Y // cr.WINDOW_H])
+    zoom, side = state.zoom * w / cr.WINDOW_W, h // 4
     car = pygame.Surface((side, side))
     car.fill((0, 255, 255))
     car.set_colorkey((0, 255, 255))
-    x, y = pygame.math.Vector2(-sight.x * zoom, -sight.y * zoom).rotate_rad(-sight.angle)
-    env.car.draw(car, zoom, (side / 2 + x, side / 2 + y), -sight.angle, False)
+    x, y = pygame.math.Vector2(-state.x * zoom, -state.y * zoom).rotate_rad(-state.angle)
+    env.car.draw(car, zoom, (side / 2 + x, side / 2 + y), -state.angle, False)
     at = w / 2 - side / 2, h - h * CAR_Y / cr.WINDOW_H - side / 2
-    surface.blit(pygame.transform.flip(car, False, True), at)  # y pointed up
+    surface.blit(pygame.transform.flip(car, False, True), at)
     env.surf = surface
     env._render_indicators(*size)
     return cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)

@@ -1,12 +1,10 @@
-"""What the simulator knows of the car, and how to place it anywhere."""
+"""The simulator's state of the car, whether a car is recovered, and placing a car anywhere."""
 
 import math
 
 import numpy as np
 from gymnasium.envs.box2d import car_dynamics as cd
 from gymnasium.envs.box2d import car_racing as cr
-
-# ---- telemetry and teleports ---------------------------------------------------------------------
 
 TELEMETRY = {  # name -> unit; right and left as the driver sees them
     "speed": "units/s",
@@ -30,36 +28,51 @@ TELEMETRY = {  # name -> unit; right and left as the driver sees them
     "y": "units",
     "hull_angle": "rad, 0 faces +y, not wrapped",
 }
-LOST = 12.0  # units off the centre line beyond which another part of the track may be nearer
+TRACK_SEARCH = 12.0  # units off the centre line beyond which another part may be nearer
 LOOK_AHEAD = (3, 6, 10)  # tiles of 3.5 units: about 10, 20 and 35 units
+RECOVERY_HOLD = 0.2  # s for which `is_recovered` must stay true
+RECOVERY_WHEELS, RECOVERY_HEADING, RECOVERY_SPEED = 3, 0.5, 15.0  # on the road, rad, units/s
+
+
+def is_recovered(wheels_on_road, heading_error, speed):
+    """Whether a car is on the road, along it and moving. It counts after RECOVERY_HOLD seconds.
+
+    wheels_on_road: 0..4; heading_error: rad, from the road or the racing line; speed: units/s.
+    """
+    aligned = abs(heading_error) < RECOVERY_HEADING
+    return wheels_on_road >= RECOVERY_WHEELS and aligned and speed > RECOVERY_SPEED
+
+
+def wrap_angle(angle):
+    """Radians in -pi..pi, of a number or an array."""
+    return (angle + math.pi) % (2 * math.pi) - math.pi
 
 
 class Nearest:
     """Finds the point of a closed path (N, 2) nearest to (x, y), given that the car moves on.
 
-    Called with x, y: the index, downhill from the last one, from all where that ends more than
-    `lost` units off. `last` = None makes the next call look at all.
+    A call with x, y returns its index: downhill from the last one, and from all points where that
+    ends more than `radius` units off. `last` = None makes the next call search all.
     """
 
-    def __init__(self, path, lost):
-        self.path, self.limit, self.last = path, lost**2, None
+    def __init__(self, path, radius):
+        self.path, self.limit, self.last = path, radius**2, None
         self.x, self.y = path.T.tolist()
 
     def __call__(self, x, y):
+        distance = math.inf
         if self.last is not None:
-            best, i = self._descend(x, y, self.last)
-            if best < self.limit:
-                self.last = i
-                return i
-        self.last = int(((self.path - (x, y)) ** 2).sum(1).argmin())
+            distance, self.last = self._descend(x, y, self.last)
+        if distance >= self.limit:
+            self.last = int(((self.path - (x, y)) ** 2).sum(1).argmin())
         return self.last
 
     def _descend(self, x, y, i):
         xs, ys, n = self.x, self.y, len(self.x)
         best = (xs[i] - x) ** 2 + (ys[i] - y) ** 2
-        for way in (1, -1):
+        for step in (1, -1):
             while True:
-                j = (i + way) % n
+                j = (i + step) % n
                 distance = (xs[j] - x) ** 2 + (ys[j] - y) ** 2
                 if distance >= best:
                     break
@@ -70,16 +83,15 @@ class Nearest:
 class CentreLine:
     """The track as flat lists; `nearest(x, y)` is the index of the nearest tile.
 
-    Between tiles, 3.5 units apart, position and direction go over smoothly: by the nearest tile
-    alone a heading error in a hairpin would jump by 0.3 rad from one frame to the next.
+    Position and direction are interpolated between tiles, which are 3.5 units apart. With the
+    nearest tile alone, the heading error in a hairpin would jump by 0.3 rad between two frames.
     """
 
     def __init__(self, track):
         self.track = track
         _, beta, x, y = np.array(track).T
-        turn = np.roll(beta, -1) - np.roll(beta, 1)
-        turn = (turn + np.pi) % (2 * np.pi) - np.pi
-        self.nearest = Nearest(np.stack((x, y), 1), LOST)
+        turn = wrap_angle(np.roll(beta, -1) - np.roll(beta, 1))
+        self.nearest = Nearest(np.stack((x, y), 1), TRACK_SEARCH)
         self.x, self.y, self.beta = self.nearest.x, self.nearest.y, beta.tolist()
         self.curvature = (turn / (2 * cr.TRACK_DETAIL_STEP)).tolist()
         self.cos, self.sin = np.cos(beta).tolist(), np.sin(beta).tolist()
@@ -96,15 +108,14 @@ class CentreLine:
         """
         i = self.nearest(x, y)
         gap = self.ahead_of(i, x, y)
-        way = 1 if gap > 0 else -1
-        j = (i + way) % len(self.x)
+        sign = 1 if gap > 0 else -1
+        j = (i + sign) % len(self.x)
         between = abs(gap) + abs(self.ahead_of(j, x, y))
         t = abs(gap) / between if between > 0 else 0.0
-        turn = (self.beta[j] - self.beta[i] + math.pi) % (2 * math.pi) - math.pi
-        beta = self.beta[i] + t * turn
+        beta = self.beta[i] + t * wrap_angle(self.beta[j] - self.beta[i])
         dx = x - self.x[i] - t * (self.x[j] - self.x[i])
         dy = y - self.y[i] - t * (self.y[j] - self.y[i])
-        return i, way * t, beta, dx * math.cos(beta) + dy * math.sin(beta)
+        return i, sign * t, beta, dx * math.cos(beta) + dy * math.sin(beta)
 
     def along(self, x, y):
         """How far along the line (x, y) is, in tiles."""
@@ -112,7 +123,7 @@ class CentreLine:
         return i + t
 
     def curvature_at(self, s):
-        """1/units, + to the left, at tile s, a float: between two tiles a mean of theirs."""
+        """1/units, + to the left, at tile s, a float: interpolated between two tiles."""
         i, n = math.floor(s), len(self.x)
         t = s - i
         return (1 - t) * self.curvature[i % n] + t * self.curvature[(i + 1) % n]
@@ -141,7 +152,7 @@ def telemetry(env):
             c * vx + s * vy,
             hull.angularVelocity,
             offset,
-            (beta - angle + math.pi) % (2 * math.pi) - math.pi,
+            wrap_angle(beta - angle),
             *[line.curvature_at(i + t + k) for k in LOOK_AHEAD],
             sum([not w.tiles for w in wheels]),
             i,
@@ -185,6 +196,5 @@ def place_beside(env, tile, offset=0.0, askew=0.0, speed=0.0, yaw_rate=0.0):
     askew rad to the left of its direction."""
     track = env.unwrapped.track
     _, beta, x, y = track[int(tile) % len(track)]
-    return place_car(
-        env, x + offset * math.cos(beta), y + offset * math.sin(beta), beta + askew, speed, yaw_rate
-    )
+    x, y = x + offset * math.cos(beta), y + offset * math.sin(beta)
+    return place_car(env, x, y, beta + askew, speed, yaw_rate)

@@ -1,4 +1,4 @@
-"""The fast env is the official one in everything but the drawing, and nearly so in that."""
+"""The fast env equals the official one in physics, and nearly so in its frames; telemetry."""
 
 import pickle
 
@@ -7,12 +7,13 @@ import pytest
 from gymnasium.envs.box2d import car_racing
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
-import benchmark
 from car import FPS, MAX_STEPS, SCENE_H
 from car.env import make_env, observe, preprocess
+from car.episode import EpisodeRecorder, run_episode
 from car.renderer import RenderState
 from car.sprites import Hud, hflip
-from car.telemetry import TELEMETRY, place_car, telemetry
+from car.telemetry import TELEMETRY, is_recovered, place_car, telemetry
+from tools.bench_env import compare, follow
 
 MAX_MEAN, MAX_WORST = 0.3, 1.0  # grey levels of 255 off the official picture
 
@@ -33,13 +34,12 @@ def named(state):
 
 
 def snapshot(env):
-    """Everything of the car that physics or drawing depends on."""
+    """Everything of the car that physics or frames depend on."""
     env = env.unwrapped
     bodies = [env.car.hull, *env.car.wheels]
     moving = [(*b.position, b.angle, *b.linearVelocity, b.angularVelocity) for b in bodies]
     wheels = [(w.omega, w.phase, w.gas, w.brake, w.steer, w.joint.angle) for w in env.car.wheels]
-    particles = [(p.color, len(p.poly), p.grass) for p in env.car.particles]
-    return moving, wheels, particles, env.tile_visited_count, env.t
+    return moving, wheels, env.tile_visited_count, env.t
 
 
 def random_driver(seed):
@@ -68,7 +68,7 @@ def play(env, twin, driver, seed):
 @pytest.mark.parametrize("kind", ["fast", "physics"])
 def test_whole_episodes_equal_the_official_ones_bit_for_bit(kind):
     env, twin = make_env(kind), official()  # reused from episode to episode
-    assert play(env, twin, benchmark.follow, seed=1)[3] == {"lap_finished": True}
+    assert play(env, twin, follow, seed=1)[3] == {"lap_finished": True}
     assert play(env, twin, random_driver(1), seed=0)[2]  # cut off by the 1000 steps
     reward, terminated, _, info = play(env, twin, straight_on, seed=2)
     assert (reward, terminated, info) == (-100, True, {"lap_finished": False})  # off the playfield
@@ -93,13 +93,13 @@ def test_an_unknown_kind_is_named():
 
 
 def test_pictures_are_those_of_the_official_env():
-    for name, rows in benchmark.compare(tracks=2).items():
+    for name, rows in compare(tracks=2).items():
         errors = [row[0] for row in rows]
         assert np.mean(errors) <= MAX_MEAN and np.max(errors) <= MAX_WORST, name
 
 
 @pytest.mark.parametrize("options", [{}, {"domain_randomize": True}])
-def test_frames_painted_later_are_those_painted_at_once(options):
+def test_frames_drawn_later_are_those_drawn_at_once(options):
     now, later = make_env("fast", **options), make_env("fast", **options)
     for seed in (3, 4):  # instances are reused
         driver, frames = random_driver(seed), []
@@ -112,7 +112,7 @@ def test_frames_painted_later_are_those_painted_at_once(options):
             action = driver(None)
             frames.append(now.step(action)[0])
             assert later.step(action)[0] is None
-        assert np.array_equal(later.unwrapped.painted(), frames)
+        assert np.array_equal(later.unwrapped.deferred_frames(), frames)
         assert np.array_equal(now.step(action)[0], later.step(action)[0])  # as before again
 
 
@@ -265,15 +265,14 @@ def test_place_car_puts_the_car_there(kind):
 
 @pytest.mark.parametrize("steer, yaw_rate", [(0.3, -2.0), (-0.4, 6.0), (0.11, 10.0), (0.0, -0.7)])
 def test_mirrored_instruments_are_those_of_the_mirrored_car(steer, yaw_rate):
-    def shown(way):
-        sight = RenderState(
-            1.0, 0.0, 0.0, 0.0, 60.0, way * yaw_rate, [(100.0, 0.0, way * steer)] * 4, []
-        )
+    def drawn(sign):
+        wheels = [(100.0, 0.0, sign * steer)] * 4
+        state = RenderState(1.0, 0.0, 0.0, 0.0, 60.0, sign * yaw_rate, wheels, [])
         frame = np.zeros((64, 64, 3), np.uint8)
-        Hud().draw(sight, frame[SCENE_H:])
+        Hud().draw(state, frame[SCENE_H:])
         return frame
 
-    right, left = shown(1), shown(-1)
+    right, left = drawn(1), drawn(-1)
     off = np.abs(hflip(right).astype(int) - left)
     assert off.max() <= 20 and off.sum() < np.abs(right.astype(int) - left).sum() / 10
     assert (hflip(right)[:, :18] == right[:, :18]).all()  # speed and wheels
@@ -287,3 +286,39 @@ def test_mirrored_scenes_exchange_left_and_right_and_twice_is_the_frame():
     assert (hflip(frames)[scene] == frames[scene][:, :, ::-1]).all()
     assert (hflip(frames) != frames).any(axis=(1, 2, 3)).all()
     assert (hflip(hflip(frames)) == frames).all()
+
+
+class Straight:
+    """Drives straight on for 30 steps."""
+
+    max_steps = 30
+
+    def reset(self, env, rng):
+        pass
+
+    def act(self, env):
+        return straight_on(None)
+
+
+def test_a_recorded_episode_is_the_one_that_was_driven():
+    seen = []
+    env, twin, recorder = make_env("fast"), make_env("fast"), EpisodeRecorder()
+    on_step = lambda env, t: seen.append((t, env.unwrapped.t))
+    arrays, end = run_episode(env, Straight(), 3, None, on_step)
+    recorder.add(twin.reset(seed=3)[0], telemetry(twin))
+    for _ in range(30):
+        obs, reward, *_ = twin.step(straight_on(None))
+        recorder.add(obs, telemetry(twin), straight_on(None), reward)
+    expected = recorder.arrays(False, True)
+    assert list(arrays) == list(expected) and end == {"lap_finished": False}
+    assert all(np.array_equal(arrays[name], expected[name]) for name in arrays)
+    assert arrays["obs"].shape == (31, 64, 64, 3) and arrays["act"].shape == (30, 3)
+    assert arrays["truncated"].nonzero()[0].tolist() == [29] and not arrays["terminated"].any()
+    assert [t for t, _ in seen] == list(range(30))  # before every step
+    assert seen[0][1] == pytest.approx(1 / FPS) and seen[29][1] == pytest.approx(30 / FPS)
+
+
+def test_recovered_is_on_the_road_along_it_and_moving():
+    assert is_recovered(3, -0.4, 16)
+    assert not is_recovered(2, 0, 50) and not is_recovered(4, 0.6, 50)
+    assert not is_recovered(4, 0, 14)

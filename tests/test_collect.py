@@ -1,4 +1,4 @@
-"""Collectors under fire: killed, stopped, out of disk, merged from two machines; their seeds."""
+"""Collectors: killed, stopped, out of disk, merged from two machines; their seeds and mistakes."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,8 +20,8 @@ from conftest import REPO, script
 from buffer import index, read_chunk
 from car.env import make_env
 from collect_race_data import pace_of
-from collect_recovery_data import NOISE, NOISE_BURST, FaultyExpert
-from support.workers import FIRST_SEED, number_of, seeds_of
+from collect_recovery_data import ACTION_NOISE, NOISE_BURST, FaultyExpert
+from support.workers import FIRST_SEED, episode_number, seeds_of
 from tools.bench_data import children, workers_of
 
 GONE = 10  # s within which a stopped collector has left nothing behind
@@ -28,22 +29,10 @@ REPLACED = 5  # s within which a killed worker has a successor
 
 
 def start(root, frames, workers=2, name="collect_data.py", more=()):
-    return subprocess.Popen(
-        [
-            sys.executable,
-            str(REPO / name),
-            "--root",
-            str(root),
-            "--frames",
-            str(frames),
-            "--workers",
-            str(workers),
-            *more,
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    flags = ["--root", root, "--frames", frames, "--workers", workers, *more]
+    command = [sys.executable, REPO / name, *flags]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([str(word) for word in command], **pipes)
 
 
 def descendants(pid):
@@ -114,7 +103,6 @@ def storm(root, kills, seed):
         numbers[stem].append(int(episode))
     missing = sum(max(n) + 1 - len(n) for n in numbers.values())
     assert missing <= lost, "more than the episode in hand was lost"
-    time.sleep(6)  # half-written files of killed parents are swept once they are 5 s old
     process = start(root, have + 1200)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and f"{have:,} frames" in said, said
@@ -147,14 +135,24 @@ def test_two_collectors_of_one_machine_do_not_drive_the_same(tmp_path):
     wait_for(lambda: list((tmp_path / "data").glob("*.npz")), 30)
     second = script("collect_data.py", "--frames", "60000", "--workers", "1", root=tmp_path)
     assert second.returncode == 2 and "--machine_id" in second.stderr
-    other = script(
-        "collect_data.py", "--frames", "2000", "--workers", "1", "--machine_id", "1", root=tmp_path
-    )
+    flags = ["--frames", 2000, "--workers", 1, "--machine_id", 1]
+    other = script("collect_data.py", *flags, root=tmp_path)
     assert other.returncode == 0, other.stderr
     first.terminate()
     first.communicate(timeout=GONE)
     whole(tmp_path / "data")
     assert not list((tmp_path / "data").glob(".*"))
+
+
+def test_half_written_files_of_killed_collectors_are_removed(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    ours, other = (f".data-{socket.gethostname()}-s0m{m}r000-abcdef-w00-e000000" for m in (0, 1))
+    for name in (ours, other):
+        (folder / f"{name}.npz.123.tmp").touch()
+    done = script("collect_data.py", "--frames", "300", "--workers", "1", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in folder.glob(".*")] == [f"{other}.npz.123.tmp"]  # may be in use
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -247,35 +245,21 @@ def test_no_seed_comes_twice_in_six_million_episodes():
 
 
 def test_a_tenth_of_the_tracks_is_held_out_on_every_machine():
-    job = {
-        "seed": 0,
-        "machine_id": 3,
-        "source": "data",
-        "run": 2,
-        "workers": 4,
-        "paces": [0.1, 0.3, 0.6, 1.0],
-    }
+    job = {"seed": 0, "machine_id": 3, "source": "data", "run": 2, "workers": 4}
+    job["paces"] = [0.1, 0.3, 0.6, 1.0]
     paces = Counter()
     for worker in range(4):
         for episode in range(100):
             if seeds_of(job, worker, episode)[0] % 10 == 0:
-                paces[pace_of(job, number_of(job, worker, episode))] += 1
+                paces[pace_of(job, episode_number(job, worker, episode))] += 1
     assert paces == dict.fromkeys(job["paces"], 10)  # and all paces are
 
 
 @pytest.mark.slow
 def test_two_machines_are_merged_by_copying(tmp_path):
     for machine in (0, 1):
-        done = script(
-            "collect_data.py",
-            "--frames",
-            "1200",
-            "--workers",
-            "2",
-            "--machine_id",
-            machine,
-            root=tmp_path / str(machine),
-        )
+        flags = ["--frames", 1200, "--workers", 2, "--machine_id", machine]
+        done = script("collect_data.py", *flags, root=tmp_path / str(machine))
         assert done.returncode == 0, done.stderr
     ours, theirs = (tmp_path / m / "data" for m in "01")
     parts = [whole(ours), whole(theirs)]
@@ -305,16 +289,16 @@ def test_two_machines_are_merged_by_copying(tmp_path):
     )
 
 
-def test_a_fumble_is_as_random_as_a_planner_and_never_gas_with_brake():
+def test_a_noise_burst_is_as_random_as_a_planner_and_never_gas_with_brake():
     env, driver = make_env("physics"), FaultyExpert(0.2)
     env.reset(seed=FIRST_SEED)
     driver.reset(env, np.random.default_rng(0))
-    driver.strength = driver.sign = 1.0  # which a fumble does not ask for
-    bent = []
+    driver.strength = driver.sign = 1.0  # which a burst does not use
+    noise = []
     for _ in range(600):
-        driver.state, driver.kind, driver.clock = "erring", "fumble", 50
+        driver.state, driver.kind, driver.clock = "active", "noise_burst", 50
         action = driver.act(env)
-        bent.append(action - np.array(driver.expert.controls(env)))
+        noise.append(action - np.array(driver.expert.controls(env)))
         assert action[1] * action[2] == 0 and abs(action[0]) <= 1 and action[1:].min() >= 0
         env.step(driver.expert.act(env))  # the car stays on its line
-    assert np.std(bent, axis=0)[0] == pytest.approx(NOISE_BURST * NOISE, rel=0.3)
+    assert np.std(noise, axis=0)[0] == pytest.approx(NOISE_BURST * ACTION_NOISE, rel=0.3)
