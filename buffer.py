@@ -102,14 +102,11 @@ def read_or_skip(chunk, *names):
         skip_damaged(chunk.path.parent, e)
 
 
-damaged_files = {}  # folder: reasons of its damaged files that this process met, as dict keys
+damaged_files = {}  # folder: {reason: None} of the damaged files that this process met
 
 
 def skip_damaged(folder, *reasons):
-    """Counts damaged files of a folder and names each once. `reasons` are their Refusals, or texts.
-
-    Refusal where more than MAX_DAMAGED of the folder's files are damaged.
-    """
+    """Counts damaged files of a folder, names each once; Refusal above MAX_DAMAGED of its files."""
     known, total = damaged_files.setdefault(folder, {}), len(chunk_files(folder))
     new = [line for line in map(str, reasons) if line not in known]
     known |= dict.fromkeys(new)
@@ -246,10 +243,7 @@ def load_sources(root, data=None, steps=1, columns=0, shares=None, batch_size=0)
 
 
 def provenance(sources):
-    """The data behind a checkpoint: {data_key, preprocessing} of load_sources' result.
-
-    data_key: 16 hex digits that change with the episodes.
-    """
+    """{data_key, preprocessing} of load_sources' result; data_key changes with the episodes."""
     chunks = [c for split in sources.values() for part in split for c in part]
     uids = "\n".join(sorted(c.meta["uid"] for c in chunks))
     digits = hashlib.sha256(uids.encode()).hexdigest()[:16]
@@ -305,18 +299,15 @@ class Loader:
     def _windows(self, chunk):
         return max(0, chunk.frames + 1 - self.span)
 
-    def _read(self, s, episode):
+    def _read(self, s, number):
         """(Chunk, its arrays) of an episode, or of the next one that is whole."""
         chunks = self.sources[s]
-        for chunk in chunks[episode:] + chunks[:episode]:
+        for chunk in chunks[number:] + chunks[:number]:
             if self._windows(chunk) and (data := read_or_skip(chunk, "obs", "act")):
                 return chunk, data
 
     def _fill(self, data, starts, places, obs, act):
-        """Copies the windows whose first latent is at `starts` into a batch, at `places`.
-
-        obs: (B, L, 64, 64, 3), act: (B, latents - 1, 3).
-        """
+        """Copies the windows that begin at `starts` to `places` of obs (B,L,64,64,3) and act."""
         starts = starts % (len(data["act"]) + 1 - self.span)  # a fallback episode may be shorter
         rows = starts[:, None] + self.repeat * np.arange(1 - self.history, self.latents)
         for place, row in zip(places, np.maximum(rows, 0)):  # twice as fast as in one go
@@ -332,9 +323,9 @@ class Loader:
         for step in itertools.count(start):
             batch = []
             for s, plan in plans:
-                for source, windows in next(plan):
-                    source.file = source.file or pool.submit(self._read, s, source.episode)
-                    batch.append((s, source.file, windows))
+                for episode, windows in next(plan):
+                    episode.file = episode.file or pool.submit(self._read, s, episode.number)
+                    batch.append((s, episode.file, windows))
             yield step, batch
 
     def batches(self, start=0, labels=False):
@@ -354,6 +345,7 @@ class Loader:
                 act = torch.empty((B, K - 1, 3), pin_memory=self.pinned)
                 places = np.random.default_rng([self.seed, step]).permutation(B)
                 origins = [None] * B
+                # all windows of one file together, at random places of the batch
                 for s, file, windows in batch:
                     (chunk, data), here = file.result(), places[: len(windows)]
                     self._fill(data, windows, here, obs.numpy(), act.numpy())
@@ -449,9 +441,7 @@ def main():
     print("         return  laps twice damaged")
     damaged = sum(describe(folder, args.quick) for folder in args.folders)
     if damaged:
-        print(
-            f"{damaged} damaged: training skips them, and refuses above {MAX_DAMAGED:.0%}; {HINT}"
-        )
+        print(f"{damaged} damaged: training skips them, refuses above {MAX_DAMAGED:.0%}; {HINT}")
     return 1 if damaged else 0
 
 

@@ -48,7 +48,7 @@ def decorrelated_order(n, rng):
 class OpenEpisode:
     """An episode that gives windows to batches: `used` of `order` so far."""
 
-    episode: int
+    number: int  # among the chunks of its source
     order: np.ndarray
     weight: int  # its share among the open episodes
     used: int = 0
@@ -76,11 +76,11 @@ class Stream:
         at = start * self.size // self.total * self.total  # the pass in which the batch begins
         batch, skip = [], start * self.size - at  # windows of that pass before the batch
         while True:
-            for source, windows in self._one_pass(at):
+            for episode, windows in self._one_pass(at):
                 at += len(windows)
                 windows, skip = windows[skip:], max(0, skip - len(windows))
                 if len(windows):
-                    batch.append((source, windows))
+                    batch.append((episode, windows))
                 if at % self.size == 0 and batch:
                     yield batch
                     batch = []
@@ -88,26 +88,26 @@ class Stream:
     def _one_pass(self, at):
         n_pass, end = at // self.total, at + self.total
         rng = np.random.default_rng([*self.key, n_pass])
-        waiting = deque(e for e in rng.permutation(len(self.windows)).tolist() if self.windows[e])
-        sources, opened = [], 0
+        pending = deque(e for e in rng.permutation(len(self.windows)).tolist() if self.windows[e])
+        opened, count = [], 0
         while at < end:
             # open the next episodes; multiples of the golden ratio vary the weights 4..15 evenly
-            while waiting and len(sources) < self.width:
-                episode, weight = waiting.popleft(), 4 + int(12 * (opened * 0.6180339887498949 % 1))
-                order = decorrelated_order(self.windows[episode], rng)
-                sources.append(OpenEpisode(episode, order, weight))
-                opened += 1
+            while pending and len(opened) < self.width:
+                number, weight = pending.popleft(), 4 + int(12 * (count * 0.6180339887498949 % 1))
+                order = decorrelated_order(self.windows[number], rng)
+                opened.append(OpenEpisode(number, order, weight))
+                count += 1
 
             # share the rest of this batch among the open episodes, in a random order
             want = min(self.size - at % self.size, end - at)
-            left = np.array([x.left for x in sources])
-            weights = np.array([x.weight for x in sources]) if waiting else left
+            left = np.array([x.left for x in opened])
+            weights = np.array([x.weight for x in opened]) if pending else left
             mixed, give = rng.permutation(len(left)), np.empty_like(left)
             give[mixed] = np.diff(weights[mixed].cumsum() * want // weights.sum(), prepend=0)
 
-            for source, n in zip(sources, np.minimum(give, left).tolist()):
+            for episode, n in zip(opened, np.minimum(give, left).tolist()):
                 if n:
-                    source.used += n
-                    yield source, source.order[source.used - n : source.used]
+                    episode.used += n
+                    yield episode, episode.order[episode.used - n : episode.used]
                     at += n
-            sources = [x for x in sources if x.left]
+            opened = [x for x in opened if x.left]
