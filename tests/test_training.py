@@ -6,7 +6,6 @@ Run by torchrun this file is what each of two processes does in the first test:
 """
 
 import argparse
-import json
 import signal
 import subprocess
 import sys
@@ -42,8 +41,6 @@ from support.cli import Refusal, run
 from support.distributed import RANK, RANKS, wrap_ddp
 from support.latents import Latents
 from support.training import hardware_precisions, pick_precision, set_up
-from tools.checkpoint import export_safetensors
-from tools.export import export_minari
 from train_cost_model import Sampler
 from train_encoder import loss_fn
 from vicreg import covariance, variance
@@ -456,58 +453,6 @@ def test_what_came_is_that_of_the_same_latent_real_or_imagined(tmp_path, encoder
 # ---- other programs ------------------------------------------------------------------------------
 
 
-def test_minari_reads_the_export(data, tmp_path, monkeypatch):
-    minari = pytest.importorskip("minari", minversion="0.5.4")
-    pytest.importorskip("h5py")
-    folders = [data / "data_race", data / "data", data / "data"]  # an episode counts once
-    monkeypatch.setenv("MINARI_DATASETS_PATH", "")  # the export sets it
-    monkeypatch.chdir(tmp_path)
-    export_minari(folders, Path("minari"), "carracing-v0")  # as the README has it
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    dataset = minari.load_dataset("carracing-v0")
-    chunks = index(data / "data_race")[0] + index(data / "data")[0]
-    assert dataset.total_episodes == len(chunks)
-    assert dataset.total_steps == sum(c.frames for c in chunks)
-    for chunk, found in zip(chunks, dataset.iterate_episodes()):
-        want = read_chunk(chunk.path)
-        for ours, theirs in (
-            ("obs", found.observations),
-            ("act", found.actions),
-            ("reward", found.rewards),
-            ("terminated", found.terminations),
-            ("truncated", found.truncations),
-            ("telemetry", found.infos["telemetry"]),
-        ):
-            assert np.array_equal(want[ours], theirs), ours
-        assert dataset.observation_space.contains(found.observations[0])
-    about = next(iter(dataset.storage.get_episode_metadata([0])))
-    assert about["seed"] == chunks[0].meta["track_seed"]
-    assert json.loads(about["options"]["meta"])["uid"] == chunks[0].meta["uid"]
-    again = script("tools.export", data / "data", "--out", tmp_path / "minari")
-    assert again.returncode == 2 and "exists already" in again.stderr
-    again = script("tools.export", data / "data", "--name", "rides", "--out", tmp_path / "m")
-    assert again.returncode == 2 and "ends in a version" in again.stderr
-    assert [p.name for p in (tmp_path / "minari").iterdir()] == ["carracing-v0"]
-
-
-def test_safetensors_hold_the_weights_and_what_rebuilds_the_nets(tmp_path):
-    safetensors = pytest.importorskip("safetensors")
-    pytest.importorskip("safetensors.torch")
-    nets = {"encoder": TinyEncoder(0.125, dim=16), "predictor": Predictor(16, 8)}
-    save(tmp_path / "a.pth", nets)
-    out = tmp_path / "new" / "a.safetensors"
-    export_safetensors(tmp_path / "a.pth", out)
-    with safetensors.safe_open(out, "pt") as f:
-        about = {name: json.loads(text) for name, text in f.metadata().items()}
-        weights = {key: f.get_tensor(key) for key in f.keys()}
-    assert about["predictor"]["class"] == "Predictor"
-    again = TinyEncoder(**about["encoder"]["args"])
-    again.load_state_dict(
-        {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
-    )
-    assert fingerprint(again) == fingerprint(nets["encoder"])
-
-
 def test_tensorboard_shows_what_the_log_holds(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -521,24 +466,6 @@ def test_tensorboard_shows_what_the_log_holds(tmp_path):
     board = EventAccumulator(str(tmp_path / "models" / "tensorboard" / "encoder")).Reload()
     shown = [(e.step, e.value) for e in board.Scalars("loss")]
     assert shown == [(r["step"], r["loss"]) for r in log.rows()] and len(shown) == 10
-
-
-@pytest.mark.parametrize(
-    "package, export",
-    [
-        ("minari", lambda root: export_minari([root / "data"], root / "out", "noise-v0")),
-        ("safetensors", lambda root: export_safetensors(root / "a.pth", root / "out")),
-    ],
-)
-def test_a_package_that_is_missing_is_named_in_one_line(
-    data, tmp_path, monkeypatch, package, export
-):
-    save(copy_of(data, tmp_path) / "a.pth", {"predictor": Predictor(16, 8)})
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, "safetensors.torch", raising=False)
-    with pytest.raises(Refusal, match=f"pip install '{package}") as refusal:
-        export(tmp_path)
-    assert "\n" not in str(refusal.value)
 
 
 def test_compiled_nets_have_the_names_of_plain_ones(data, tmp_path):

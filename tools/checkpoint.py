@@ -22,7 +22,7 @@ SCRIPTS = {
 
 
 def describe(path):
-    """Prints a checkpoint's nets with arguments and sizes, the command that made it, and the rest."""
+    """Prints a checkpoint's nets with arguments and sizes, its command line, and the rest."""
     payload = read(path)
     nets, args = payload.pop("nets"), payload.pop("args", {})
     args = args if isinstance(args, dict) else {}  # a foreign file may hold anything

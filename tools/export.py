@@ -57,7 +57,8 @@ def export_minari(folders, out, name):
         episodes.setdefault(episode_key(chunk.meta), chunk)
     damaged = list(dict.fromkeys(line for _, lines, _ in found for line in lines))
     if not episodes:
-        fail(f"{', '.join(map(str, folders))}: no whole chunk; `python collect_race_data.py`")
+        places = ", ".join(map(str, folders))
+        fail(f"{places}: no whole chunk there; `python collect_race_data.py` makes some")
     if (out / name).exists():
         fail(f"{out / name}: exists already; choose another --name or --out")
 
