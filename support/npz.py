@@ -153,6 +153,8 @@ def open_chunk(path):
     Only the meta is inflated. Errors as in `open_npz`.
     """
     with open_npz(path) as npz:
+        if "meta.npy" not in npz.zip.namelist():
+            raise ValueError("no episode; move it away, or write it with `buffer.write_chunk`")
         if npz.nbytes("meta") > MAX_META_BYTES:
             raise ValueError("meta is over 1 MiB")
         meta = json.loads(str(npz.array("meta", f"<U{npz.nbytes('meta') // 4}", ())))

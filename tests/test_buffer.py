@@ -136,6 +136,7 @@ def ruins(tmp_path):
     (folder / "truncated.npz").write_bytes(raw[: len(raw) // 2])
     (folder / "text.npz").write_text("this is not a chunk")
     (folder / "empty.npz").touch()
+    np.savez(folder / "foreign.npz", images=np.zeros(3))
     np.savez(folder / "objects.npz", obs=np.array([{}], dtype=object), meta=np.array("{}"))
     objects = npy(np.array([[{}] * 3] * 50, dtype=object))
     rewritten(whole, "pickled.npz", act=objects.ljust(728)[:728])
@@ -154,11 +155,12 @@ def ruins(tmp_path):
     rewritten(whole, "bomb.npz", obs=bytes(10**8))
     rewritten(whole, "shape.npz", obs=npy(np.zeros((51, 32, 128, 3), np.uint8)))
     return folder, {
-        "flipped": "CRC",
+        "flipped": "damaged",
         "truncated": "zip",
         "text": "zip",
         "empty": "zip",
-        "objects": "no item named",
+        "foreign": "move it away",
+        "objects": "meta: expected schema",
         "pickled": "another array",
         "nan": "finite",
         "schema": "schema 99",
