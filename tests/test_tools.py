@@ -98,7 +98,7 @@ def test_minari_reads_the_export(data, tmp_path, monkeypatch):
 def test_safetensors_hold_the_weights_and_what_rebuilds_the_nets(tmp_path):
     safetensors = pytest.importorskip("safetensors")
     pytest.importorskip("safetensors.torch")
-    nets = {"encoder": TinyEncoder(0.125, dim=16), "predictor": Predictor(16, 8)}
+    nets = {"encoder": TinyEncoder(8, dim=16), "predictor": Predictor(16, 8)}
     save(tmp_path / "a.pth", nets)
     out = tmp_path / "new" / "a.safetensors"
     export_safetensors(tmp_path / "a.pth", out)
