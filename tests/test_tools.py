@@ -101,7 +101,8 @@ def test_safetensors_hold_the_weights_and_what_rebuilds_the_nets(tmp_path):
     nets = {"encoder": TinyEncoder(8, dim=16), "predictor": Predictor(16, 8)}
     save(tmp_path / "a.pth", nets)
     out = tmp_path / "new" / "a.safetensors"
-    export_safetensors(tmp_path / "a.pth", out)
+    done = script("tools.checkpoint", tmp_path / "a.pth", "--safetensors", out)
+    assert done.returncode == 0, done.stderr
     with safetensors.safe_open(out, "pt") as f:
         about = {name: json.loads(text) for name, text in f.metadata().items()}
         weights = {key: f.get_tensor(key) for key in f.keys()}
