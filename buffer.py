@@ -1,6 +1,6 @@
 """Episode files (chunks): write, verify, index, split; the training loader.
 
-A chunk is one whole episode of T steps in one .npz file. Frames, actions and latents line up so
+A chunk is one whole episode of T steps in one .npz file. Frames, actions, latents line up like this
 (`repeat` R = 2 environment steps between two latents, `history` = 3 frames in each):
 
     obs     o0   o1   o2   o3   o4   o5   o6  ...  oT        T + 1 frames, T actions

@@ -62,9 +62,9 @@ class OpenEpisode:
 class Stream:
     """The order of one source's windows: `size` a batch, each once per pass, from many episodes.
 
-    `windows` holds their number in each episode. `width` episodes are open at a time. Some give
-    more windows than others, lest all end at once; a used-up one makes room for the next. With none
-    left to open, they give in proportion to their rest: a pass ends in all of them together.
+    `windows` holds their number in each episode. `width` episodes are open at a time, and a used-up
+    one makes room for the next. They give unequal numbers of windows, so that few end at once. When
+    no episode is left to open, each gives in proportion to its rest: all end together.
     """
 
     def __init__(self, windows, size, width, key):
