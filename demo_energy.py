@@ -41,7 +41,7 @@ from support.files import writable
 from support.lap_view import VIDEO_FPS
 from support.pictures import VideoRecorder, ornament, pyplot, save_figure
 from support.progress import progress
-from support.training import autocast, set_up
+from support.device import autocast, set_up
 from support.window import (
     DIM,
     END_S,

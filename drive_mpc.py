@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from support.device import autocast, set_up
 from tqdm import tqdm
 
 from buffer import write_chunk
@@ -47,9 +48,8 @@ from support.lap_view import VIDEO_FPS, LapView
 from support.pictures import VideoRecorder
 from support.progress import progress
 from support.scores import Report, compare, row_name, summary
-from support.training import autocast, set_up
 from support.window import KEYS_TEXT, NoWindow, open_window
-from support.workers import FIRST_SEED, provenance_meta
+from support.workers import FIRST_SEED, chunk_provenance
 
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
@@ -545,7 +545,7 @@ class EpisodeRecorder:
 
     def __init__(self, folder, policy, kind):
         self.folder, self.policy = writable(folder), policy
-        self.meta = provenance_meta(folder.name, kind)
+        self.meta = chunk_provenance(folder.name, kind)
 
     def reset(self):
         self.obs, self.act, self.reward, self.state = [], [], [], []

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from buffer import DEFAULT, chunk_files, load_sources, made_by, provenance
+from buffer import DEFAULT_FOLDERS, chunk_files, load_sources, made_by, provenance
 from car import ZOOM_STEPS
 from networks import CostModel
 from support.checkpoints import fingerprint, latest, load_frozen
@@ -125,14 +125,14 @@ def draw_energies(energies, auc, path):
 
 def load_inputs(args, device, dtype, stop):
     """(sources, Latents, {key: fingerprint}, predictor, horizon). Refuses what does not fit."""
-    args.data = args.data or list(DEFAULT)
+    args.data = args.data or list(DEFAULT_FOLDERS)
     needed = (EXPERT, RANDOM, RECOVERY)
     there = [name for name in args.data if chunk_files(args.root / name)]
     if missing := [name for name in needed if name not in there]:
         lacking, how = " and ".join(missing), "; ".join(made_by(args.root / n) for n in missing)
         data = f"--data {' '.join(args.data)}: the cost model needs {', '.join(needed)}"
         fail(f"{data}, and there is no episode of {lacking}; {how}")
-    sources = load_sources(args, ZOOM_STEPS + 2)
+    sources = load_sources(args.root, args.data, ZOOM_STEPS + 2)
     lock_stage(args.root, "cost_model")
     models = args.root / "models"
     newest = latest(models, "predictor")

@@ -277,7 +277,9 @@ def main():
     began, stop = time.monotonic(), Stop()
     device, dtype = set_up_anyway(args)
     models, visuals = args.root / "models", args.root / "visuals"
-    sources = load_sources(args, ZOOM_STEPS + 2)
+    batch = args.shares, args.batch_size
+    sources = load_sources(args.root, args.data, ZOOM_STEPS + 2, 0, *batch)
+    args.data = list(sources)
     if args.once and not numbered(models, "encoder_mixed_ep*.pth"):
         how = command("train_encoder.py", args.root)
         fail(f"{models}/encoder_mixed_ep1.pth: not found; {how} makes it")

@@ -350,7 +350,9 @@ def main():
     device, dtype = set_up(args, "encoder", ranks=True)
     objective, size = Objective.of(args), args.batch_size // RANKS
     steps = max(ZOOM_STEPS + 2, args.targets[-1] * args.repeat)
-    sources = load_sources(args, steps, len(TELEMETRY))
+    batch = args.shares, args.batch_size
+    sources = load_sources(args.root, args.data, steps, len(TELEMETRY), *batch)
+    args.data = list(sources)
     lock_stage(args.root, "encoder")
 
     # data and nets

@@ -88,7 +88,8 @@ def main():
     args = arguments()
     stop = Stop()  # encoding may take long
     device, dtype = set_up(args, "predictor", ranks=True)
-    sources = load_sources(args)
+    sources = load_sources(args.root, args.data, 1, 0, args.shares, args.batch_size)
+    args.data = list(sources)
     lock_stage(args.root, "predictor")
 
     # data: windows of cached latents; frames of a few windows for pictures

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from buffer import Damage, chunk_files, load_sources, read_chunk
+from buffer import chunk_files, load_sources, read_or_skip
 from car import ZOOM_STEPS
 from car.env import make_env
 from car.episode import run_episode, save_state
@@ -15,7 +15,7 @@ from collect_race_data import PACES as RACE_PACES
 from collect_race_data import make_expert
 from collect_recovery_data import PACES as RECOVERY_PACES
 from collect_recovery_data import make_faulty
-from support.cli import Refusal, fail
+from support.cli import fail
 from support.progress import progress
 from support.workers import FIRST_SEED
 
@@ -86,12 +86,10 @@ def read_episodes(sources, count, encoder, seed):
     """Parts of training episodes of each folder, drawn at random: `count` latents or a few more."""
     out = []
     for name, (chunks, _) in sources.items():
-        rng, damage, have = np.random.default_rng([seed, 1]), Damage.of(chunks), 0
+        rng, have = np.random.default_rng([seed, 1]), 0
         for i in rng.permutation(len(chunks)):
-            try:
-                arrays = read_chunk(chunks[i].path, "obs", "act", "telemetry")
-            except Refusal as e:
-                damage.add(e)
+            arrays = read_or_skip(chunks[i], "obs", "act", "telemetry")
+            if arrays is None:
                 continue
             x = on_grid(name, chunks[i].meta["track_seed"], arrays, encoder.repeat)
             if part := segment(x, rng, encoder.history):
@@ -165,7 +163,7 @@ def all_episodes(args, encoder):
     own ones on tracks that collectors may drive."""
     jobs = JOBS
     if any(chunk_files(args.root / name) for name in JOBS):
-        sources = load_sources(args, ZOOM_STEPS + 2, len(TELEMETRY))
+        sources = load_sources(args.root, args.data, ZOOM_STEPS + 2, len(TELEMETRY))
         jobs = jobs | {name: job_of(name, chunks) for name, (chunks, _) in sources.items()}
         train = read_episodes(sources, args.train_frames, encoder, args.seed)
     else:

@@ -17,7 +17,7 @@ from support.checkpoints import (
 from support.cli import command
 from support.latents import features_of
 from support.progress import progress
-from support.training import autocast, set_up
+from support.device import autocast, set_up
 
 # ------------------------------------------------------------------ nets
 

@@ -40,7 +40,7 @@ from support.cli import Number, parser, run, track_number
 from support.files import replace_atomically, versions, writable
 from support.pictures import ornament, pyplot, save_figure
 from support.progress import progress
-from support.training import autocast
+from support.device import autocast
 
 WITHIN, HELD = 3.0, 0.2  # s: to be back in, and to stay back
 BEND = 6  # tiles of 3.5 units from the sharpest one of a bend to its end

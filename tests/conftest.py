@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,25 @@ def script(name, *args, root=None, **kw):
     return subprocess.run(
         command, capture_output=True, text=True, env=env, cwd=REPO, timeout=400, **kw
     )
+
+
+def children(pid):
+    """Pids of the processes that this one started, oldest first."""
+    try:
+        tasks = Path(f"/proc/{pid}/task").glob("*/children")
+        return sorted(int(p) for task in tasks for p in task.read_text().split())
+    except OSError:
+        return []
+
+
+def workers_of(pid):
+    """Pids of a collector's workers; its other child keeps track of what they share."""
+    out = []
+    for child in children(pid):
+        with suppress(OSError):
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                out.append(child)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
-"""Chunks, split, windows and batches: properties seen through the public face."""
+"""Chunks, split, windows and batches, seen through the public interface."""
 
-import argparse
 import io
 import json
 import os
@@ -20,9 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import buffer
-from buffer import Loader, index, read_chunk, sample_frames, triplets, write_chunk
+from buffer import Loader, index, load_sources, read_chunk, sample_frames, write_chunk
 from support.cli import Refusal
-from support.latents import Latents
 
 
 def make(folder, uid, T, number, track_seed=None, **meta):
@@ -137,6 +135,7 @@ def ruins(tmp_path):
     (folder / "truncated.npz").write_bytes(raw[: len(raw) // 2])
     (folder / "text.npz").write_text("this is not a chunk")
     (folder / "empty.npz").touch()
+    np.savez(folder / "foreign.npz", images=np.zeros(3))
     np.savez(folder / "objects.npz", obs=np.array([{}], dtype=object), meta=np.array("{}"))
     objects = npy(np.array([[{}] * 3] * 50, dtype=object))
     rewritten(whole, "pickled.npz", act=objects.ljust(728)[:728])
@@ -155,11 +154,12 @@ def ruins(tmp_path):
     rewritten(whole, "bomb.npz", obs=bytes(10**8))
     rewritten(whole, "shape.npz", obs=npy(np.zeros((51, 32, 128, 3), np.uint8)))
     return folder, {
-        "flipped": "damaged inside",
+        "flipped": "damaged",
         "truncated": "zip",
         "text": "zip",
         "empty": "zip",
-        "objects": "move it away",
+        "foreign": "move it away",
+        "objects": "meta: expected schema",
         "pickled": "another array",
         "nan": "finite",
         "schema": "schema 99",
@@ -184,7 +184,7 @@ def test_each_damage_is_named_with_its_reason(ruins):
         assert len(said) == 1 and reason in said[0], (name, said)
     assert len(lines) == len(reasons) and f"{len(reasons)} damaged" in done.stdout
     quick = script("buffer.py", "--quick", folder)
-    assert quick.returncode == 1 and "truncated" in quick.stdout and "MB/s" not in quick.stdout
+    assert quick.returncode == 1 and "truncated" in quick.stdout and "flipped" not in quick.stdout
 
 
 def test_a_zip_bomb_never_unfolds(tmp_path):
@@ -225,7 +225,7 @@ def test_no_track_is_in_both_halves(tmp_path):
     for name in "ab":  # both folders drove the same tracks
         for i in range(20):
             make(tmp_path / name, f"{name}{i}", 3, 0, track_seed=10_000_000 + i)
-    sources = buffer.load_sources(argparse.Namespace(root=tmp_path, data=["a", "b"]))
+    sources = load_sources(tmp_path, ["a", "b"])
     train, held = (
         {c.meta["track_seed"] for split in sources.values() for c in split[part]} for part in (0, 1)
     )
@@ -286,7 +286,8 @@ def test_labels_say_where_each_window_is_from_and_change_nothing(folders, seed):
     plain.close(), labelled.close()
 
 
-def test_a_window_of_an_understudy_bears_its_own_name(tmp_path):
+def test_a_window_of_a_fallback_episode_bears_its_own_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(buffer, "MAX_DAMAGED", 1)
     for i in range(4):
         make(tmp_path / "a", f"a{i}", 20, i)
     chunks = index(tmp_path / "a")[0]
@@ -294,7 +295,6 @@ def test_a_window_of_an_understudy_bears_its_own_name(tmp_path):
         whole = chunks[i].path.read_bytes()
         chunks[i].path.write_bytes(whole[:400] + bytes(40) + whole[440:])
     loader = Loader([chunks], 5, latents=2)
-    loader.damage[0].total = 10_000
     stream = loader.batches(labels=True)
     seen = set()
     for _ in range(12):
@@ -306,21 +306,21 @@ def test_a_window_of_an_understudy_bears_its_own_name(tmp_path):
     assert seen == {1, 3}
 
 
-def test_frames_of_a_damaged_chunk_come_from_the_next_and_the_folder_is_named(tmp_path, capsys):
+def test_frames_of_a_damaged_chunk_come_from_the_next_and_the_folder_is_named(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(buffer, "MAX_DAMAGED", 1)
     for name, first in (("a", 0), ("b", 10)):
         for i in range(4):
             make(tmp_path / name, f"{name}{i}", 20, first + i)
-    args = argparse.Namespace(root=tmp_path, data=["a", "b"])
-    chunks = [c for name in args.data for c in index(tmp_path / name)[0]]
+    chunks = [c for name in "ab" for c in index(tmp_path / name)[0]]
     whole = chunks[5].path.read_bytes()
     chunks[5].path.write_bytes(whole[:400] + bytes(40) + whole[440:])
-    for name in args.data:
-        buffer.Damage.folders[tmp_path / name] = buffer.Damage(1000)
     obs, rows = sample_frames(chunks, 2, 1, 16)
     assert where(obs)[0][:, 0].tolist() == [*np.repeat([0, 1, 2, 3, 10, 12, 12, 13], 2)]
     assert len(rows["telemetry"]) == 16
-    assert len(buffer.Damage.folders[tmp_path / "b"].lines) == 1
-    assert not buffer.Damage.folders[tmp_path / "a"].lines
+    assert len(buffer.damaged_files[tmp_path / "b"]) == 1
+    assert tmp_path / "a" not in buffer.damaged_files
 
 
 def test_a_closed_loader_leaves_no_thread(folders):
@@ -332,54 +332,18 @@ def test_a_closed_loader_leaves_no_thread(folders):
     assert threading.active_count() == before
 
 
-def test_triplets(folders):
+def test_two_latents_and_one_frame_are_triplets(folders):
     stream = Loader(folders, 6, latents=2, history=1, repeat=1).batches()
-    state, action, following = triplets(next(stream))
+    obs, act = next(stream)
     stream.close()
-    (e0, t0), (e1, t1) = where(state), where(following)
+    (e0, t0), (e1, t1) = where(obs[:, 0]), where(obs[:, 1])
     assert torch.equal(e0, e1) and torch.equal(t1, t0 + 1)
-    assert torch.equal(action[:, 1].int(), t0)
-
-
-def test_latent_cache_encodes_only_what_is_new(tmp_path, folders):
-    encoded, one, other = [], f"{'1' * 16}-p1-fp32", f"{'2' * 16}-p1-fp32"  # encoders
-
-    def encode(obs):  # a latent that tells episode and step
-        encoded.append(len(obs))
-        return torch.stack([x.float() for x in where(obs[:, -1])], 1)
-
-    chunks = folders[0] + folders[1]
-    Latents(tmp_path, one, 2, 3, 2, encode, folders[0])
-    first = sum(encoded)
-    assert first == sum(c.frames + 1 for c in folders[0])
-    cache = Latents(tmp_path, one, 2, 3, 2, encode, chunks)
-    assert sum(encoded) - first == sum(c.frames + 1 for c in folders[1])
-    starts = cache.starts(chunks, 5)
-    z, act = cache.windows(starts, 5)
-    assert (z[..., 0] == z[:, :1, 0]).all() and (z[..., 1].diff(dim=1) == 2).all()
-    assert torch.allclose(act[..., 1], z[:, :-1, 1] + 0.5)
-    Latents(tmp_path, other, 2, 3, 2, encode, folders[0])
-    assert {p.stem for p in (tmp_path / "models").iterdir()} == {f"latents_{other}"}
-
-
-def test_a_latent_cache_that_lost_its_end_is_encoded_again(tmp_path, folders):
-    def encode(obs):
-        return torch.stack([x.float() + 1 for x in where(obs[:, -1])], 1)
-
-    whole = Latents(tmp_path, "k", 2, 3, 2, encode, folders[0])
-    rows = np.array(whole.z)
-    path = tmp_path / "models" / "latents_k.f16"
-    for cut in (0, 10, len(rows) * 2):  # bytes that are left
-        path.write_bytes(path.read_bytes()[:cut])
-        again = Latents(tmp_path, "k", 2, 3, 2, encode, folders[0])
-        for chunk in folders[0]:
-            (a, T, _), (b, *_) = whole.rows[chunk.meta["uid"]], again.rows[chunk.meta["uid"]]
-            assert np.array_equal(rows[a : a + T + 1], again.z[b : b + T + 1])
+    assert torch.equal(act[:, 0, 1].int(), t0)
 
 
 def test_a_source_without_held_out_tracks_is_refused(tmp_path, folders):
     with pytest.raises(Refusal, match="held-out"):
-        buffer.load_sources(argparse.Namespace(root=tmp_path, data=["a"]))
+        load_sources(tmp_path, ["a"])
 
 
 def test_the_loader_skips_and_counts_damage_and_refuses_much_of_it(tmp_path, capsys):
@@ -395,7 +359,7 @@ def test_the_loader_skips_and_counts_damage_and_refuses_much_of_it(tmp_path, cap
         obs, act = next(stream)
         assert (where(obs)[0] == where(obs)[0][:, :1]).all() and torch.isfinite(act).all()
     stream.close()
-    assert len(loader.damage[0].lines) == 3
+    assert len(buffer.damaged_files[tmp_path / "a"]) == 3
     said = capsys.readouterr().out
     assert all(said.count(chunks[i].path.name) == 1 for i in (7, 8, 250))
     flip(chunks[100].path, back=100)
@@ -430,7 +394,7 @@ def test_any_mix_of_lengths_windows_and_threads(
             sources.append(index(Path(tmp) / str(s))[0])
         loader = Loader.__new__(Loader)
         if any(max(ts) < span for ts in lengths):
-            with pytest.raises(Refusal, match="no episode is as long"):
+            with pytest.raises(Refusal, match="no episode has"):
                 loader.__init__(sources, size, latents, history, repeat, seed=seed)
             return
         loader.__init__(sources, size, latents, history, repeat, seed=seed, threads=threads)

@@ -13,7 +13,7 @@ from car.episode import EpisodeRecorder, run_episode
 from car.renderer import RenderState
 from car.sprites import Hud, hflip
 from car.telemetry import TELEMETRY, is_recovered, place_car, telemetry
-from tools.bench_env import compare, follow
+from tools.bench_env import compare_renderers, follow
 
 MAX_MEAN, MAX_WORST = 0.3, 1.0  # grey levels of 255 off the official picture
 
@@ -93,7 +93,7 @@ def test_an_unknown_kind_is_named():
 
 
 def test_pictures_are_those_of_the_official_env():
-    for name, rows in compare(tracks=2).items():
+    for name, rows in compare_renderers(tracks=2).items():
         errors = [row[0] for row in rows]
         assert np.mean(errors) <= MAX_MEAN and np.max(errors) <= MAX_WORST, name
 

@@ -359,13 +359,6 @@ def test_plain_vicreg_trains_too(chain, tmp_path):
     assert len(aside) == 1  # --fresh deletes nothing
 
 
-@pytest.mark.slow
-def test_the_fast_env_is_at_least_eight_times_the_stock_one(tmp_path):
-    done = script("benchmark.py", "env", "--iterations", "1", "--steps", "250", root=tmp_path)
-    ratio = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("fast env  ")]
-    assert float(ratio[0]) >= 8, done.stdout
-
-
 # ------------------------------------------------------------------ bad input: one line, exit 2
 
 
@@ -554,12 +547,3 @@ def test_without_nets_it_drives_with_the_weights_that_come_with_the_code(tmp_pat
     assert "weights that come with the code" in done.stdout
     report = json.loads((tmp_path / "s.json").read_text())
     assert "pretrained" in report["models"] and report["mean"] > 500  # at random: -30
-
-
-@pytest.mark.slow
-def test_training_is_timed_beside_the_bare_net(chain):
-    done = script("benchmark.py", "train", "--iterations", 1, "--train_steps", 2, root=chain[0])
-    assert done.returncode == 0, done.stderr
-    ms = [float(x) for x in re.findall(r"([\d.]+) ms a step", done.stdout)]
-    share = float(re.search(r"the loop runs at ([\d.]+)%", done.stdout)[1])
-    assert len(ms) == 2 and share == pytest.approx(100 * ms[1] / ms[0], abs=0.5)

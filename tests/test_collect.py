@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, script
+from conftest import REPO, children, script, workers_of
 
 from buffer import index, read_chunk
 from car.env import make_env
 from collect_race_data import pace_of
 from collect_recovery_data import ACTION_NOISE, NOISE_BURST, FaultyExpert
 from support.workers import FIRST_SEED, episode_number, seeds_of
-from tools.bench_data import children, workers_of
 
 GONE = 10  # s within which a stopped collector has left nothing behind
 REPLACED = 5  # s within which a killed worker has a successor

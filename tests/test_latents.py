@@ -5,7 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from conftest import FakeEncoder
 from conftest import noise_episode as episode
+from test_buffer import folders, where  # noqa: F401
 
 from buffer import index, read_chunk
 from networks import VALUE_HORIZON, CostModel, Predictor, TinyEncoder, stack_frames
@@ -114,3 +116,41 @@ def test_the_value_target_is_that_of_the_same_latent_real_or_imagined(tmp_path, 
         Refusal, match="lasts 288 steps, 50 of zoom and 238 more, the longest has 280"
     ):
         LatentSampler(cache, chunks, Predictor(encoder.dim, 8, 8), H + 40, cost)
+
+
+def test_latent_cache_encodes_only_what_is_new(tmp_path, folders):  # noqa: F811
+    encoded, one, other = [], f"{'1' * 16}-p1-fp32", f"{'2' * 16}-p1-fp32"  # encoders
+
+    def encode(frames):  # a latent that tells episode and step
+        encoded.append(len(frames))
+        return torch.stack([x.float() for x in where(frames)], 1)
+
+    encoder = FakeEncoder(encode, 2)
+    chunks = folders[0] + folders[1]
+    Latents(tmp_path, one, encoder, folders[0])
+    first = sum(encoded)
+    assert first == sum(c.frames + 1 for c in folders[0])
+    cache = Latents(tmp_path, one, encoder, chunks)
+    assert sum(encoded) - first == sum(c.frames + 1 for c in folders[1])
+    starts = cache.starts(chunks, 5)
+    z, act = cache.windows(starts, 5)
+    assert (z[..., 0] == z[:, :1, 0]).all() and (z[..., 1].diff(dim=1) == 2).all()
+    assert torch.allclose(act[..., 1], z[:, :-1, 1] + 0.5)
+    Latents(tmp_path, other, encoder, folders[0])
+    assert {p.stem for p in (tmp_path / "models").iterdir()} == {f"latents_{other}"}
+
+
+def test_a_latent_cache_that_lost_its_end_is_encoded_again(tmp_path, folders):  # noqa: F811
+    def encode(frames):
+        return torch.stack([x.float() + 1 for x in where(frames)], 1)
+
+    encoder = FakeEncoder(encode, 2)
+    whole = Latents(tmp_path, "k", encoder, folders[0])
+    rows = np.array(whole.z)
+    path = tmp_path / "models" / "latents_k.f16"
+    for cut in (0, 10, len(rows) * 2):  # bytes that are left
+        path.write_bytes(path.read_bytes()[:cut])
+        again = Latents(tmp_path, "k", encoder, folders[0])
+        for chunk in folders[0]:
+            (a, T, _), (b, *_) = whole.rows[chunk.meta["uid"]], again.rows[chunk.meta["uid"]]
+            assert np.array_equal(rows[a : a + T + 1], again.z[b : b + T + 1])

@@ -25,9 +25,8 @@ from drive_mpc import (
     take_gas,
     to_action,
 )
-from networks import DISCOUNT, OOD_THRESHOLD, VALUE_HORIZON, CostModel, Predictor, scored_steps
+from networks import DISCOUNT, OOD_THRESHOLD, VALUE_HORIZON, CostModel, Predictor
 from support.cli import Parser, Refusal
-from tools.bench_train import PlainFutures
 from train_cost_model import max_gas
 
 
@@ -435,30 +434,6 @@ def test_futures_cost_what_their_dreams_cost(nets, kind, H, far):
     futures = RolloutCost(**nets, kind=kind)
     for _ in range(2):  # nothing is left of the first
         assert torch.allclose(futures(z, act), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("looks", [range, scored_steps])
-@pytest.mark.parametrize("kind", ["value", "density"])
-def test_the_benchmarks_plain_rollout_computes_what_folded_products_do(nets, kind, looks):
-    z, act = nets["cost"].mu[None] + 0.01, torch.randn(32, 15, 3)
-    plain, folded = (F(**nets, kind=kind, looks=looks)(z, act) for F in (PlainFutures, RolloutCost))
-    assert torch.allclose(plain, folded, rtol=1e-4)
-    every = nets["cost"].energy(nets["predictor"].rollout(z.expand(32, -1), act))
-    expected = (
-        every if looks is range else 15 / len(scored_steps(15)) * every[:, list(scored_steps(15))]
-    )
-    assert torch.allclose(plain, expected.sum(1), rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_benchmark_times_both_changes_apart(tmp_path):
-    done = script("benchmark.py", "plan", root=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for name in ("plain rollout", "folded products"):
-        for scored in ("all", "every third"):
-            line = next(x for x in done.stdout.splitlines() if x.startswith(f"{name}, {scored} "))
-            assert float(line.split()[4 + (scored != "all")]) > 0
-    assert "the driver's" in line
 
 
 def test_value_is_the_density_on_the_road_and_looks_further_in_trouble(nets):

@@ -369,7 +369,7 @@ NUMBERS = {
     "supervised_steps "
     "supervised_batch bootstrap off_road",
     "trials": "starts track_seed tracks",
-    "benchmark": "repeats frames episodes batches chunks steps train_steps tracks max_gas",
+    "benchmark": "repeats frames steps train_steps tracks",
 }
 
 

@@ -53,7 +53,7 @@ def colored(tmp_path_factory):
 
 
 def sources_of(root, names):
-    return load_sources(SimpleNamespace(root=root, data=list(names)))
+    return load_sources(root, list(names))
 
 
 def near(picture, color):

@@ -27,7 +27,6 @@ from support import window as windows
 from support.cli import Refusal
 from support.pictures import VideoRecorder, ornament
 from support.window import KEYS, KEYS_BAR, NoWindow, Window, log_axis, open_window
-from tools.checkpoint import main as networks_main
 
 av = pytest.importorskip("av")
 QUICK = ["--env", "fast", "--threads", "1"]
@@ -613,16 +612,6 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path, ca
         assert (tmp_path / "file").read_text() == text
     (tmp_path / "empty").touch()
     assert drive_mpc.Report(tmp_path / "empty", args, {}).rows == {}
-
-
-def test_a_checkpoint_is_not_exported_over_itself(tmp_path, monkeypatch, capsys):
-    shipped = next((REPO / "models" / "pretrained").glob("predictor*"))
-    path = shutil.copy(shipped, tmp_path / "p.pth")
-    before = Path(path).read_bytes()
-    for out, why in ((path, "the checkpoint itself"), (tmp_path, "found a folder")):
-        monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(path), "--safetensors", str(out)])
-        assert why in refused(capsys, networks_main)
-    assert Path(path).read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from importlib.util import find_spec
 
 import cv2
 import numpy as np
@@ -11,79 +12,91 @@ from car.env import make_env, observe
 from car.physics import PLAYFIELD
 from car.telemetry import TELEMETRY, place_car, telemetry
 
-WARM_UP = 4  # episodes before anything is timed, of the hundreds in a worker's life
-
-FEATURE = {name: i for i, name in enumerate(TELEMETRY)}
+OFFICIAL = "official env + preprocess"
+WARM_UP_EPISODES = 4  # before anything is timed: they fill the caches of sprites
+SCALE, LEFT, TOP, GAP = 3, 90, 28, 4  # of the contact sheet: screen pixels
 
 
 def follow(state, speed=50.0):
     """A plain driver: telemetry (K,) -> action (3,) that keeps to the centre line at `speed`."""
-    get = {name: float(state[i]) for name, i in FEATURE.items()}
+    get = dict(zip(TELEMETRY, map(float, state)))
     turn = get["heading_error"] + 0.06 * get["lateral_offset"] + 6.0 * get["curvature_10"]
     slow = get["speed"] - speed
     return np.array((np.clip(-turn, -1, 1), np.clip(-slow, 0, 0.3), 0.1 * (slow > 10)), np.float32)
 
 
-# ---- env -----------------------------------------------------------------------------------------
+def centre_line_actions(seed, steps):
+    """The actions of `follow` over one episode, to be played in every env."""
+    env, actions = make_env("physics"), []
+    env.reset(seed=seed)
+    for _ in range(steps):
+        actions.append(follow(telemetry(env)))
+        _, _, terminated, truncated, _ = env.step(actions[-1])
+        if terminated or truncated:
+            break
+    return actions
 
 
-def rollout(env, actions, seed, look):
-    """Steps per CPU second over an episode and its reset; `look(env, obs)` at every step."""
+# ------------------------------------------------------------------ env
+
+
+def steps_per_second(env, actions, seed, read):
+    """Steps per CPU second over an episode and its reset, with `read(env, obs)` at every step."""
     start = time.process_time()
-    look(env, env.reset(seed=seed)[0])
+    read(env, env.reset(seed=seed)[0])
     for action in actions:
-        look(env, env.step(action)[0])
+        read(env, env.step(action)[0])
     return len(actions) / (time.process_time() - start)
 
 
-def bench_env(args):
+def bench_env(repeats, steps):
+    """Prints steps per CPU second of each env, over `repeats` episodes of `steps` steps."""
+    nothing = lambda env, obs: None
     contenders = {
-        "official env + preprocess": (make_env("official"), observe),
+        OFFICIAL: (make_env("official"), observe),
         "fast env": (make_env("fast"), observe),
         "fast env + telemetry": (make_env("fast"), lambda env, obs: telemetry(env)),
-        "physics alone": (make_env("physics"), lambda env, obs: None),
+        "physics alone": (make_env("physics"), nothing),
     }
-    if envpool := pooled():
-        contenders["EnvPool, C++"] = (envpool, lambda env, obs: None)
-    for seed in range(90, 90 + WARM_UP):  # the first episodes fill the caches of sprites
-        for env, look in contenders.values():
-            if seed == 90 or env is not contenders["official env + preprocess"][0]:
-                rollout(env, drive(seed, args.steps), seed, look)
+    if envpool := find_spec("envpool") and EnvPool():
+        contenders["EnvPool, C++"] = envpool, nothing
+    for seed in range(90, 90 + WARM_UP_EPISODES):
+        actions = centre_line_actions(seed, steps)
+        for env, read in contenders.values():
+            steps_per_second(env, actions, seed, read)
+
+    # rounds of one episode each, begun by another env each time
     rates = {name: [] for name in contenders}
-    for seed in range(args.repeats):
-        actions, names = drive(seed, args.steps), list(contenders)
-        k = seed % len(names)
-        for name in names[k:] + names[:k]:  # nobody always profits from warm caches
-            rates[name].append(rollout(contenders[name][0], actions, seed, contenders[name][1]))
-    stock = rates["official env + preprocess"]
-    print(f"{'env':28s}{'steps/s':>10s}{'us/step':>10s}{'x official':>12s}")
+    for seed in range(repeats):
+        actions, names = centre_line_actions(seed, steps), list(contenders)
+        first = seed % len(names)
+        for name in names[first:] + names[:first]:
+            env, read = contenders[name]
+            rates[name].append(steps_per_second(env, actions, seed, read))
+
+    print(f"{'env':28}{'steps/s':>10}{'us/step':>10}{'x official':>12}")
     for name, rate in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(rate, stock))
+        ratio = statistics.median(a / b for a, b in zip(rate, rates[OFFICIAL]))
         median = statistics.median(rate)
-        print(f"{name:28s}{median:10.0f}{1e6 / median:10.1f}{ratio:12.1f}")
+        print(f"{name:28}{median:10.0f}{1e6 / median:10.1f}{ratio:12.1f}")
 
 
-def pooled():
-    """EnvPool's CarRacing as an env of one, or None where it is not installed."""
-    try:
+class EnvPool:
+    """EnvPool's CarRacing as an env of one. It takes a seed only when it is made."""
+
+    def __init__(self):
         import envpool
-    except ImportError:
-        return None
 
-    class Pooled:
-        def __init__(self):
-            self.env = envpool.make_gymnasium("CarRacing-v3", num_envs=1, num_threads=1)
+        self.env = envpool.make_gymnasium("CarRacing-v3", num_envs=1, num_threads=1)
 
-        def reset(self, seed):
-            return self.env.reset()  # it takes a seed only when it is made
+    def reset(self, seed):
+        return self.env.reset()
 
-        def step(self, action):
-            return self.env.step(action[None])
-
-    return Pooled()
+    def step(self, action):
+        return self.env.step(action[None])
 
 
-# ---- fidelity ------------------------------------------------------------------------------------
+# ------------------------------------------------------------------ fidelity
 
 
 def poses(track, rng):
@@ -109,8 +122,8 @@ def poses(track, rng):
     }
 
 
-def compare(tracks):
-    """-> {situation: [(error, official, fast)]}, a frame each, both (64, 64, 3) uint8"""
+def compare_renderers(tracks):
+    """{situation: [(error, official, fast)]}, a frame each, both frames (64, 64, 3) uint8."""
     envs = make_env("official"), make_env("fast")
     frames = {}
     for seed in range(tracks):
@@ -128,47 +141,38 @@ def compare(tracks):
     return frames
 
 
-def label(image, text, x, y):
-    cv2.putText(image, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-
-
-def contact_sheet(frames, path, scale=3):
-    """Per situation its worst frame: official, fast, and eight times their difference."""
-    left, top, side, gap = 90, 28, 64 * scale, 4  # px
-    sheet = np.full((top + 3 * (side + gap), left + len(frames) * (side + gap), 3), 255, np.uint8)
+def contact_sheet(frames, path):
+    """Draws the worst frame of each situation: official, fast, and eight times their difference."""
+    side = 64 * SCALE
+    size = TOP + 3 * (side + GAP), LEFT + len(frames) * (side + GAP), 3
+    sheet = np.full(size, 255, np.uint8)
+    write = lambda text, x, y: cv2.putText(
+        sheet, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA
+    )
     for row, text in enumerate(("official", "fast", "8 x diff")):
-        label(sheet, text, 4, top + row * (side + gap) + side // 2)
+        write(text, 4, TOP + row * (side + GAP) + side // 2)
+
+    # a column for each situation
     for column, (name, rows) in enumerate(frames.items()):
         error, official, fast = max(rows, key=lambda row: row[0])
         difference = cv2.convertScaleAbs(cv2.absdiff(official, fast), alpha=8)
-        x = left + column * (side + gap)
-        label(sheet, f"{name}: {error:.2f}", x + 4, top - 8)
+        x = LEFT + column * (side + GAP)
+        write(f"{name}: {error:.2f}", x + 4, TOP - 8)
         for row, picture in enumerate((official, fast, difference)):
-            y = top + row * (side + gap)
-            sheet[y : y + side, x : x + side] = picture.repeat(scale, 0).repeat(scale, 1)
+            y = TOP + row * (side + GAP)
+            sheet[y : y + side, x : x + side] = picture.repeat(SCALE, 0).repeat(SCALE, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
 
 
-def bench_fidelity(args):
-    frames = compare(args.tracks)
-    print(f"{'situation':12s}{'frames':>8s}{'mean':>8s}{'worst':>8s}   grey levels of 255")
+def bench_fidelity(root, tracks):
+    """Prints how far the fast env's pictures are from the official ones, in each situation."""
+    frames = compare_renderers(tracks)
+    print(f"{'situation':12}{'frames':>8}{'mean':>8}{'worst':>8}   grey levels of 255")
     everything = {"all": [row for rows in frames.values() for row in rows]}
     for name, rows in (frames | everything).items():
         errors = [row[0] for row in rows]
-        print(f"{name:12s}{len(errors):8d}{np.mean(errors):8.3f}{np.max(errors):8.3f}")
-    path = args.root / "visuals" / "fidelity.png"
+        print(f"{name:12}{len(errors):8}{np.mean(errors):8.3f}{np.max(errors):8.3f}")
+    path = root / "visuals" / "fidelity.png"
     contact_sheet(frames, path)
     print(f"worst frame of each: {path}")
-
-
-def drive(seed, steps):
-    """The actions of `follow` over one episode: the same for every env of a round."""
-    env, actions = make_env("physics"), []
-    env.reset(seed=seed)
-    for _ in range(steps):
-        actions.append(follow(telemetry(env)))
-        _, _, terminated, truncated, _ = env.step(actions[-1])
-        if terminated or truncated:
-            break
-    return actions

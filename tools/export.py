@@ -16,60 +16,58 @@ from support.cli import Parser, Refusal, fail, optional, run
 from support.files import writable
 from support.progress import progress
 
-# ------------------------------------------------------------------ export
+
+def minari_episodes(minari, chunks, damaged):
+    """Minari's EpisodeBuffer of each Chunk; reasons of damaged ones are added to `damaged`."""
+    for chunk in progress(chunks, desc="export", unit="episode"):
+        try:
+            data = read_chunk(chunk.path)
+        except Refusal as e:
+            damaged.append(str(e))
+            continue
+        yield minari.data_collector.EpisodeBuffer(
+            seed=chunk.meta["track_seed"],
+            options={"meta": json.dumps(chunk.meta)},
+            observations=data["obs"],
+            actions=data["act"],
+            rewards=data["reward"],
+            terminations=data["terminated"],
+            truncations=data["truncated"],
+            infos={"telemetry": data["telemetry"]},
+        )
 
 
 def export_minari(folders, out, name):
-    """Writes the episodes of folders as the dataset `name` of Minari (minari.farama.org) under
-    `out`, whole or not at all: every array as it is, 12 KB a frame; telemetry in the infos, the
-    track's seed as seed, the description in the options. Damaged chunks are named and left out.
+    """Writes the episodes of folders as the dataset `name` of Minari (minari.farama.org) in `out`.
+
+    The dataset appears whole or not at all. Every array stays as it is, 12 KB a frame; telemetry
+    goes to the infos, the meta to the options. Damaged chunks are named and left out. Refusal for
+    a bad name, no whole chunk, a dataset that is there, or a missing package.
     """
     out = out.resolve()  # Minari writes relative to a folder of its own
     if not re.fullmatch(r"([\w-]+/)*[\w.-]*\w-v\d+", name):
-        fail(
-            f"--name {name}: expected letters, digits, - and _, and a version at the end, such as "
-            "carracing-v0"
-        )
+        fail(f"--name {name}: expected a name that ends in a version, such as carracing-v0")
     minari, gymnasium = optional("minari", "minari>=0.5.4"), optional("gymnasium", "gymnasium")
     optional("h5py", "h5py")
+
+    # an episode that is in two folders counts once
     found = [index(folder) for folder in folders]
-    rides = {}  # of an episode that is in two folders the first
-    for chunk in (c for every, *_ in found for c in every):
-        rides.setdefault(episode_key(chunk.meta), chunk)
-    chunks = list(rides.values())
-    damaged = list(dict.fromkeys(line for _, bad, _ in found for line in bad))
-    if not chunks:
-        fail(
-            f"{', '.join(map(str, folders))}: no whole chunk there; `python collect_race_data.py` "
-            "makes some"
-        )
+    episodes = {}
+    for chunk in (c for chunks, *_ in found for c in chunks):
+        episodes.setdefault(episode_key(chunk.meta), chunk)
+    damaged = list(dict.fromkeys(line for _, lines, _ in found for line in lines))
+    if not episodes:
+        places = ", ".join(map(str, folders))
+        fail(f"{places}: no whole chunk there; `python collect_race_data.py` makes some")
     if (out / name).exists():
         fail(f"{out / name}: exists already; choose another --name or --out")
-
-    def episodes():
-        for chunk in progress(chunks, desc="export", unit="episode"):
-            try:
-                data = read_chunk(chunk.path)
-            except Refusal as e:
-                damaged.append(str(e))
-                continue
-            yield minari.data_collector.EpisodeBuffer(
-                seed=chunk.meta["track_seed"],
-                options={"meta": json.dumps(chunk.meta)},
-                observations=data["obs"],
-                actions=data["act"],
-                rewards=data["reward"],
-                terminations=data["terminated"],
-                truncations=data["truncated"],
-                infos={"telemetry": data["telemetry"]},
-            )
 
     tmp = writable(out / f".{name}.{os.getpid()}.tmp")
     os.environ["MINARI_DATASETS_PATH"] = str(tmp)
     try:
         minari.create_dataset_from_buffers(
             name,
-            episodes(),
+            minari_episodes(minari, episodes.values(), damaged),
             data_format="hdf5",
             jpeg_encoding=False,
             observation_space=gymnasium.spaces.Box(0, 255, FRAME, np.uint8),
@@ -83,30 +81,21 @@ def export_minari(folders, out, name):
         shutil.rmtree(tmp)
     for line in damaged:
         print(f"left out: {line}")
-    print(
-        f"{out / name}: {len(chunks)} episodes; MINARI_DATASETS_PATH={out} python -c "
-        f"'import minari; print(minari.load_dataset(\"{name}\").total_steps)'"
-    )
-    return 0
+    load = f'import minari; print(minari.load_dataset("{name}").total_steps)'
+    print(f"{out / name}: {len(episodes)} episodes; MINARI_DATASETS_PATH={out} python -c '{load}'")
 
 
-def export(argv=None):
-    """`buffer.py export`: folders of chunks in the format of another library."""
+def main():
     p = Parser(description="episodes for other programs")
-    p.add_argument(
-        "folders",
-        type=Path,
-        nargs="*",
-        default=[Path(name) for name in MADE_BY],
-        help=f"of chunks, which become one dataset (default {' '.join(MADE_BY)}, those "
-        "of them that are there)",
-    )
+    folders = dict(nargs="*", type=Path, default=[Path(name) for name in MADE_BY])
+    p.add_argument("folders", **folders, help=f"of chunks (default: {' '.join(MADE_BY)})")
     p.add_argument("--format", choices=["minari"], default="minari", help="HDF5 as Minari reads it")
     p.add_argument("--out", type=Path, default=Path("minari"), help="where datasets are kept")
     p.add_argument("--name", default="carracing-v0", help="Minari's dataset id, ends in a version")
-    args = p.parse_args(argv)
-    return export_minari(args.folders, args.out, args.name)
+    args = p.parse_args()
+    export_minari(args.folders, args.out, args.name)
+    return 0
 
 
 if __name__ == "__main__":
-    run(export)
+    run(main)
