@@ -73,7 +73,7 @@ def write_chunk(folder, meta, **arrays):
         raise ValueError(f"{path}: exists already; an episode is written once")
 
     members = {"meta": np.array(json.dumps(meta)), **arrays}
-    replace_atomically(path, lambda f: write_npz(f, members), patient=False)
+    replace_atomically(path, lambda f: write_npz(f, members))
     return path
 
 

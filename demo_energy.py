@@ -37,11 +37,11 @@ from support.checkpoints import (
     require_dir,
 )
 from support.cli import Number, Stop, command, fail, parser, run, track_number
+from support.device import autocast, set_up
 from support.files import writable
 from support.lap_view import VIDEO_FPS
 from support.pictures import VideoRecorder, ornament, pyplot, save_figure
 from support.progress import progress
-from support.device import autocast, set_up
 from support.window import (
     DIM,
     END_S,

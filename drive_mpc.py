@@ -23,7 +23,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from support.device import autocast, set_up
 from tqdm import tqdm
 
 from buffer import write_chunk
@@ -42,6 +41,7 @@ from support.checkpoints import (
     require_dir,
 )
 from support.cli import Number, Stop, command, fail, fraction, parser, run, track_number
+from support.device import autocast, set_up
 from support.dreams import load_decoder
 from support.files import is_stream, lock_file, output_file, writable
 from support.lap_view import VIDEO_FPS, LapView

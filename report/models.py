@@ -15,9 +15,9 @@ from support.checkpoints import (
     require_dir,
 )
 from support.cli import command
+from support.device import autocast, set_up
 from support.latents import features_of
 from support.progress import progress
-from support.device import autocast, set_up
 
 # ------------------------------------------------------------------ nets
 

@@ -17,9 +17,9 @@ from report.episodes import TWIN, blocks, choose_samples
 from report.statistics import auc, cells, r2
 from support.augment import jitter_
 from support.cli import fail
+from support.device import autocast
 from support.progress import progress
 from support.run import cosine, optimise
-from support.device import autocast
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20", "side_speed")
 OFF_ROAD = "off road (AUC)"

@@ -37,10 +37,10 @@ from drive_mpc import BRAKE, STEER, BaselineDriver, load_driver, planning, to_ac
 from networks import stack_frames
 from support.checkpoints import require_dir
 from support.cli import Number, parser, run, track_number
+from support.device import autocast
 from support.files import replace_atomically, versions, writable
 from support.pictures import ornament, pyplot, save_figure
 from support.progress import progress
-from support.device import autocast
 
 WITHIN, HELD = 3.0, 0.2  # s: to be back in, and to stay back
 BEND = 6  # tiles of 3.5 units from the sharpest one of a bend to its end
