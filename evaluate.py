@@ -67,7 +67,7 @@ class CardConfig:
     supervised_batch: int
     bootstrap: int
     off_road: float
-    data: list = None  # folders of training episodes; None: those that are there
+    data: list | None  # folders of training episodes, no flag; None: those that are there
 
 
 def arguments():
@@ -84,9 +84,8 @@ def arguments():
     number = lambda name, low, high, default, text, kind=int: g.add_argument(
         name, type=Number(kind, low, high), default=default, help=text
     )
-    first, last = CHOOSING[0], CHOOSING[-1]
-    number("--track_seed", first, last, first, "first of the new tracks: those for choosing")
-    number("--tracks", 2, len(CHOOSING) // len(DRIVERS), 16, "tracks of each kind of driving")
+    number("--track_seed", CHOOSING, CHOOSING + 90_000, CHOOSING, "first of the new tracks")
+    number("--tracks", 2, 3333, 16, "new tracks of each kind of driving")
     number("--train_frames", 200, 10**7, 3000, "latents of each folder that probes are fitted to")
     number("--frames", 60, 10**7, 2400, "frames of each kind of driving that probes are tested on")
     number("--windows", 2, 10**6, 200, "windows of each kind that are rolled out and violated")
@@ -101,7 +100,7 @@ def arguments():
     text = "tiles that a second off the road costs a plan; an expert makes 17 in a second"
     number("--off_road", 0, 1e6, 17.0, text, float)
     planning(p)
-    p.set_defaults(samples=256)
+    p.set_defaults(samples=256, data=None)
     return p.parse_args()
 
 
@@ -119,11 +118,11 @@ def possible(models, asked):
 
 
 def evaluate(models, parts, train, test, cfg, planner, sheet):
-    """Runs the parts and prints each: ({part: its figures}, what else part 4's picture needs).
+    """Runs the parts and prints each: {part: its figures}.
 
     `sheet` is the file that the rollouts are drawn to, where there is a decoder.
     """
-    found, plans, H = {}, None, max(AHEAD)
+    found, H = {}, max(AHEAD)
     behind, ahead = H + models.encoder.history, max(FAR, 2 * H)
     samples = choose_samples(test, cfg.windows, cfg.seed, behind, ahead)
     if "probes" in parts:
@@ -135,13 +134,14 @@ def evaluate(models, parts, train, test, cfg, planner, sheet):
         if decoder := load_decoder(models.folder, models.key, models.device):
             with ornament(sheet):
                 draw_rollouts(models, decoder, samples, error["this predictor"], sheet)
+                print(f"drawn: {sheet}")
     if "futures" in parts:
         found["futures"] = evaluate_violations(models, train, samples, cfg)
         print_futures(found["futures"])
     if "plans" in parts:
-        found["plans"], *plans = evaluate_plans(models, train, samples, cfg, planner)
+        found["plans"] = evaluate_plans(models, train, samples, cfg, planner)
         print_plans(found["plans"])
-    return found, plans
+    return found
 
 
 def main():
@@ -151,16 +151,14 @@ def main():
     if models.cost:
         take_gas(args, models.cost_payload)
     visuals, parts = writable(args.root / "visuals"), possible(models, args.parts)
-    cfg = CardConfig(
-        **{f.name: getattr(args, f.name) for f in fields(CardConfig) if f.name != "data"}
-    )
+    cfg = CardConfig(*(getattr(args, f.name) for f in fields(CardConfig)))
 
     # episodes and their latents
     train, test = all_episodes(cfg, models.encoder)
     models.standardize_untrained(choose_samples(train, 500, cfg.seed))
     models.encode_episodes(train + test)
 
-    found, plans = evaluate(models, parts, train, test, cfg, args, visuals / "report_dreams.png")
+    found = evaluate(models, parts, train, test, cfg, args, visuals / "report_dreams.png")
     minutes = (time.monotonic() - began) / 60
 
     # the files
@@ -182,7 +180,7 @@ def main():
     replace_atomically(writable(visuals) / f"{name}.json", lambda f: f.write(body))
     with ornament(visuals / f"{name}.png"):
         title = f"{models.path}, tracks {test[0].track} to {test[-1].track}"
-        draw_page(found, plans, title, visuals / f"{name}.png")
+        draw_page(found, title, visuals / f"{name}.png")
     print(f"\n{visuals}/{name}.json, {name}.png in {minutes:.1f} min")
     return 0
 

@@ -26,8 +26,7 @@ from support.workers import FIRST_SEED
 
 DRIVERS = {"data_race": make_expert, "data_recovery": make_faulty, "data": make_random}
 JOBS = {"data_race": {"paces": RACE_PACES}, "data_recovery": {"paces": RECOVERY_PACES}, "data": {}}
-CHOOSING = range(200_000, 300_000)  # track seeds; 100000 to 100099 are for reporting
-TRAINING = range(FIRST_SEED, 2 * FIRST_SEED)
+CHOOSING = 200_000  # first of the track seeds for choosing; 100000 to 100099 are for reporting
 TRAINED, UNTRAINED = "this model", "untrained nets"
 SEGMENT = 120  # latents of a training episode at most: many tracks tell more than many frames
 BLOCK = 512  # stacks of frames that are in memory at a time
@@ -122,10 +121,10 @@ def drive(tracks, jobs, seed, repeat):
         yield at_latent_rate(name, track, arrays, repeat, policy.saved)
 
 
-def numbered(first, count, within):
-    """{kind of driving: `count` track seeds}: all different, from `first` on, inside `within`."""
-    seeds = iter(range(first - within[0], first - within[0] + count * len(DRIVERS)))
-    return {name: [within[next(seeds) % len(within)] for _ in range(count)] for name in DRIVERS}
+def numbered(first, count):
+    """{kind of driving: `count` track seeds}, all different, from `first` on."""
+    starts = range(first, first + count * len(DRIVERS), count)
+    return {name: range(start, start + count) for name, start in zip(DRIVERS, starts)}
 
 
 def job_of(name, chunks):
@@ -150,7 +149,7 @@ def all_episodes(cfg, encoder):
         jobs = jobs | {name: job_of(name, chunks) for name, (chunks, _) in sources.items()}
         train = read_segments(sources, cfg.train_frames, encoder, cfg.seed)
     else:
-        tracks = numbered(FIRST_SEED, -(-cfg.train_frames // SEGMENT), TRAINING)
+        tracks = numbered(FIRST_SEED, -(-cfg.train_frames // SEGMENT))
         print(
             f"{cfg.root}: no episodes there to fit probes to; drives {len(tracks['data'])} of each "
             f"kind on tracks from {FIRST_SEED} on"
@@ -160,8 +159,7 @@ def all_episodes(cfg, encoder):
             drive(tracks, jobs, cfg.seed, encoder.repeat),
         )
         train = [x for e in episodes if (x := random_segment(e, rng, encoder.history))]
-    tracks = numbered(cfg.track_seed, cfg.tracks, CHOOSING)
-    return train, list(drive({k: tracks[k] for k in jobs}, jobs, cfg.seed, encoder.repeat))
+    return train, list(drive(numbered(cfg.track_seed, cfg.tracks), jobs, cfg.seed, encoder.repeat))
 
 
 def channels_first(frames):

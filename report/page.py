@@ -6,8 +6,9 @@ An estimate is {value, low, high, n, tracks}, as `bootstrap_intervals` makes it.
 import numpy as np
 
 from report.dreams import FAR
-from report.episodes import TRAINED, sources_of
+from report.episodes import TRAINED
 from report.futures import COLOURS, SCORERS
+from report.plans import STD
 from report.probes import AHEAD, OFF_ROAD, PROBED
 from support.pictures import plain, pyplot, save_figure
 
@@ -27,7 +28,7 @@ def as_text(estimate):
     return f"{value:.3f} ±   ?" if low is None else f"{value:.3f} ±{(high - low) / 2:.2f}"
 
 
-def print_table(title, columns, rows, width):
+def print_table(title, columns, rows, width=15):
     """Prints rows {name: [estimate or text]} below their columns, each `width` wide."""
     first = max(map(len, rows)) + 2
     print(f"\n{title}\n{'':{first}}" + "".join(f"{c:>{width}}" for c in columns))
@@ -42,7 +43,6 @@ def print_probes(found):
         f"(n = {counts['speed']['n']}), AUC of a wheel off the road (n = {counts[OFF_ROAD]['n']})",
         (*PROBED, OFF_ROAD),
         {name: row.values() for name, row in found.items()},
-        15,
     )
 
 
@@ -53,7 +53,6 @@ def print_rollouts(found):
             f"{source} (n = {rows['copy-last'][0]['n']})",
             [f"+{k}" for k in STEPS],
             {name: [row[k - 1] for k in STEPS] for name, row in rows.items()},
-            13,
         )
 
 
@@ -63,18 +62,13 @@ def print_futures(found):
             f"3. Impossible futures: AUROC against true ones, {scorer}",
             [f"+{h}" for h in AHEAD],
             {v: [by[scorer][h]["auroc"] for h in AHEAD] for v, by in found.items()},
-            15,
         )
-    own, last = {v: by[TRAINED] for v, by in found.items()}, max(AHEAD)
-    figures = [(key, h) for key in ("tpr_at_1pct", "pairs") for h in AHEAD]
+    last, own = max(AHEAD), {v: by[TRAINED] for v, by in found.items()}
+    shares = {v: [by[h]["tpr_at_1pct"] for h in AHEAD] for v, by in own.items()}
     print_table(
-        "3. This model: share found at 1 % false alarms (f), share of pairs told apart (p)",
-        [*(f"{letter} +{h}" for letter in "fp" for h in AHEAD), f"n +{last}"],
-        {
-            v: [*(by[h][key] for key, h in figures), str(by[last]["auroc"]["n"])]
-            for v, by in own.items()
-        },
-        13,
+        f"3. Impossible futures: share found at 1 % false alarms, {TRAINED}",
+        [*(f"+{h}" for h in AHEAD), f"n +{last}"],
+        {v: [*row, str(own[v][last]["auroc"]["n"])] for v, row in shares.items()},
     )
 
 
@@ -85,7 +79,6 @@ def print_plans(found):
         "within a state, regrets in tiles",
         list(found),
         rows | {"states": [str(by["spearman"]["n"]) for by in found.values()]},
-        15,
     )
 
 
@@ -151,52 +144,26 @@ def draw_futures(ax, found):
     ax.axhline(len(found) - len(COLOURS) - 0.5, color="white", lw=3)
 
 
-def draw_plans(ax, found, energy, made, states, bins=8):
-    """Mean outcome, relative to a random plan's, by rank of the energy within its state.
-
-    energy, made: energies and outcomes (n, N) of N plans from each of n states.
-    """
-    rank = (np.argsort(np.argsort(energy, axis=1), axis=1) + 0.5) / energy.shape[1]
-    gain = made - made.mean(axis=1, keepdims=True)
-    ax.scatter(rank.ravel(), gain.ravel(), s=4, alpha=0.25, color="grey", lw=0)
-    edges = np.linspace(0, 1, bins + 1)
-    for source in sources_of(states):
-        own = states.source == source
-        bin_of, r = np.digitize(rank[own], edges[1:-1]), found[source]["spearman"]["value"]
-        members = [gain[own][bin_of == b] for b in range(bins)]
-        mean = [m.mean() if len(m) else np.nan for m in members]
-        middle = (edges[1:] + edges[:-1]) / 2
-        ax.plot(middle, mean, "o-", ms=3, label=f"{source}: rank correlation {r:.2f}")
-    best, (low, high) = gain.max(axis=1).mean(), np.quantile(gain, [0.005, 0.995])
-    ax.axhline(best, color="black", lw=0.9, ls="--", label="the simulator's best")
-    ax.axhline(0, color="black", lw=0.9, label="a random plan")
-    ax.set(xlim=(0, 1), ylim=(low, 1.1 * max(high, best)))
-    ax.set_xlabel("rank of the rollout's energy among a state's plans (0: lowest)")
-    ax.set_ylabel("true outcome, tiles over a random plan's")
-    ax.set_title("4. Plans: energy of the rollout against true outcome")
-    ax.grid(alpha=0.3)
-    ax.legend(loc="lower left")
+def draw_plans(ax, found):
+    """The rank correlations; the regrets are in the tables of text only."""
+    names = [name for name in found["all"] if "regret" not in name and name != STD]
+    values = np.array([[number(by[name]) for by in found.values()] for name in names])
+    draw_table(ax, values, values, names, list(found))
+    ax.set_title("4. Plans: rank correlation of low energy and true outcome")
 
 
-def draw_page(found, plans, title, path):
-    """Draws the parts found on one page; `plans` is (energies, outcomes, states) of part 4."""
+def draw_page(found, title, path):
+    """Draws the parts found on one page."""
     draw = {
         "probes": draw_probes,
         "futures": draw_futures,
         "dreams": draw_rollouts,
-        "plans": lambda ax, figures: draw_plans(ax, figures, *plans),
+        "plans": draw_plans,
     }
+    sizes = {"xtick.labelsize": 7, "ytick.labelsize": 7, "axes.labelsize": 8, "legend.fontsize": 7}
     plt = pyplot()
-    small = {
-        "xtick.labelsize": 7,
-        "ytick.labelsize": 7,
-        "axes.labelsize": 8,
-        "legend.fontsize": 6.5,
-    }
-    with plt.rc_context(small | {"axes.titlesize": 9, "axes.titlelocation": "left"}):
-        fig, axes = plt.subplots(
-            2, 2, figsize=(15, 10), layout="constrained", height_ratios=[1.15, 1]
-        )
+    with plt.rc_context(sizes | {"axes.titlesize": 9, "axes.titlelocation": "left"}):
+        fig, axes = plt.subplots(2, 2, figsize=(15, 10), layout="constrained")
         for (name, draw_part), ax in zip(draw.items(), axes.flat):
             if name in found:
                 draw_part(ax, found[name])

@@ -22,7 +22,7 @@ from car import FPS
 from car.env import make_env
 from car.episode import restore_state
 from car.physics import is_tile
-from car.telemetry import TELEMETRY, centre_line
+from car.telemetry import centre_line
 from collect_race_data import Expert
 from drive_mpc import Plan, RolloutCost, draw_plans, plan, to_action
 from report.episodes import TRAINED, channels_first, choose_samples, rows_by_source, sources_of
@@ -35,6 +35,7 @@ IN_SIGHT = 20.0, math.pi / 2  # units and rad from the centre line: a plan can s
 MAX_TILES_PER_STEP = 2  # a larger step means that another part of the track is nearer now
 AFTER, PACE = 1, 0.5  # seconds that an expert goes on from where a plan ended, and its pace
 WARM_UP = 5  # plans made before the scored one, as the driver would have
+STD = "std of the outcomes"
 POOLED = "plans of all states: spearman", "the same, untrained predictor"
 
 
@@ -111,57 +112,43 @@ def simulated_latents(models, env, episode, k, act):
 # ------------------------------------------------------------------ scores of plans
 
 
-def tiles_made(samples, env):
-    """(n,): tiles that the car made along its track in the latent before each sample."""
-    out = np.zeros(len(samples))
-    x, y = (list(TELEMETRY).index(name) for name in "xy")
-    for e in np.unique(samples.e):
-        env.reset(seed=samples.episodes[e].track)
-        line = centre_line(env.unwrapped)
-        for row in np.flatnonzero(samples.e == e):
-            state = samples.episodes[e].state[samples.k[row] - 1 : samples.k[row] + 1]
-            out[row] = track_progress(*(line.along(s[x], s[y]) for s in state), len(line.x))
-    return out
-
-
-def supervised_outcome(models, train, env, cfg):
+def supervised_outcome(models, train, cfg):
     """A scorer that saw the labels: predict(z (n, H, D)) -> outcomes (n,) of plans.
 
-    A ridge probe reads what each latent adds to the outcome. env lends its tracks. Without
-    `cfg.supervised_steps` the outcomes are nan.
+    A ridge probe reads what each latent adds to the outcome. Without `cfg.supervised_steps` the
+    outcomes are nan.
     """
     if not cfg.supervised_steps:
         return lambda z: np.full(len(z), np.nan)
     samples = choose_samples(train, cfg.train_frames, cfg.seed, behind=1)
-    off = models.encoder.repeat / FPS * samples.state("wheels_off_road") / 4
-    worth = tiles_made(samples, env) - cfg.off_road * off
-    probe = ridge(samples.z(0, 0)[:, 0].numpy(), worth)
+    tiles = samples.state("tile_index") - samples.state("tile_index", -1)
+    tiles *= np.abs(tiles) <= MAX_TILES_PER_STEP  # the last tile is followed by tile 0
+    seconds = models.encoder.repeat / FPS * samples.state("wheels_off_road") / 4
+    probe = ridge(samples.z(0, 0)[:, 0].numpy(), tiles - cfg.off_road * seconds)
     return lambda z: probe.predict(z.flatten(0, 1).cpu().numpy()).reshape(z.shape[:2]).sum(axis=1)
-
-
-def candidates(previous, planner, generator):
-    """Plans u (N, H, 2) around those of the last Plan, shifted: as in the planner's first round."""
-    mean = previous.shifted().mean
-    u = draw_plans(planner.samples, mean, mean.new_tensor(planner.noise), planner, generator)
-    u[0] = mean
-    return u
 
 
 @torch.inference_mode()
 def score_candidates(models, episode, k, seed, planner):
-    """At latent k: candidates (N, H, 3), their energies by both predictors (N,), the plan (H, 3)."""
+    """(candidates (N, H, 3), their energies (N,) by both predictors, the plan (H, 3)) at latent k.
+
+    The candidates are those of the planner's first round.
+    """
     device, generator = models.device, torch.Generator(models.device)
     cost, untrained = (
         RolloutCost(p, models.cost, planner.energy)
         for p in (models.predictor, models.untrained_predictor)
     )
     z = episode.z[TRAINED].to(device)
-    last = Plan.none(planner.horizon, device)
+    last, now = Plan.none(planner.horizon, device), z[k : k + 1]
     for i in range(max(0, k - WARM_UP), k):
         last = plan(z[i : i + 1], cost, last, planner, generator.manual_seed(seed + i))[0]
-    now = z[k : k + 1]
-    act = to_action(candidates(last, planner, generator.manual_seed(seed + k)))
     chosen = plan(now, cost, last, planner, generator.manual_seed(seed + k))[0].u
+    generator.manual_seed(seed + k)
+    mean = last.shifted().mean
+    u = draw_plans(planner.samples, mean, mean.new_tensor(planner.noise), planner, generator)
+    u[0] = mean
+    act = to_action(u)
     return [x.cpu().numpy() for x in (act, cost(now, act), untrained(now, act), to_action(chosen))]
 
 
@@ -214,15 +201,15 @@ def drive_plans(models, predict, envs, expert, episode, k, cfg, planner):
         "regret, untrained predictor": best - made[untrained.argmin()],
         "regret of a random plan": best - made.mean(),
         "regret of the simulator's best": 0.0,
-        "std of the outcomes": made.std(),
+        STD: made.std(),
     }
     return figures, energy, untrained, made
 
 
 def evaluate_plans(models, train, samples, cfg, planner):
-    """Part 4: ({"all" or source: {figure: estimate}}, energies (n, N), outcomes (n, N), states)."""
+    """Part 4: {"all" or source: {figure: estimate}}."""
     states, envs = choose_states(samples, cfg), (make_env("physics"), make_env("fast"))
-    predict, expert = supervised_outcome(models, train, envs[0], cfg), Expert(PACE)
+    predict, expert = supervised_outcome(models, train, cfg), Expert(PACE)
     track, results = None, []
     for episode, k in progress(list(states), desc="plans", unit="state", leave=False):
         if episode.track != track:
@@ -248,4 +235,4 @@ def evaluate_plans(models, train, samples, cfg, planner):
         arrays = [x[rows] for x in (values, energy, untrained, made)]
         found = bootstrap_intervals(pooled, states.track[rows], arrays, cfg)
         out[source] = dict(zip(names, found))
-    return out, energy, made, states
+    return out
