@@ -107,9 +107,9 @@ def expectations(models, samples, other, seed):
     }
     for name, (encoder, predictor) in models.pairs().items():
         light, out[name] = torch.Generator().manual_seed(seed), {}
-        relit = models.encode_samples(encoder, samples, lambda obs: color_jitter(obs, light))
+        jittered = models.encode_samples(encoder, samples, lambda obs: color_jitter(obs, light))
         for condition, a in actions.items():
-            z = relit if condition == THROUGHOUT else samples.z(0, 0, name)[:, 0]
+            z = jittered if condition == THROUGHOUT else samples.z(0, 0, name)[:, 0]
             out[name][condition] = z, models.rollout(predictor, z, a)[:, steps]
     return out
 
@@ -132,7 +132,7 @@ class Scale:
             cov = torch.from_numpy(ledoit_wolf(error.double().numpy(), assume_centered=True)[0])
             self.whiten.append(torch.linalg.cholesky(torch.linalg.inv(cov)).float())
             squares = self.squares(error, a)
-            least = max(np.quantile(squares, CLIP_QUANTILE), 1e-9)  # a still car has errors of 0
+            least = max(np.quantile(squares, CLIP_QUANTILE), 1e-9)  # a parked car has errors of 0
             logs = np.log(squares.clip(least))
             fit = ridge(self.features(now, z_hat[:, a]), logs, alpha=10.0)
             self.expected.append((fit, logs.min(), logs.max()))

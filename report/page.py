@@ -38,7 +38,7 @@ def print_table(title, columns, rows, width=15):
 def print_probes(found):
     counts = found["this encoder"]
     print_table(
-        "1. What the latent knows: R² where the road is in view "
+        "1. Probes: R² where the road is in view "
         f"(n = {counts['speed']['n']}), AUC of a wheel off the road (n = {counts[OFF_ROAD]['n']})",
         (*PROBED, OFF_ROAD),
         {name: row.values() for name, row in found.items()},
@@ -48,7 +48,7 @@ def print_probes(found):
 def print_rollouts(found):
     for source, rows in found.items():
         print_table(
-            "2. How long rollouts hold: squared error over copy-last's, "
+            "2. Rollouts: squared error over copy-last's, "
             f"{source} (n = {rows['copy-last'][0]['n']})",
             [f"+{k}" for k in STEPS],
             {name: [row[k - 1] for k in STEPS] for name, row in rows.items()},
@@ -58,14 +58,14 @@ def print_rollouts(found):
 def print_futures(found):
     for scorer in SCORERS:
         print_table(
-            f"3. Impossible futures: AUROC against true ones, {scorer}",
+            f"3. Futures: AUROC against true ones, {scorer}",
             [f"+{h}" for h in AHEAD],
             {v: [by[scorer][h]["auroc"] for h in AHEAD] for v, by in found.items()},
         )
     last, own = max(AHEAD), {v: by[TRAINED] for v, by in found.items()}
     shares = {v: [by[h]["tpr_at_1pct"] for h in AHEAD] for v, by in own.items()}
     print_table(
-        f"3. Impossible futures: share found at 1 % false alarms, {TRAINED}",
+        f"3. Futures: share found at 1 % false alarms, {TRAINED}",
         [*(f"+{h}" for h in AHEAD), f"n +{last}"],
         {v: [*row, str(own[v][last]["auroc"]["n"])] for v, row in shares.items()},
     )
@@ -74,8 +74,7 @@ def print_futures(found):
 def print_plans(found):
     rows = {figure: [by[figure] for by in found.values()] for figure in found["all"]}
     print_table(
-        "4. Does the energy match the world: rank correlation of low energy and true outcome "
-        "within a state, regrets in tiles",
+        "4. Plans: rank correlation of low energy and outcome within a state, regrets in tiles",
         list(found),
         rows | {"states": [str(by["spearman"]["n"]) for by in found.values()]},
     )
@@ -104,7 +103,7 @@ def draw_probes(ax, found):
     values = np.array([[number(x) for x in row.values()] for row in found.values()])
     columns = [q.replace("_", "\n") for q in PROBED] + ["off road\n(AUC)"]
     draw_table(ax, values, values, list(found), columns)
-    ax.set_title("1. What the latent knows: R² where the road is in view")
+    ax.set_title("1. Probes: R² where the road is in view")
 
 
 def draw_rollouts(ax, found):
@@ -118,7 +117,7 @@ def draw_rollouts(ax, found):
         values = [x["value"] for x in rows["this predictor"]]
         ax.plot(steps, values, style, color="C0", lw=0.9, label=f"this predictor, {source}")
     ax.set(yscale="log", xlim=(1, FAR), xlabel="latents ahead")
-    ax.set(ylabel="squared error over copy-last's", title="2. How long rollouts hold")
+    ax.set(ylabel="squared error over copy-last's", title="2. Rollouts")
     ax.yaxis.set_major_formatter("{x:g}")
     ax.grid(alpha=0.3)
     ax.legend(ncol=2)
@@ -131,7 +130,7 @@ def draw_futures(ax, found):
     shade = np.where(control, 1 - 2 * np.abs(values - 0.5), values)
     labels = [f"+{h}" + (f"\n{s}" if h == AHEAD[1] else "") for s, h in columns]
     draw_table(ax, values, shade, list(found), labels)
-    ax.set_title("3. Impossible futures: AUROC against true ones (controls belong at chance, 0.5)")
+    ax.set_title("3. Futures: AUROC against true ones (controls belong at chance, 0.5)")
     for x in range(1, len(SCORERS)):
         ax.axvline(len(AHEAD) * x - 0.5, color="white", lw=3)
     ax.axhline(len(found) - len(COLOURS) - 0.5, color="white", lw=3)

@@ -188,13 +188,13 @@ def recovery(driver, cfg):
 # ------------------------------------------------------------------ behaviours
 
 
-def hold_line(speed, way, env):
-    """An action that keeps to the middle of the road; way 1 goes as the lap does, -1 against it."""
+def hold_line(speed, sign, env):
+    """An action that keeps to the middle of the road; sign 1 is the lap's direction, -1 against."""
     s = telemetry_of(env)
-    askew = math.remainder(s["heading_error"] - math.pi * (way < 0), 2 * math.pi)
-    turn = askew + way * (0.06 * s["lateral_offset"] + 6.0 * s["curvature_10"] * (way > 0))
-    slow = s["forward_speed"] - speed
-    action = [np.clip(-turn, -0.5, 0.5), np.clip(-slow, 0, 0.3), 0.1 * (slow > 10)]
+    askew = math.remainder(s["heading_error"] - math.pi * (sign < 0), 2 * math.pi)
+    turn = askew + sign * (0.06 * s["lateral_offset"] + 6.0 * s["curvature_10"] * (sign > 0))
+    excess = s["forward_speed"] - speed
+    action = [np.clip(-turn, -0.5, 0.5), np.clip(-excess, 0, 0.3), 0.1 * (excess > 10)]
     return np.array(action, np.float32)
 
 
@@ -213,9 +213,9 @@ def make_policy(name, env, rng):
         place_beside(env, tile, rng.uniform(-3, 3), speed=8)
         return partial(hold_line, 8, 1)
     if name.endswith("at 45 units/s"):
-        way = -1 if "wrong" in name else 1
-        place_beside(env, tile, rng.uniform(-3, 3), math.pi * (way < 0), speed=45)
-        return partial(hold_line, 45, way)
+        sign = -1 if "wrong" in name else 1
+        place_beside(env, tile, rng.uniform(-3, 3), math.pi * (sign < 0), speed=45)
+        return partial(hold_line, 45, sign)
     side = rng.choice((-1, 1))
     place_beside(env, tile, side * rng.uniform(12, 20), rng.uniform(-math.pi, math.pi), speed=20)
     return lambda env: np.array([0.35 * side, 0.3, 0], np.float32)
@@ -329,7 +329,7 @@ def landscape(driver, cfg):
         "energy {energy:.1f} of up to {highest:.0f}"
     )
     rows = {name: [text.format(**best)] for name, best in out.items()}
-    print_table("plans that hold steering and throttle: lowest energy", [], rows, 0)
+    print_table("plans that hold steering and throttle", ["lowest energy"], rows, 0)
     return out
 
 

@@ -33,15 +33,15 @@ def card(chain):
     return json.loads((root / "visuals" / "report.json").read_text()), done.stdout, root / "visuals"
 
 
-def sound(cell, low=-math.inf, high=math.inf):
+def sound(estimate, low=-math.inf, high=math.inf):
     """A figure that was measured, its interval around it or near."""
-    assert cell["n"] > 0 and cell["tracks"] > 0
-    assert low <= cell["value"] <= high, cell
-    if cell["tracks"] == 1:  # says nothing of others
-        assert cell["low"] is None and cell["high"] is None, cell
+    assert estimate["n"] > 0 and estimate["tracks"] > 0
+    assert low <= estimate["value"] <= high, estimate
+    if estimate["tracks"] == 1:  # says nothing of others
+        assert estimate["low"] is None and estimate["high"] is None, estimate
     else:
-        assert cell["low"] <= cell["high"], cell
-    return cell["value"]
+        assert estimate["low"] <= estimate["high"], estimate
+    return estimate["value"]
 
 
 def test_the_card_says_what_made_it(card):
@@ -51,10 +51,10 @@ def test_the_card_says_what_made_it(card):
     tracks = [t for source in SOURCES for t in report["tracks"][source]]
     assert tracks == list(range(200_000, 200_006))  # for choosing, a track an episode
     for words in (
-        "What the latent knows",
-        "How long rollouts hold",
-        "Impossible futures",
-        "match the world",
+        "1. Probes",
+        "2. Rollouts",
+        "3. Futures",
+        "4. Plans",
         "report_dreams.png",
         "gas up to 0.5, stored with the cost model",
     ):

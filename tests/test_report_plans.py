@@ -28,10 +28,10 @@ from support.workers import FIRST_SEED
 
 
 def test_a_restored_state_goes_on_as_the_first_one_did():
-    """The same positions after 30 steps, in a twin that drove other plans before."""
-    env, twin, rng = make_env("physics"), make_env("physics"), np.random.default_rng(0)
+    """The same positions after 30 steps, in another env that drove other plans before."""
+    env, other, rng = make_env("physics"), make_env("physics"), np.random.default_rng(0)
     driver = FaultyExpert(1.0)
-    env.reset(seed=200_003), twin.reset(seed=200_003)
+    env.reset(seed=200_003), other.reset(seed=200_003)
     driver.reset(env, rng)
     saved, acts, at = [], [], []
     for _ in range(400):
@@ -41,11 +41,11 @@ def test_a_restored_state_goes_on_as_the_first_one_did():
         env.step(acts[-1])
     worst, careless = [], []
     for t in range(60, 360, 20):
-        restore_state(twin, saved[t])
-        *_, car = play(twin, acts[t : t + 30])
+        restore_state(other, saved[t])
+        *_, car = play(other, acts[t : t + 30])
         worst.append(np.abs(np.subtract((*car.hull.position, car.hull.angle), at[t + 30])).max())
-        place_car(twin, *at[t])  # without speeds and wheels
-        *_, car = play(twin, acts[t : t + 30])
+        place_car(other, *at[t])  # without speeds and wheels
+        *_, car = play(other, acts[t : t + 30])
         careless.append(np.abs(np.subtract(car.hull.position, at[t + 30][:2])).max())
     assert np.median(worst) < 1e-4 and max(worst) < 1e-3, worst
     assert min(careless) > 1
@@ -66,12 +66,12 @@ class Weaver:
 
 
 def test_simulated_frames_are_those_of_the_episode():
-    env, twin, driver = make_env("fast"), make_env("fast"), Recorder(Weaver(), 2)
+    env, other, driver = make_env("fast"), make_env("fast"), Recorder(Weaver(), 2)
     arrays, _ = run_episode(env, driver, 200_004, np.random.default_rng(0))
     episode = at_latent_rate("data", 200_004, arrays, 2, driver.saved)
-    twin.reset(seed=200_004)
+    other.reset(seed=200_004)
     plans = np.stack([episode.act[40:55], episode.act[25:40]])
-    frames = simulated_frames(twin, episode, 40, plans, 2).astype(int)
+    frames = simulated_frames(other, episode, 40, plans, 2).astype(int)
     off = np.abs(frames - episode.obs[41:56]).mean(axis=(1, 2, 3, 4))
     assert off[0] < 0.5 and off[1] > 2 * off[0] + 0.2, off  # grey levels, of 255
 
