@@ -2,9 +2,13 @@
 
 Surprise is the distance between predicted and actual latents, in units of the rollout's expected
 error. True futures stand against violated ones, as films of 1, 5 and 15 latents. A violation counts
-where it shows: teleports with the road in view; frozen, reversed and double speed on a moving car;
-swapped and mirrored actions where the two sequences differ. Two controls should not alarm: the
-light changes, or another light lasts throughout.
+only where it makes another future:
+
+    teleports                       the road is in view
+    frozen, reversed, double speed  the car moves
+    swapped and mirrored actions    the two action sequences differ
+
+Two controls should not alarm: the light changes, or another light lasts throughout.
 """
 
 import numpy as np

@@ -1,15 +1,17 @@
 """Part 4: whether the energy ranks plans as the simulator does.
 
 Candidates are drawn as the planner draws them, then rolled out by the predictor and driven in the
-simulator. The outcome is the number of tiles made along the track, without shortcuts to another
-part of it, less `--off_road` tiles a second of four wheels off the road. A state is restored on a
-new car: position, angle and speeds of all five bodies, pedals, wheel spin and touched tiles.
-Thirty steps later the positions agree to about 1e-4 units, for only the joints' warm start is lost.
+simulator. The outcome is the number of tiles made along the track, less `--off_road` tiles a second
+of four wheels off the road. A shortcut to another part of the track makes no tiles.
 
-Beside the energy stands a ridge regression that saw the labels: what these latents could tell.
-A plan is worth more, or less, than its 0.6 s: from where some plans end an expert drives on for a
-second, which counts too. Rank correlations are means within a state. Only the two POOLED rows rank
-the plans of all states together: there a scorer of states alone does well.
+A state is restored on a new car: position, angle and speeds of all five bodies, pedals, wheel spin
+and touched tiles. Only the joints' warm start is lost: 30 steps later the positions agree to about
+1e-4 units.
+
+Beside the energy stands a ridge regression that saw the labels: what these latents could tell. A
+plan is worth more, or less, than its 0.6 s. So an expert drives on for a second from where some
+plans end, which counts too. Rank correlations are means within a state. Only the two POOLED rows
+rank the plans of all states together: there a scorer of states alone does well.
 """
 
 import math

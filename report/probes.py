@@ -1,10 +1,11 @@
 """Part 1: what ridge probes read from the latents.
 
-The scores are R² of physical quantities where the road is in view (|offset| < 7 units, |heading
-error| < 1 rad), and the AUC of any wheel off the road in all frames. Half of the variance of side
-speed lies in the hundredth of the frames that are slides: its R² is that of a few frames, as its
-interval shows. Beside this encoder stand an untrained one, principal components of the pixels, and
-the same net trained with the labels. Probes of predicted latents follow.
+Physical quantities are scored by R² where the road is in view: |offset| < 7 units, |heading error|
+< 1 rad. A wheel off the road is scored by AUC in all frames. Half of the variance of side speed
+lies in slides, a hundredth of the frames: its R² rests on these, as its interval shows.
+
+Three nulls and bounds stand beside this encoder: an untrained one, principal components of the
+pixels, and the same net trained with the labels. Probes of predicted latents follow.
 """
 
 from typing import NamedTuple

@@ -2,12 +2,12 @@
 
 recovery    places a car on the grass beside the road, askew, too fast before a bend, or spinning,
             --starts times, and lets each driver drive. The figure is the share of cars that recover
-            within 3 s: for 0.2 s three wheels are on the road, the heading is within 0.5 rad of the
-            line's, and the car moves at more than 15 units/s. A bend has to be behind it. Random
+            within 3 s. A recovered car has three wheels on the road, a heading within 0.5 rad of
+            the line's and more than 15 units/s, all for 0.2 s. A bend has to be behind it. Random
             driving and the expert stand beside the driver.
 behaviours  energies of lapping, and of what must cost more: standing on the road, creeping along
-            it, driving the wrong way round, circling on the grass. The right way at the same speed
-            stands beside the wrong way.
+            it, driving the wrong way round, circling on the grass. Driving the right way at the
+            same speed stands beside the wrong way.
 landscape   energies of plans that hold steering and throttle, in four situations. Axes and prints
             are actions: the steering in rad (the joint stops at 0.4), gas and brake from 0 to 1.
             Gas above the limit of --max_gas is hatched.
