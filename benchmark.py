@@ -31,7 +31,7 @@ import gymnasium
 import numpy as np
 import pygame
 
-from support.cli import Help, Number, Parser, run
+from support.cli import Number, Parser, run
 from tools.bench_data import bench_collect, bench_loader
 from tools.bench_env import bench_env, bench_fidelity
 from tools.bench_train import bench_plan, bench_train
@@ -47,7 +47,7 @@ BENCHMARKS = {
 
 
 def parse_args():
-    p = Parser(description=__doc__, formatter_class=Help)
+    p = Parser(__doc__)
     number = lambda low, high, default: dict(type=Number(int, low, high), default=default)
     p.add_argument("what", nargs="+", choices=list(BENCHMARKS), help="what to measure")
     p.add_argument("--root", type=Path, default=Path("."), help="of data*/, models/ and visuals/")

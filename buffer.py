@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from support.cli import Help, Parser, Refusal, command, fail, run
+from support.cli import Parser, Refusal, command, fail, run
 from support.files import replace_atomically
 from support.mixing import Stream, shares_of
 from support.npz import FRAME, SCHEMA, array_specs, check_finite, check_meta, open_chunk, write_npz
@@ -429,7 +429,7 @@ def describe(folder, quick):
 
 
 def main():
-    p = Parser(description=__doc__, formatter_class=Help)
+    p = Parser(__doc__)
     p.add_argument("folders", nargs="+", type=Path, help="folders of chunks")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--verify", action="store_true", help="inflate all, check CRCs (the default)")

@@ -1,39 +1,21 @@
-"""The report card: what the latents know, how long dreams hold, which futures are found impossible,
-and whether the energy's judgement matches the world. Every figure stands beside its null.
+"""The report card: probes, rollouts, impossible futures and plans, each beside its nulls.
 
-Reads ROOT/models, or the weights that come with the code, and the training episodes of
-ROOT/data_race, data_recovery and data, or drives some; then drives new episodes of the same three
-kinds on tracks 200000 to 299999, which nothing was fitted to. Prints tables (a value ± half its
-95 % interval, bootstrapped over tracks), writes ROOT/visuals/report.json (all figures, with n and
-intervals), report.png, and report_dreams.png where there is a decoder; of some --parts
-report_only_<parts>.json and .png.
+Part 1, probes: what a linear probe reads from the latents. Part 2, dreams: how long rollouts hold.
+Part 3, futures: which futures are found impossible. Part 4, plans: whether the energy ranks plans
+as the simulator does. The files of `report/` describe each part.
 
-1. knows    R² of ridge and small-MLP probes where the road is in view (|offset| < 7 units, |heading
-            error| < 1 rad), AUC of any wheel off the road in all frames; from imagined latents too.
-            Half of the variance of side speed lies in a hundredth of the frames, slides: its R² is
-            of a few frames, as its interval shows.
-2. dreams   squared error of each imagined step over that of copy-last.
-3. futures  surprise, the distance between imagined and actual latents in units of the dream's usual
-            errors at such a moment, of true and violated futures, films of 1, 5 and 15 latents. One
-            counts where its violation shows: teleports with the road in view, frozen, reversed and
-            double speed on a moving car, swapped and mirrored on unlike actions. Two controls
-            should not alarm: the light changes, or another light throughout.
-4. plans    candidates drawn as the planner draws them, dreamt and then driven in the simulator. The
-            outcome is the tiles made along the track, shortcuts to another part of it not counted,
-            less --off_road tiles a second of four wheels off the road. A state is restored on a new
-            car from position, angle and speeds of all five bodies, pedals, wheel spin and touched
-            tiles: 30 steps later positions agree to about 1e-4 units (only the joints' warm start
-            is lost). Beside the energy a judge that saw the labels: what these latents could tell.
-            A plan is worth more, or less, than its 0.6 s: from where --replayed_plans of them end
-            an expert drives on for a second, which counts too. Rank correlations are means within a
-            state, but for the last two rows: there the plans of all states stand in one order,
-            and a judge of states alone does well.
+It reads ROOT/models, or the weights that come with the code, and the training episodes of
+ROOT/data_race, data_recovery and data, or drives some. Then it drives new episodes of the same
+three kinds on tracks 200000 to 299999, which nothing was fitted to. It prints tables: a value ±
+half its 95 % interval, bootstrapped over tracks. It writes ROOT/visuals/report.json (all figures,
+with n and intervals), report.png, and report_dreams.png where there is a decoder. Some --parts
+make report_only_<parts>.json and .png.
 
 About 4 minutes for the weights that come with the code, on two cores with bf16.
 Same seed, same machine: same report.
 
     python evaluate.py
-    python evaluate.py --checkpoint models/encoder_mixed_ep2.pth --parts knows
+    python evaluate.py --checkpoint models/encoder_mixed_ep2.pth --parts probes
 """
 
 if __name__ == "__main__":
@@ -43,214 +25,151 @@ import json
 import shlex
 import sys
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from drive_mpc import planning
-from report.dreams import FAR, draw_dreams, dreams
+from drive_mpc import planning, take_gas
+from report.dreams import FAR, draw_rollouts, evaluate_rollouts
 from report.episodes import CHOOSING, DRIVERS, all_episodes, choose_samples
-from report.futures import futures
+from report.futures import evaluate_violations
 from report.models import Models
-from report.page import (
-    draw_page,
-    page_dreams,
-    page_futures,
-    page_knows,
-    page_plans,
-    show_dreams,
-    show_futures,
-    show_knows,
-    show_plans,
-)
-from report.plans import plans
-from report.probes import AHEAD, knows
+from report.page import draw_page, print_futures, print_plans, print_probes, print_rollouts
+from report.plans import evaluate_plans
+from report.probes import AHEAD, evaluate_probes
 from support.cli import Number, batch_number, fail, nonnegative_int, parser, run
+from support.device import set_up
 from support.dreams import load_decoder
 from support.files import git_commit, replace_atomically, versions, writable
-from support.latents import features_of
 from support.pictures import ornament
+
+PARTS = {  # part: the nets that it needs beside the encoder
+    "probes": (),
+    "dreams": ("predictor",),
+    "futures": ("predictor",),
+    "plans": ("predictor", "cost"),
+}
+
+
+@dataclass
+class CardConfig:
+    """The flags of the same names, without the planner's."""
+
+    root: Path
+    seed: int
+    track_seed: int
+    tracks: int
+    train_frames: int
+    frames: int
+    windows: int
+    states: int
+    replayed_plans: int
+    supervised_steps: int
+    supervised_batch: int
+    bootstrap: int
+    off_road: float
 
 
 def arguments():
     p = parser(__doc__, models=True)
-    g = p.add_argument_group("what is judged")
-    g.add_argument(
-        "--checkpoint",
-        type=Path,
-        help="any encoder checkpoint (default: the newest of ROOT/models, or the one "
-        "that comes with the code); what needs "
-        "a predictor or cost model trained on it is left out if there is none",
+    g = p.add_argument_group("what is tested")
+    text = (
+        "any encoder checkpoint (default: the newest); parts without nets that fit it are left out"
     )
-    g.add_argument(
-        "--parts",
-        nargs="+",
-        choices=list(PARTS),
-        default=list(PARTS),
-        help="some of the card only, in report_only_<parts>.json and .png",
-    )
+    g.add_argument("--checkpoint", type=Path, help=text)
+    text = "some of the card only, in report_only_<parts>.json and .png"
+    g.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help=text)
+
     g = p.add_argument_group("sizes")
-    g.add_argument(
-        "--track_seed",
-        type=Number(int, CHOOSING[0], CHOOSING[-1]),
-        default=CHOOSING[0],
-        help="first of the tracks to drive anew, 200000 to 299999: those for choosing",
+    number = lambda name, low, high, default, text, kind=int: g.add_argument(
+        name, type=Number(kind, low, high), default=default, help=text
     )
-    g.add_argument(
-        "--tracks",
-        type=Number(int, 2, len(CHOOSING) // len(DRIVERS)),
-        default=16,
-        help="tracks of each kind of driving; intervals shrink with their number",
-    )
-    g.add_argument(
-        "--train_frames",
-        type=Number(int, 200, 10**7),
-        default=3000,
-        help="latents of each folder that probes are fitted to, from many episodes",
-    )
-    g.add_argument(
-        "--frames",
-        type=Number(int, 60, 10**7),
-        default=2400,
-        help="frames of each kind of driving that probes are judged on",
-    )
-    g.add_argument(
-        "--windows",
-        type=Number(int, 2, 10**6),
-        default=200,
-        help="windows of each kind of driving that are dreamt and violated",
-    )
-    g.add_argument(
-        "--states",
-        type=Number(int, 1, 10**6),
-        default=12,
-        help="states of each kind of driving from which plans are driven, a second each",
-    )
-    g.add_argument(
-        "--replayed_plans",
-        type=Number(int, 2, 10**6),
-        default=24,
-        help="of a state's plans, how many are also filmed as they are driven (the "
-        "energy of what came tells a bad energy from a bad dream), and from how "
-        "many an expert drives on",
-    )
-    g.add_argument(
-        "--supervised_steps",
-        type=nonnegative_int,
-        default=600,
-        help="training steps of the row that sees the labels; 0 leaves it out, and the "
-        "judge of plans that saw them",
-    )
+    number("--track_seed", CHOOSING, CHOOSING + 90_000, CHOOSING, "first of the new tracks")
+    number("--tracks", 2, 3333, 16, "new tracks of each kind of driving")
+    number("--train_frames", 200, 10**7, 3000, "latents of each folder that probes are fitted to")
+    number("--frames", 60, 10**7, 2400, "frames of each kind of driving that probes are tested on")
+    number("--windows", 2, 10**6, 200, "windows of each kind that are rolled out and violated")
+    number("--states", 1, 10**6, 12, "states of each kind from which plans are driven")
+    number("--replayed_plans", 2, 10**6, 24, "plans of a state that are also rendered as driven")
+    text = "training steps of the rows that see the labels; 0 leaves these rows out"
+    g.add_argument("--supervised_steps", type=nonnegative_int, default=600, help=text)
     g.add_argument(
         "--supervised_batch", type=batch_number, default=96, help="frames in such a step"
     )
-    g.add_argument(
-        "--bootstrap",
-        type=Number(int, 2, 10**5),
-        default=200,
-        help="resamples of the tracks behind each interval",
-    )
-    g.add_argument(
-        "--off_road",
-        type=Number(float, 0, 1e6),
-        default=17.0,
-        help="tiles that a second with all wheels off the road costs a plan; 17 is what "
-        "the expert makes in a second",
-    )
+    number("--bootstrap", 2, 10**5, 200, "resamples of the tracks behind each interval")
+    text = "tiles that a second off the road costs a plan; an expert makes 17 in a second"
+    number("--off_road", 0, 1e6, 17.0, text, float)
     planning(p)
-    p.set_defaults(samples=256, data=None)  # the folders that are there
+    p.set_defaults(samples=256)
     return p.parse_args()
 
 
-# ------------------------------------------------------------------ main
-
-PARTS = {
-    "knows": (),
-    "dreams": ("predictor",),
-    "futures": ("predictor",),
-    "plans": ("predictor", "cost"),
-}  # part: the nets it needs beside the encoder
-
-
-def possible(subject, args):
+def possible(models, asked):
     """The parts asked for whose nets are there; names the others and why."""
     out = []
-    for part in args.parts:
-        lacking = [n for n in PARTS[part] if getattr(subject, n) is None]
-        if lacking:
-            print(f"left out: {part}, which needs a {' and a '.join(lacking)} of {subject.path}")
+    for part in asked:
+        if lacking := [name for name in PARTS[part] if getattr(models, name) is None]:
+            print(f"left out: {part}, which needs a {' and a '.join(lacking)} of {models.path}")
         else:
             out.append(part)
     if not out:
-        fail(
-            f"--parts {' '.join(args.parts)}: none of them can be judged; train what is missing, "
-            "or ask for --parts knows"
-        )
+        fail(f"--parts {' '.join(asked)}: none is possible; train what is missing, or try probes")
     return out
 
 
-def prepare(subject, args):
-    """(training episodes, new episodes, windows of the new ones), encoded."""
-    train, test = all_episodes(args, subject.encoder)
-    some = choose_samples(train, 500, args.seed)
-    subject.twin.fit_standardization(
-        features_of(subject.twin, some.frames(subject.newest()), subject.device, subject.dtype)
-    )
-    subject.encode_episodes(train + test)
-    H = max(AHEAD)
-    spots = choose_samples(
-        test, args.windows, args.seed, behind=H + subject.encoder.history, ahead=max(FAR, 2 * H)
-    )
-    return train, test, spots
+def evaluate(models, parts, train, test, cfg, planner, sheet):
+    """Runs the parts and prints each: {part: its figures}.
 
-
-def evaluate(subject, parts, train, test, spots, args):
-    """Runs the parts and prints each: ({part: its figures}, {part: how to draw it})."""
-    found, pages = {}, {}
-    if "knows" in parts:
-        rows = found["knows"] = knows(subject, train, test, args)
-        show_knows(rows)
-        pages["knows"] = lambda ax: page_knows(ax, rows)
+    `sheet` is the file that the rollouts are drawn to, where there is a decoder.
+    """
+    found, H = {}, max(AHEAD)
+    behind, ahead = H + models.encoder.history, max(FAR, 2 * H)
+    samples = choose_samples(test, cfg.windows, cfg.seed, behind, ahead)
+    if "probes" in parts:
+        found["probes"] = evaluate_probes(models, train, test, cfg)
+        print_probes(found["probes"])
     if "dreams" in parts:
-        curves, error = dreams(subject, train, spots, args)
-        found["dreams"] = curves
-        show_dreams(curves)
-        pages["dreams"] = lambda ax: page_dreams(ax, curves)
-        if subject.decoder:
-            with ornament(sheet := args.root / "visuals" / "report_dreams.png"):
-                draw_dreams(subject, spots, error["this predictor"], sheet)
+        found["dreams"], error = evaluate_rollouts(models, samples, cfg)
+        print_rollouts(found["dreams"])
+        if decoder := load_decoder(models.folder, models.key, models.device):
+            with ornament(sheet):
+                draw_rollouts(models, decoder, samples, error["this predictor"], sheet)
+                print(f"drawn: {sheet}")
     if "futures" in parts:
-        violations = found["futures"] = futures(subject, train, spots, args)
-        show_futures(violations)
-        pages["futures"] = lambda ax: page_futures(ax, violations)
+        found["futures"] = evaluate_violations(models, train, samples, cfg)
+        print_futures(found["futures"])
     if "plans" in parts:
-        figures, energy, true, states = plans(subject, train, spots, args)
-        found["plans"] = figures
-        show_plans(figures)
-        pages["plans"] = lambda ax: page_plans(ax, figures, energy, true, states)
-    return found, pages
+        found["plans"] = evaluate_plans(models, train, samples, cfg, planner)
+        print_plans(found["plans"])
+    return found
 
 
 def main():
     args, began = arguments(), time.monotonic()
-    subject = Models(args)
-    visuals = writable(args.root / "visuals")
-    parts = possible(subject, args)
-    train, test, spots = prepare(subject, args)
-    if "dreams" in parts:
-        subject.decoder = load_decoder(subject.models, subject.key, subject.device)
-    found, pages = evaluate(subject, parts, train, test, spots, args)
+    device, dtype = set_up(args)
+    models = Models(args.root, args.models, args.checkpoint, device, dtype, args.seed)
+    if models.cost:
+        take_gas(args, models.cost_payload)
+    visuals, parts = writable(args.root / "visuals"), possible(models, args.parts)
+    cfg = CardConfig(*(getattr(args, f.name) for f in fields(CardConfig)))
+
+    # episodes and their latents
+    train, test = all_episodes(cfg, models.encoder)
+    models.standardize_untrained(choose_samples(train, 500, cfg.seed))
+    models.encode_episodes(train + test)
+
+    found = evaluate(models, parts, train, test, cfg, args, visuals / "report_dreams.png")
     minutes = (time.monotonic() - began) / 60
+
+    # the files
     report = {
         "command": shlex.join(sys.argv),
         "commit": git_commit(),
         "versions": versions(),
         "args": {k: str(v) for k, v in vars(args).items()},
-        "checkpoint": str(subject.path),
-        "encoder": {"key": subject.key, **subject.encoder.args},
+        "checkpoint": str(models.path),
+        "encoder": {"key": models.key, **models.encoder.args},
         "tracks": {s: [x.track for x in test if x.source == s] for s in DRIVERS},
-        "latents": {
-            "fitted": sum(len(x.obs) for x in train),
-            "judged": sum(len(x.obs) for x in test),
-        },
+        "latents": {n: sum(len(x.obs) for x in e) for n, e in (("train", train), ("test", test))},
         "minutes": round(minutes, 2),
         "parts": found,
     }
@@ -259,13 +178,9 @@ def main():
     name = "report" if len(ran) == len(PARTS) else "report_only_" + "_".join(ran)
     replace_atomically(writable(visuals) / f"{name}.json", lambda f: f.write(body))
     with ornament(visuals / f"{name}.png"):
-        draw_page(
-            pages,
-            f"{subject.path}, tracks {test[0].track} to {test[-1].track}",
-            visuals / f"{name}.png",
-        )
-    sheet = ", report_dreams.png" if subject.decoder else ""
-    print(f"\n{visuals}/{name}.json, {name}.png{sheet} in {minutes:.1f} min")
+        title = f"{models.path}, tracks {test[0].track} to {test[-1].track}"
+        draw_page(found, title, visuals / f"{name}.png")
+    print(f"\n{visuals}/{name}.json, {name}.png in {minutes:.1f} min")
     return 0
 
 

@@ -1,1 +1,1 @@
-"""The parts of the report card."""
+"""The parts of the report card, and the trials of the driver off the lap."""

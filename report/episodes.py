@@ -1,98 +1,91 @@
-"""Episodes of the report card, and samples of them."""
+"""Episodes of the report card at the rate of latents, and samples of their latents.
+
+Probes and scales are fitted to training episodes: segments of the folders under ROOT, or of new
+episodes where ROOT has none. Everything is measured on new episodes, on tracks that nothing was
+fitted to. They also store the simulator's state, from which candidate plans are driven.
+"""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from buffer import chunk_files, load_sources, read_or_skip
+from buffer import chunk_files, load_sources, read_ahead
 from car import ZOOM_STEPS
 from car.env import make_env
 from car.episode import run_episode, save_state
 from car.telemetry import TELEMETRY
 from collect_data import make_random
-from collect_race_data import PACES as RACE_PACES
-from collect_race_data import make_expert
-from collect_recovery_data import PACES as RECOVERY_PACES
-from collect_recovery_data import make_faulty
+from collect_race_data import RACE_PACES, make_expert
+from collect_recovery_data import RECOVERY_PACES, make_faulty
 from support.cli import fail
 from support.progress import progress
 from support.workers import FIRST_SEED
 
 DRIVERS = {"data_race": make_expert, "data_recovery": make_faulty, "data": make_random}
 JOBS = {"data_race": {"paces": RACE_PACES}, "data_recovery": {"paces": RECOVERY_PACES}, "data": {}}
-CHOOSING = range(200_000, 300_000)  # track seeds; 100000 to 100099 are for reporting
-TRAINING = range(FIRST_SEED, 2 * FIRST_SEED)
-JUDGES = "this model", "untrained nets", "pixel error", "copy-last"
-OWN, TWIN = JUDGES[:2]
-SEGMENT = 120  # latents of a training episode, at most: many tracks tell more than many frames
+CHOOSING = 200_000  # first of the track seeds for choosing; 100000 to 100099 are for reporting
+TRAINED, UNTRAINED = "this model", "untrained nets"
+SEGMENT = 120  # latents of a training episode at most: many tracks tell more than many frames
 BLOCK = 512  # stacks of frames that are in memory at a time
-
-
-# ------------------------------------------------------------------ episodes on the grid of latents
 
 
 @dataclass
 class Episode:
-    """An episode, or a part of one, at the rate of latents: row k is `repeat` steps after k - 1."""
+    """An episode, or a segment of one: row k is `repeat` steps after row k - 1."""
 
-    source: str
+    source: str  # the folder, or the kind of driving
     track: int
     obs: np.ndarray  # (K, 64, 64, 3) uint8
     act: np.ndarray  # (K - 1, 3) mean action that leads from k to k + 1
     state: np.ndarray  # (K, len(TELEMETRY))
-    first: int  # latent from which on the zoom is over and all frames are there
+    first: int  # first latent after the zoom that has all its frames
     actions: np.ndarray = None  # (T, 3) of every step
     saved: list = field(default_factory=list)  # states of the simulator, one a latent
-    z: dict = field(default_factory=dict)  # {judge: its latents (K, D)}
-
-    def part(self, start, length, history):
-        """The latents from `start` on, with the frames that the first of them sees."""
-        rows = slice(max(0, start + 1 - history), start + length)
-        return Episode(
-            self.source,
-            self.track,
-            self.obs[rows].copy(),
-            self.act[rows.start : rows.stop - 1],
-            self.state[rows],
-            start - rows.start,
-        )
+    z: dict = field(default_factory=dict)  # {TRAINED or UNTRAINED: latents (K, D)}
 
 
-def on_grid(source, track, arrays, repeat, saved=()):
-    """The Episode of the arrays of a chunk."""
+def at_latent_rate(source, track, arrays, repeat, saved=()):
+    """The Episode of a chunk's arrays, which have a row for every step."""
     K = len(arrays["act"]) // repeat + 1
-    act = arrays["act"][: (K - 1) * repeat].reshape(K - 1, repeat, 3).mean(axis=1)
     return Episode(
         source,
         track,
-        np.ascontiguousarray(arrays["obs"][::repeat]),
-        act,
-        arrays["telemetry"][::repeat],
-        -(-ZOOM_STEPS // repeat),
-        arrays["act"],
-        list(saved),
+        obs=np.ascontiguousarray(arrays["obs"][::repeat]),
+        act=arrays["act"][: (K - 1) * repeat].reshape(K - 1, repeat, 3).mean(axis=1),
+        state=arrays["telemetry"][::repeat],
+        first=-(-ZOOM_STEPS // repeat),
+        actions=arrays["act"],
+        saved=list(saved),
     )
 
 
-def segment(episode, rng, history):
-    """A part of the episode after the zoom, drawn at random, or None of one that ends before."""
+def random_segment(episode, rng, history):
+    """Up to SEGMENT latents after the zoom, or None of an episode that ends before.
+
+    The frames that the first latent sees come with it.
+    """
     room = len(episode.obs) - SEGMENT - episode.first
     start = episode.first + (rng.integers(room + 1) if room > 0 else 0)
-    return episode.part(start, SEGMENT, history) if start < len(episode.obs) else None
+    if start >= len(episode.obs):
+        return None
+    rows = slice(max(0, start + 1 - history), start + SEGMENT)
+    obs, state = episode.obs[rows].copy(), episode.state[rows]
+    act = episode.act[rows.start : rows.stop - 1]
+    return Episode(episode.source, episode.track, obs, act, state, start - rows.start)
 
 
-def read_episodes(sources, count, encoder, seed):
-    """Parts of training episodes of each folder, drawn at random: `count` latents or a few more."""
+def read_segments(sources, count, encoder, seed):
+    """Segments of random training episodes: `count` latents of each folder, or a few more."""
     out = []
     for name, (chunks, _) in sources.items():
         rng, have = np.random.default_rng([seed, 1]), 0
-        for i in rng.permutation(len(chunks)):
-            arrays = read_or_skip(chunks[i], "obs", "act", "telemetry")
+        order = [chunks[i] for i in rng.permutation(len(chunks))]
+        for chunk, arrays in read_ahead(order, "obs", "act", "telemetry"):
             if arrays is None:
-                continue
-            x = on_grid(name, chunks[i].meta["track_seed"], arrays, encoder.repeat)
-            if part := segment(x, rng, encoder.history):
+                continue  # damaged
+            episode = at_latent_rate(name, chunk.meta["track_seed"], arrays, encoder.repeat)
+            if part := random_segment(episode, rng, encoder.history):
                 out.append(part)
                 have += len(part.obs)
             if have >= count:
@@ -100,88 +93,62 @@ def read_episodes(sources, count, encoder, seed):
     return out
 
 
-class Recorder:
-    """A policy that also saves the simulator's state at every latent."""
-
-    def __init__(self, policy, repeat):
-        self.policy, self.repeat, self.t, self.saved = policy, repeat, 0, []
-        self.max_steps = getattr(policy, "max_steps", 10**9)
-        self.reset = policy.reset
-
-    def start(self, env, rng):
-        return hasattr(self.policy, "start") and self.policy.start(env, rng)
-
-    def act(self, env):
-        if self.t % self.repeat == 0:
-            self.saved.append(save_state(env))
-        self.t += 1
-        return self.policy.act(env)
-
-
-def drive(tracks, jobs, args, repeat):
-    """Drives new episodes, one by one: of each kind, as its job says, one on each of its tracks."""
+def drive(tracks, jobs, seed, repeat):
+    """Yields a new Episode for each track; `tracks` is {kind of driving: track seeds}."""
     env = make_env("fast")
-    bar = progress(total=sum(map(len, tracks.values())), desc="drive", unit="episode", leave=False)
-    for name, seeds in tracks.items():
-        for i, track in enumerate(seeds):
-            policy = Recorder(DRIVERS[name](jobs[name], i)[0], repeat)
-            arrays, _ = run_episode(env, policy, track, np.random.default_rng([args.seed, track]))
-            bar.update()
-            yield on_grid(name, track, arrays, repeat, policy.saved)
-    bar.close()
+    todo = [(name, i, track) for name in tracks for i, track in enumerate(tracks[name])]
+    for name, i, track in progress(todo, desc="drive", unit="episode", leave=False):
+        saved = []
+
+        def save(env, t):
+            if t % repeat == 0:
+                saved.append(save_state(env))
+
+        policy, _ = DRIVERS[name](jobs[name], i)
+        arrays, _ = run_episode(env, policy, track, np.random.default_rng([seed, track]), save)
+        yield at_latent_rate(name, track, arrays, repeat, saved)
 
 
-def numbered(first, count, within):
-    """{kind of driving: `count` track seeds}, no two alike, from `first` on and around."""
-    seeds = iter(range(first - within[0], first - within[0] + count * len(DRIVERS)))
-    return {name: [within[next(seeds) % len(within)] for _ in range(count)] for name in DRIVERS}
+def numbered(first, count):
+    """{kind of driving: `count` track seeds}, all different, from `first` on."""
+    starts = range(first, first + count * len(DRIVERS), count)
+    return {name: range(start, start + count) for name, start in zip(DRIVERS, starts)}
 
 
 def job_of(name, chunks):
-    """How the expert of these chunks drove: its paces, and the width (the widest) of its line; as
-    JOBS has it where they do not say."""
-    found = {
-        key: sorted(
-            {
-                c.meta["policy"][key]
-                for c in chunks
-                if isinstance(c.meta["policy"].get(key), (int, float))
-            }
-        )
-        for key in ("pace", "max_offset")
-    }
-    paces = {"paces": found["pace"]} if found["pace"] else {}
-    return (
-        JOBS[name]
-        | paces
-        | ({"max_offset": found["max_offset"][-1]} if found["max_offset"] else {})
-    )
+    """The job of the policy that drove these chunks: its paces and its widest line.
+
+    JOBS supplies what the chunks do not say.
+    """
+    job, policies = dict(JOBS[name]), [c.meta["policy"] for c in chunks]
+    values = lambda key: sorted({p[key] for p in policies if isinstance(p.get(key), (int, float))})
+    if paces := values("pace"):
+        job["paces"] = paces
+    if offsets := values("max_offset"):
+        job["max_offset"] = offsets[-1]
+    return job
 
 
-def all_episodes(args, encoder):
-    """(parts of training episodes, new episodes): those of the folders, or where ROOT has none,
-    own ones on tracks that collectors may drive."""
+def all_episodes(cfg, encoder):
+    """(segments of training episodes, new episodes on tracks that nothing was fitted to)."""
     jobs = JOBS
-    if any(chunk_files(args.root / name) for name in JOBS):
-        sources = load_sources(args.root, args.data, ZOOM_STEPS + 2, len(TELEMETRY))
+    if any(chunk_files(cfg.root / name) for name in JOBS):
+        sources = load_sources(cfg.root, None, ZOOM_STEPS + 2, len(TELEMETRY))
         jobs = jobs | {name: job_of(name, chunks) for name, (chunks, _) in sources.items()}
-        train = read_episodes(sources, args.train_frames, encoder, args.seed)
+        train = read_segments(sources, cfg.train_frames, encoder, cfg.seed)
     else:
-        tracks = numbered(FIRST_SEED, -(-args.train_frames // SEGMENT), TRAINING)
+        tracks = numbered(FIRST_SEED, -(-cfg.train_frames // SEGMENT))
         print(
-            f"{args.root}: no episodes there to fit probes to; drives "
-            f"{len(tracks['data'])} of each kind on tracks from {FIRST_SEED} on"
+            f"{cfg.root}: no episodes there to fit probes to; drives {len(tracks['data'])} of each "
+            f"kind on tracks from {FIRST_SEED} on"
         )
-        rng = np.random.default_rng([args.seed, 1])
-        parts = [
-            segment(x, rng, encoder.history) for x in drive(tracks, jobs, args, encoder.repeat)
-        ]
-        train = [x for x in parts if x]
-    tracks = numbered(args.track_seed, args.tracks, CHOOSING)
-    return train, list(drive({name: tracks[name] for name in jobs}, jobs, args, encoder.repeat))
+        rng = np.random.default_rng([cfg.seed, 1])
+        episodes = drive(tracks, jobs, cfg.seed, encoder.repeat)
+        train = [x for e in episodes if (x := random_segment(e, rng, encoder.history))]
+    return train, list(drive(numbered(cfg.track_seed, cfg.tracks), jobs, cfg.seed, encoder.repeat))
 
 
-def planes(frames):
+def channels_first(frames):
     """(n, L, 64, 64, 3) uint8, an array -> (n, L, 3, 64, 64), a tensor of the same memory."""
     return torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
 
@@ -192,7 +159,7 @@ def blocks(n):
 
 
 class Samples:
-    """Places in episodes: row i is latent k[i] of episodes[e[i]]."""
+    """Latents of episodes: row i is latent k[i] of episodes[e[i]]."""
 
     def __init__(self, episodes, e, k):
         self.episodes, self.e, self.k = episodes, e, k
@@ -205,40 +172,52 @@ class Samples:
     def __getitem__(self, rows):
         return Samples(self.episodes, self.e[rows], self.k[rows])
 
+    def __iter__(self):
+        """(episode, k) of each row."""
+        return ((self.episodes[e], k) for e, k in zip(self.e.tolist(), self.k.tolist()))
+
     def frames(self, offsets):
-        """obs (n, len(offsets), 3, 64, 64) uint8: frames so many latents later, or the first."""
-        return planes(
-            np.stack(
-                [self.episodes[e].obs[np.maximum(k + offsets, 0)] for e, k in zip(self.e, self.k)]
-            )
-        )
+        """obs (n, len(offsets), 3, 64, 64) uint8 at these offsets in latents.
+
+        The episode's first frame stands for earlier ones.
+        """
+        return channels_first(np.stack([x.obs[np.maximum(k + offsets, 0)] for x, k in self]))
 
     def state(self, name, ahead=0):
-        """(n,) of telemetry, so many latents later."""
+        """(n,) of a telemetry value, `ahead` latents later."""
         column = list(TELEMETRY).index(name)
-        return np.array([self.episodes[e].state[k + ahead, column] for e, k in zip(self.e, self.k)])
+        return np.array([x.state[k + ahead, column] for x, k in self])
 
     def within(self, limits, ahead=0):
-        """(n,) bool: the car is no further from the centre line, in units and rad, than this."""
-        return (np.abs(self.state("lateral_offset", ahead)) < limits[0]) & (
-            np.abs(self.state("heading_error", ahead)) < limits[1]
-        )
+        """(n,) bool: offset (units) and heading error (rad) of the car are inside the limits."""
+        offset, heading = self.state("lateral_offset", ahead), self.state("heading_error", ahead)
+        return (np.abs(offset) < limits[0]) & (np.abs(heading) < limits[1])
 
-    def z(self, first, last, judge=OWN):
-        """(n, last - first + 1, D): the judge's latents from k + first to k + last."""
-        return torch.stack(
-            [self.episodes[e].z[judge][k + first : k + last + 1] for e, k in zip(self.e, self.k)]
-        )
+    def z(self, first, last, nets=TRAINED):
+        """Latents (n, last - first + 1, D) from k + first to k + last."""
+        return torch.stack([x.z[nets][k + first : k + last + 1] for x, k in self])
 
     def act(self, steps):
-        """(n, steps, 3): the actions from here on."""
-        return torch.from_numpy(
-            np.stack([self.episodes[e].act[k : k + steps] for e, k in zip(self.e, self.k)])
-        )
+        """Actions (n, steps, 3) from here on."""
+        return torch.from_numpy(np.stack([x.act[k : k + steps] for x, k in self]))
+
+
+def sources_of(samples):
+    """The sources of the samples, in order, each once."""
+    return list(dict.fromkeys(samples.source))
+
+
+def rows_by_source(samples):
+    """{"all" or source: its rows}."""
+    rows = {s: np.flatnonzero(samples.source == s) for s in sources_of(samples)}
+    return {"all": np.arange(len(samples))} | rows
 
 
 def choose_samples(episodes, count, seed, behind=0, ahead=0):
-    """At most `count` Spots of each source after the zoom, so many latents from either end."""
+    """Up to `count` random Samples of each source after the zoom.
+
+    Each has `behind` latents before it and `ahead` latents after it in its episode.
+    """
     parts = []
     for source in dict.fromkeys(x.source for x in episodes):
         every = [
@@ -257,10 +236,10 @@ def choose_samples(episodes, count, seed, behind=0, ahead=0):
     return Samples(episodes, *np.array(parts).T)
 
 
-def other_episode(spots, seed):
-    """(n,): for each spot a row of another episode, of the same source where it has several."""
+def other_episode(samples, seed):
+    """(n,): for each sample a row of another episode, of the same source where it has several."""
     rng, out = np.random.default_rng([seed, 3]), []
-    for e, source in zip(spots.e, spots.source):
-        other = np.flatnonzero((spots.e != e) & (spots.source == source))
-        out.append(rng.choice(other if len(other) else np.flatnonzero(spots.e != e)))
+    for e, source in zip(samples.e, samples.source):
+        other = np.flatnonzero((samples.e != e) & (samples.source == source))
+        out.append(rng.choice(other if len(other) else np.flatnonzero(samples.e != e)))
     return np.array(out)

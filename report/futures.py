@@ -1,222 +1,240 @@
-"""Part 3: which futures are found impossible."""
+"""Part 3: which futures are found impossible.
+
+Surprise is the distance between predicted and actual latents, in units of the rollout's expected
+error. True futures stand against violated ones, as films of 1, 5 and 15 latents. A violation counts
+only where it makes another future:
+
+    teleports                       the road is in view
+    frozen, reversed, double speed  the car moves
+    swapped and mirrored actions    the two action sequences differ
+
+Two controls should not alarm: the light changes, or another light lasts throughout.
+"""
 
 import numpy as np
 import torch
 from sklearn.covariance import ledoit_wolf
-from sklearn.linear_model import Ridge
 
 from car.telemetry import TELEMETRY
 from demo_energy import MIN_JUMP, TeleportedCar
 from networks import normalize_action
-from report.episodes import JUDGES, OWN, blocks, choose_samples, other_episode, planes
-from report.probes import AHEAD, IN_VIEW, fit_standardised
-from report.statistics import auc, cells
+from report.episodes import BLOCK, TRAINED, UNTRAINED, channels_first, choose_samples, other_episode
+from report.probes import AHEAD, IN_VIEW, ridge
+from report.statistics import auc, bootstrap_intervals
 from support.augment import jitter_
 from support.progress import progress
 
-MOVING = 5.0  # units/s, from which a film shows which way and how fast it runs
-UNLIKE = 0.5  # of two action sequences, mean distance in units of their usual size
-STEERED = 0.03  # mean |steer| from which a mirrored one is another
+SCORERS = TRAINED, UNTRAINED, "pixel error", "copy-last"
+FIGURES = "auroc", "tpr_at_1pct"
+MOVING = 5.0  # units/s, from which a film shows direction and speed
+UNLIKE = 0.5  # mean distance of two action sequences, in units of their usual size
+STEERED = 0.03  # mean |steer| from which a mirrored sequence is another one
 FALSE_ALARMS = 0.01
-CLIP_QUANTILE = 0.01  # of the squares of errors: smaller ones count as large as that quantile
+CLIP_QUANTILE = 0.01  # of the squared errors: smaller ones count as that quantile
 
-
-# ------------------------------------------------------------------ 3. impossible futures
-
-FILMS = {  # what a film shows, j latents after the present, as latents after the present
+FILMS = {  # the offsets that a film shows in place of the true ones, j latents after the present
     "true": lambda j: j,
     "frozen": lambda j: np.minimum(j, 0),
     "time reversed": lambda j: -np.abs(j),
     "double speed": lambda j: j + np.maximum(j, 0),
 }
+TIME = tuple(FILMS)[1:]
 TELEPORTS = "teleport, same track", "teleport, other track"
-TOLD = "swapped actions", "mirrored steering"  # the film is true, the actions told are not
+ACTIONS = "swapped actions", "mirrored steering"  # the film is true, the rollout's actions are not
 THROUGHOUT = "colour throughout (control)"  # the present is seen in that light too
 COLOURS = "colour changes (control)", THROUGHOUT
-VIOLATIONS = (*TELEPORTS, *list(FILMS)[1:], *TOLD, *COLOURS)
+VIOLATIONS = (*TELEPORTS, *TIME, *ACTIONS, *COLOURS)
 
 
-def teleported(subject, spots, args):
-    """{violation: frames (n, len(AHEAD), history, 64, 64, 3)}: the car is put elsewhere once, its
-    pose and speed kept, and seen there as far along as it was here, on its own track or on the
-    next episode's."""
-    e, rng = subject.encoder, np.random.default_rng([args.seed, 7])
+def teleported(models, samples, seed):
+    """{violation: frames (n, len(AHEAD), history, 64, 64, 3)} of a car that is placed elsewhere.
+
+    The car keeps its pose and speed. It is seen as far along its own track, or the next episode's
+    track, as it was here.
+    """
+    e, rng = models.encoder, np.random.default_rng([seed, 7])
     need = (e.history - 1) * e.repeat + 1
-    out = {t: np.zeros((len(spots), len(AHEAD), e.history, 64, 64, 3), np.uint8) for t in TELEPORTS}
-    places = list(dict.fromkeys(spots.e))
+    shape = len(samples), len(AHEAD), e.history, 64, 64, 3
+    out = {name: np.zeros(shape, np.uint8) for name in TELEPORTS}
+    places = list(dict.fromkeys(samples.e))
     for i, place in enumerate(progress(places, desc="teleport", unit="track", leave=False)):
-        twin = TeleportedCar(spots.episodes[place].track, rng)
+        car = TeleportedCar(samples.episodes[place].track, rng)
         for name, guest in zip(TELEPORTS, (place, places[i - 1])):
-            for row in np.flatnonzero(spots.e == guest):
-                x, jump = spots.episodes[guest], twin.jump(MIN_JUMP if guest == place else 0)
+            for row in np.flatnonzero(samples.e == guest):
+                x, jump = samples.episodes[guest], car.jump(MIN_JUMP if guest == place else 0)
                 for a, h in enumerate(AHEAD):
-                    k = spots.k[row] + h
+                    k = samples.k[row] + h
                     state = dict(zip(TELEMETRY, x.state[k].tolist()))
                     last = x.actions[max(0, k * e.repeat - 2 * need) : k * e.repeat]
-                    frames = twin.frames(state, last, need, jump)
+                    frames = car.frames(state, last, need, jump)
                     out[name][row, a] = frames[::-1][:: e.repeat][: e.history][::-1]
-        twin.env.close()
+        car.env.close()
     return out
 
 
 def color_jitter(obs, generator):
-    """obs (n, history, 3, 64, 64) in another light, one draw a row."""
-    x = obs.flatten(1, 2).clone(memory_format=torch.channels_last)
-    jitter_(x, generator)
-    return x.unflatten(1, (-1, 3))
+    """obs (n, history, 3, 64, 64) in random light, one draw a row."""
+    out = []
+    for part in obs.flatten(1, 2).split(BLOCK):
+        x = part.clone(memory_format=torch.channels_last)
+        jitter_(x, generator)
+        out.append(x)
+    return torch.cat(out).unflatten(1, (-1, 3))
 
 
-def shows(spots, other):
+def valid_mask(samples, other):
     """{violation: (n, len(AHEAD)) bool}: where it makes another future of this one."""
-    act, every = spots.act(max(AHEAD)), np.ones((len(spots), len(AHEAD)), bool)
-    moving = every & (spots.state("speed") > MOVING)[:, None]
-    apart = (normalize_action(act) - normalize_action(act[other])).norm(dim=2).numpy()
+    act, every = samples.act(max(AHEAD)), np.ones((len(samples), len(AHEAD)), bool)
+    distance = (normalize_action(act) - normalize_action(act[other])).norm(dim=2).numpy()
     mean = lambda x: np.stack([x[:, :h].mean(axis=1) for h in AHEAD], axis=1)
-    in_view = np.stack([spots.within(IN_VIEW, h) for h in AHEAD], axis=1)
     return {
-        **dict.fromkeys(TELEPORTS, in_view),
-        **dict.fromkeys(list(FILMS)[1:], moving),
-        "swapped actions": mean(apart) > UNLIKE,
+        **dict.fromkeys(TELEPORTS, np.stack([samples.within(IN_VIEW, h) for h in AHEAD], axis=1)),
+        **dict.fromkeys(TIME, every & (samples.state("speed") > MOVING)[:, None]),
+        "swapped actions": mean(distance) > UNLIKE,
         "mirrored steering": mean(np.abs(act[..., 0].numpy())) > STEERED,
         **dict.fromkeys(COLOURS, every),
     }
 
 
-def expectations(subject, spots, other, seed):
-    """{judge: {premise: (z now (n, D), z_hat (n, len(AHEAD), D))}} of both pairs of nets; premises
-    are the true ones, the actions of the TOLD violations, or a present in another light."""
-    act, steps, out = spots.act(max(AHEAD)), [h - 1 for h in AHEAD], {}
-    told = {
+def expectations(models, samples, other, seed):
+    """{nets: {condition: (z now (n, D), z_hat (n, len(AHEAD), D))}} of trained and untrained nets.
+
+    A condition is what a rollout starts from: the true present and actions, the actions of a
+    violation, or the present in another light.
+    """
+    act, steps, out = samples.act(max(AHEAD)), [h - 1 for h in AHEAD], {}
+    actions = {
         "true": act,
         "swapped actions": act[other],
         "mirrored steering": act * torch.tensor([-1.0, 1, 1]),
         THROUGHOUT: act,
     }
-    for judge, (encoder, predictor) in subject.pairs().items():
-        light = torch.Generator().manual_seed(seed)
-        now = spots.z(0, 0, judge)[:, 0]
-        lit = subject.encode_now(encoder, spots, change=lambda obs: color_jitter(obs, light))
-        z = {k: lit if k == THROUGHOUT else now for k in told}
-        out[judge] = {
-            k: (z[k], subject.imagine(predictor, z[k], a)[:, steps]) for k, a in told.items()
-        }
+    for name, (encoder, predictor) in models.pairs().items():
+        light, out[name] = torch.Generator().manual_seed(seed), {}
+        jittered = models.encode_samples(encoder, samples, lambda obs: color_jitter(obs, light))
+        for condition, a in actions.items():
+            z = jittered if condition == THROUGHOUT else samples.z(0, 0, name)[:, 0]
+            out[name][condition] = z, models.rollout(predictor, z, a)[:, steps]
     return out
 
 
 class Scale:
-    """The unit of a judge's surprise: its usual errors at the steps AHEAD, on training episodes.
+    """The unit of a scorer's surprise: its expected error at the steps AHEAD.
 
-    A dream knows some directions of the latent better than others, and all of them less the
-    further ahead it looks: an error is measured in standard deviations, in every direction
-    (Mahalanobis, covariance shrunk after Ledoit and Wolf 2004). It also knows less of a slide than
-    of a straight: a line through present and dream tells the logarithm of what such a square
-    usually is, by which it is divided (multiplicative heteroscedasticity, Harvey 1976).
+    A rollout predicts some directions of the latent better than others. An error is therefore
+    measured in standard deviations of every direction (Mahalanobis distance, covariance shrunk
+    after Ledoit and Wolf 2004). A slide is harder to predict than a straight: ridge regression from
+    present and predicted latent gives the logarithm of the expected square, by which it is divided
+    (multiplicative heteroscedasticity, Harvey 1976).
     """
 
-    def __init__(self, now, z_hat, came):
-        """now (n, D), z_hat, came (n, len(AHEAD), D) of true futures."""
-        self.whiten, self.usual = [], []
-        for a in range(came.shape[1]):
-            error = (came - z_hat)[:, a]
+    def __init__(self, now, z_hat, z):
+        """now (n, D), predicted z_hat and actual z (n, len(AHEAD), D) of true futures."""
+        self.whiten, self.expected = [], []
+        for a in range(z.shape[1]):
+            error = (z - z_hat)[:, a]
             cov = torch.from_numpy(ledoit_wolf(error.double().numpy(), assume_centered=True)[0])
             self.whiten.append(torch.linalg.cholesky(torch.linalg.inv(cov)).float())
             squares = self.squares(error, a)
-            logs = np.log(
-                squares.clip(max(np.quantile(squares, CLIP_QUANTILE), 1e-9))
-            )  # of a still car 0
-            told = fit_standardised(Ridge(alpha=10.0), self.moment(now, z_hat[:, a]), logs)
-            self.usual.append((told, logs.min(), logs.max()))
+            least = max(np.quantile(squares, CLIP_QUANTILE), 1e-9)  # a parked car has errors of 0
+            logs = np.log(squares.clip(least))
+            fit = ridge(self.features(now, z_hat[:, a]), logs, alpha=10.0)
+            self.expected.append((fit, logs.min(), logs.max()))
 
     @staticmethod
-    def moment(now, z_hat):
-        """What is known of a moment before it comes, (n, 2 D)."""
+    def features(now, z_hat):
+        """(n, 2 D): the inputs of the expected error."""
         return torch.cat([now, z_hat], dim=1).numpy()
 
     def squares(self, error, a):
-        """(n,): squared errors (n, D) in units of the usual, without regard to the moment."""
+        """(n,): mean squares of whitened errors (n, D)."""
         return (error @ self.whiten[a]).pow(2).mean(dim=1).numpy()
 
+    def expected_error(self, now, z_hat, a):
+        """(n,): the expected square, within the range seen in the fit."""
+        fit, least, most = self.expected[a]
+        return np.exp(fit.predict(self.features(now, z_hat)).clip(least, most))
+
     def __call__(self, z, now, z_hat, a):
-        """(n,): about 1 where latents z (n, D) are as far from z_hat, dreamt of `now`, as is usual
-        for such a moment, AHEAD[a] ahead."""
-        told, least, most = self.usual[a]
-        usual = told(self.moment(now, z_hat)).clip(least, most)  # of those seen
-        return self.squares(z - z_hat, a) / np.exp(usual)
+        """(n,): surprise of latents z (n, D), AHEAD[a] after `now`; about 1 for usual errors."""
+        return self.squares(z - z_hat, a) / self.expected_error(now, z_hat, a)
 
 
-def scales(subject, train, args):
-    """{judge: Scale} of the judges that look at latents, from windows of training episodes."""
-    spots = choose_samples(train, args.train_frames, args.seed, ahead=max(AHEAD))
-    act, steps, out = spots.act(max(AHEAD)), [h - 1 for h in AHEAD], {}
-    for judge, (_, predictor) in subject.pairs().items():
-        z = spots.z(0, max(AHEAD), judge)
-        now, came = z[:, 0], z[:, list(AHEAD)]
-        z_hat = subject.imagine(predictor, now, act)[:, steps]
-        out[judge] = Scale(now, z_hat, came)
-        if judge == OWN:
-            out["copy-last"] = Scale(now, now[:, None].expand_as(came), came)
+def fit_scales(models, train, cfg):
+    """{scorer: Scale} of the scorers that read latents, from windows of training episodes."""
+    samples = choose_samples(train, cfg.train_frames, cfg.seed, ahead=max(AHEAD))
+    act, steps, out = samples.act(max(AHEAD)), [h - 1 for h in AHEAD], {}
+    for name, (_, predictor) in models.pairs().items():
+        z = samples.z(0, max(AHEAD), name)
+        now, future = z[:, 0], z[:, list(AHEAD)]
+        out[name] = Scale(now, models.rollout(predictor, now, act)[:, steps], future)
+        if name == TRAINED:
+            out["copy-last"] = Scale(now, now[:, None].expand_as(future), future)
     return out
 
 
-def surprises(subject, spots, other, scale, args):
-    """{judge: {"true" or violation: (n, len(AHEAD))}}: how far each future is from the expected.
+def surprises(models, samples, other, scales, seed):
+    """{scorer: {"true" or violation: (n, len(AHEAD))}}: how far each future is from the expected.
 
-    A future is the film up to a step, seen at those of AHEAD that it has: its worst look counts.
+    A future is the film up to a step, seen at those steps of AHEAD that it has. Its largest
+    surprise counts.
     """
-    expected = expectations(subject, spots, other, args.seed)
-    elsewhere = teleported(subject, spots, args)
-    kinds = ("true", *VIOLATIONS)
-    out = {j: {v: np.zeros((len(spots), len(AHEAD))) for v in kinds} for j in JUDGES}
-    filmed = [(a, h, v) for a, h in enumerate(AHEAD) for v in kinds if v not in TOLD]
-    for a, h, v in progress(filmed, desc="surprise", unit="film", leave=False):
-        light, same = (torch.Generator().manual_seed(args.seed) for _ in range(2))
-        for rows in blocks(len(spots)):
-            film = FILMS.get(v, FILMS["true"])(h + subject.newest())
-            obs = planes(elsewhere[v][rows, a]) if v in TELEPORTS else spots[rows].frames(film)
-            was = spots[rows].frames(subject.newest())
-            obs = color_jitter(obs, light) if v in COLOURS else obs
-            was = color_jitter(was, same) if v == THROUGHOUT else was
-            change = obs[:, -1].float() - was[:, -1].float()
-            out["pixel error"][v][rows, a] = change.abs().mean(dim=(1, 2, 3))
-            premises = ("true", *TOLD) if v == "true" else (v if v == THROUGHOUT else "true",)
-            for judge, (encoder, _) in subject.pairs().items():
-                z = subject.encode(encoder, obs)
-                for premise in premises:
-                    now, z_hat = (x[rows] for x in expected[judge][premise])
-                    row = premise if premise in TOLD else v
-                    out[judge][row][rows, a] = scale[judge](z, now, z_hat[:, a], a)
-                    if judge == OWN:  # its copy-last, which knows no actions
-                        out["copy-last"][row][rows, a] = scale["copy-last"](z, now, now, a)
-    out["pixel error"] |= dict.fromkeys(TOLD, out["pixel error"]["true"])
+    expected = expectations(models, samples, other, seed)
+    elsewhere = teleported(models, samples, seed)
+    zeros = lambda: np.zeros((len(samples), len(AHEAD)))
+    out = {scorer: {v: zeros() for v in ("true", *VIOLATIONS)} for scorer in SCORERS}
+    films = [v for v in out[TRAINED] if v not in ACTIONS]
+    todo = [(a, h, film) for a, h in enumerate(AHEAD) for film in films]
+    for a, h, film in progress(todo, desc="surprise", unit="film", leave=False):
+        # the last frames of the film, and the frames of the present
+        obs = samples.frames(FILMS.get(film, FILMS["true"])(h + models.newest()))
+        now = samples.frames(models.newest())
+        if film in TELEPORTS:
+            obs = channels_first(elsewhere[film][:, a])
+        if film in COLOURS:
+            obs = color_jitter(obs, torch.Generator().manual_seed(seed))
+        if film == THROUGHOUT:
+            now = color_jitter(now, torch.Generator().manual_seed(seed))
+
+        # violated actions are scored on the true film
+        scored = ("true", *ACTIONS) if film == "true" else (film,)
+        for v in scored:
+            change = (obs[:, -1].float() - now[:, -1].float()).abs()
+            out["pixel error"][v][:, a] = change.mean(dim=(1, 2, 3))
+        for name, (encoder, _) in models.pairs().items():
+            z = models.encode(encoder, obs)
+            for v in scored:
+                z0, z_hat = expected[name].get(v, expected[name]["true"])
+                out[name][v][:, a] = scales[name](z, z0, z_hat[:, a], a)
+                if name == TRAINED:
+                    out["copy-last"][v][:, a] = scales["copy-last"](z, z0, z0, a)
     return {
-        judge: {v: np.maximum.accumulate(s, axis=1) for v, s in rows.items()}
-        for judge, rows in out.items()
+        scorer: {v: np.maximum.accumulate(x, axis=1) for v, x in rows.items()}
+        for scorer, rows in out.items()
     }
 
 
 def detection_metrics(true, violated):
-    """(AUROC, share of violations found at 1 % false alarms, share of pairs told apart)."""
-    alarm = np.quantile(true, 1 - FALSE_ALARMS, method="higher") if len(true) else np.nan
-    pairs = (violated > true).mean() + (violated == true).mean() / 2 if len(true) else np.nan
-    found = (violated > alarm).mean() if len(true) else np.nan
-    return np.array([auc(violated, true), found, pairs])
+    """(AUROC, share of violations found at 1 % false alarms)."""
+    if not len(true):
+        return np.nan, np.nan
+    alarm = np.quantile(true, 1 - FALSE_ALARMS, method="higher")
+    return auc(violated, true), (violated > alarm).mean()
 
 
-def futures(subject, train, spots, args):
-    """Part 3: {violation: {judge: {h: {auroc, tpr_at_1pct, pairs: cells}}}}."""
-    other = other_episode(spots, args.seed)
-    surprise = surprises(subject, spots, other, scales(subject, train, args), args)
-    where, out = shows(spots, other), {}
-    for violation in progress(VIOLATIONS, desc="futures", leave=False):
-        out[violation] = {j: {} for j in JUDGES}
+def evaluate_violations(models, train, samples, cfg):
+    """Part 3: {violation: {scorer: {h: {auroc, tpr_at_1pct: estimate}}}}."""
+    other = other_episode(samples, cfg.seed)
+    surprise = surprises(models, samples, other, fit_scales(models, train, cfg), cfg.seed)
+    out = {}
+    for violation, mask in progress(
+        valid_mask(samples, other).items(), desc="futures", leave=False
+    ):
+        out[violation] = {scorer: {} for scorer in SCORERS}
         for a, h in enumerate(AHEAD):
-            rows = np.flatnonzero(where[violation][:, a])
-            for judge in JUDGES:
-                pair = [surprise[judge][v][rows, a] for v in ("true", violation)]
-                found = (
-                    cells(detection_metrics, spots.track[rows], pair, args)
-                    if len(rows)
-                    else [{"value": None, "low": None, "high": None, "n": 0, "tracks": 0}] * 3
-                )
-                out[violation][judge][h] = dict(zip(("auroc", "tpr_at_1pct", "pairs"), found))
+            rows = np.flatnonzero(mask[:, a])
+            for scorer in SCORERS:
+                pair = [surprise[scorer][v][rows, a] for v in ("true", violation)]
+                found = bootstrap_intervals(detection_metrics, samples.track[rows], pair, cfg)
+                out[violation][scorer][h] = dict(zip(FIGURES, found))
     return out

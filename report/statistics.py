@@ -1,62 +1,63 @@
-"""Statistics of the report card."""
+"""Scores of the report card and their 95 % intervals, bootstrapped over tracks."""
 
 import warnings
 
 import numpy as np
-from scipy.stats import rankdata
-
-# ------------------------------------------------------------------ statistics
+from scipy.stats import rankdata, spearmanr
+from sklearn.metrics import r2_score
 
 
 def auc(positive, negative):
-    """P(positive > negative), ties half: the area under the ROC curve (Mann-Whitney)."""
+    """Area under the ROC curve of scores (n,) and (m,); nan where either is empty."""
     n, m = len(positive), len(negative)
     if not n or not m:
         return np.nan
+    # The Mann-Whitney statistic: 0.15 ms for 2 x 600 scores, where sklearn's roc_auc_score takes
+    # 3.3 ms. The bootstrap calls it 24,000 times.
     ranks = rankdata(np.r_[positive, negative])
     return (ranks[:n].sum() - n * (n + 1) / 2) / (n * m)
 
 
-def r2(truth, told, seen):
-    """1 - squared error over variance, of each column, in the rows seen."""
-    truth, told = truth[seen], told[seen]
-    spread = ((truth - truth.mean(axis=0)) ** 2).sum(axis=0)
-    return 1 - ((truth - told) ** 2).sum(axis=0) / np.where(spread > 0, spread, np.nan)
+def r2(y, y_pred, rows):
+    """R² (c,) of each column of y (n, c) where the mask `rows` (n,) is true."""
+    if rows.sum() < 2:
+        return np.full(y.shape[1], np.nan)
+    return r2_score(y[rows], y_pred[rows], multioutput="raw_values", force_finite=False)
 
 
 def spearman(a, b):
-    """Rank correlation; 0 where either is constant: a judge that says nothing is not right. nan
-    where either has one: a judge that was left out."""
-    if np.isnan(a).any() or np.isnan(b).any():
-        return np.nan
-    a, b = rankdata(a), rankdata(b)
-    return 0.0 if a.std() == 0 or b.std() == 0 else float(np.corrcoef(a, b)[0, 1])
+    """Rank correlation of a (n,) and b (n,).
+
+    It is 0 where either is constant, because a constant score ranks nothing. It is nan where
+    either contains nan.
+    """
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(spearmanr(a, b).statistic)
 
 
-def cells(statistic, tracks, arrays, args, n=None):
-    """[{value, low, high, n, tracks}] of a statistic of rows, its 95 % interval over tracks.
+def bootstrap_intervals(statistic, tracks, arrays, cfg, n=None):
+    """[{value, low, high, n, tracks}] of a statistic of rows, with its 95 % interval over tracks.
 
-    statistic(*arrays) -> a number or (c,); the arrays' rows belong to `tracks` (n,), which are
-    drawn anew, with replacement, --bootstrap times.
+    `statistic(*arrays)` returns a number or (c,). Row i of each array belongs to `tracks[i]`.
+    Tracks are resampled with replacement, `cfg.bootstrap` times. A single track has no interval.
+    `n` is the number of rows to report, by default all.
     """
     rows = [np.flatnonzero(tracks == t) for t in np.unique(tracks)]
-    rng, draws = np.random.default_rng([args.seed, 4]), []
+    rng, draws = np.random.default_rng([cfg.seed, 4]), []
     values = np.atleast_1d(statistic(*arrays))
-    for _ in range(args.bootstrap if len(rows) > 1 else 0):  # one track says nothing of others
+
+    for _ in range(cfg.bootstrap if len(rows) > 1 else 0):
         pick = np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
         draws.append(np.atleast_1d(statistic(*(a[pick] for a in arrays))))
+
     draws = draws or [np.full(len(values), np.nan)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # all draws may be nan: so is the interval
+        warnings.simplefilter("ignore", RuntimeWarning)  # nan in all draws gives a nan interval
         low, high = np.nanpercentile(np.array(draws, float), [2.5, 97.5], axis=0)
-    number = lambda x: float(x) if np.isfinite(x) else None
+    counts = {"n": int(len(tracks) if n is None else n), "tracks": len(rows)}
+    finite = lambda x: float(x) if np.isfinite(x) else None
     return [
-        {
-            "value": number(v),
-            "low": number(a),
-            "high": number(b),
-            "n": int(len(tracks) if n is None else n),
-            "tracks": len(rows),
-        }
+        {"value": finite(v), "low": finite(a), "high": finite(b), **counts}
         for v, a, b in zip(values, low, high)
     ]

@@ -8,12 +8,11 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from support.training import tune_malloc
-
 from buffer import MADE_BY, Loader, index
 from car.env import make_env
 from support import REPO
 from support.cli import fail
+from support.device import tune_malloc
 from tools.bench_env import centre_line_actions
 
 FOLDERS = "data_race", "data_recovery", "data"
