@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import script
-from trials import draw_landscape, wilson
 
 from car.env import make_env, observe
-from drive_mpc import Disturbance, drive, load_driver, planning, to_action
+from drive_mpc import drive, load_driver, planning, to_action
 from support.checkpoints import fingerprint
 from support.cli import parser
+from support.disturbance import Disturbance
 from support.dreams import load_decoder
 from support.lap_view import LapView
 from support.pictures import pyplot
@@ -87,7 +87,7 @@ def test_disturbances_do_what_they_say():
     assert np.array_equal(noise(frames[0]), again(frames[0]))  # the same on the same track
 
 
-def test_the_film_shows_zoom_dream_plan_and_end(driver):
+def test_the_film_shows_zoom_rollout_plan_and_end(driver):
     class Film:
         def __init__(self):
             self.frames, self.last = [], None
@@ -112,8 +112,8 @@ def test_the_film_shows_zoom_dream_plan_and_end(driver):
     w, h = VIEW
     drawn = lambda frame, box: (frame[box] != PAPER).any()
     curve, numbers = np.s_[h + 60 : h + 180, 70:w], np.s_[h + 60 : h + 180, :50]
-    plans, dreams = np.s_[h + 60 : h + 180, w + 80 : w + 300], np.s_[280:430, w + 14 : w + 350]
-    for box in (curve, numbers, plans, dreams):
+    plans, rollout = np.s_[h + 60 : h + 180, w + 80 : w + 300], np.s_[280:430, w + 14 : w + 350]
+    for box in (curve, numbers, plans, rollout):
         assert drawn(after, box) and not drawn(zoom, box)
     assert drawn(zoom, np.s_[60:200, w + 14 : w + 170])  # what the driver sees
 
@@ -210,6 +210,8 @@ def test_a_landscape_has_the_units_that_it_prints_and_no_gas_that_is_forbidden(t
 
 @pytest.mark.parametrize("gas", [1.0, 0.5])
 def test_the_lowest_place_is_drawn_where_it_is_printed(gas):
+    from report.trials import draw_landscape
+
     steer, throttle = torch.linspace(-1, 1, 31), torch.linspace(-1, gas, 31)
     act = to_action(torch.stack(torch.meshgrid(steer, throttle, indexing="ij"), -1)).numpy()
     energy = 1 + 10 * (act[..., 0] - 0.2) ** 2 + (act[..., 1] - 0.9) ** 2 + act[..., 2]
@@ -231,6 +233,8 @@ def test_the_lowest_place_is_drawn_where_it_is_printed(gas):
 
 
 def test_the_interval_of_a_share_is_wilsons():
+    from report.trials import wilson
+
     low, high = wilson(8, 10)
     assert (low, high) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))
     assert wilson(0, 10)[0] == pytest.approx(0, abs=1e-9)

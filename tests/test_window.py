@@ -22,10 +22,12 @@ import drive_mpc
 import train_predictor
 from car.env import make_env
 from car.renderer import picture
+from networks import CostModel
 from report.dreams import telling_rows
 from support import window as windows
-from support.cli import Refusal
+from support.cli import Refusal, Stop
 from support.pictures import VideoRecorder, ornament
+from support.scores import Report, row_name, score_settings
 from support.window import KEYS, KEYS_BAR, NoWindow, Window, log_axis, open_window
 from tools.checkpoint import main as networks_main
 
@@ -197,7 +199,7 @@ def test_an_axis_has_numbers_and_holds_all_values():
     assert (canvas[490:610, 20:95] != windows.PAPER).any()  # numbers left of the box
 
 
-def test_the_dream_has_gaps_names_and_seconds(tmp_path):
+def test_the_rollout_has_gaps_names_and_seconds(tmp_path):
     real, dreamt = np.full((2, 4, 6, 64, 64, 3), 200, np.uint8)
     train_predictor.animate_dream(real, dreamt, ["a", "b", "c", "d"], tmp_path / "x.gif", 0.04)
     from PIL import Image
@@ -503,15 +505,18 @@ def test_scores_are_kept_after_each_drive_and_gone_on_with(tmp_path, signals):
     report["finished"] = False  # as if it had been stopped, of another seed
     path.write_text(json.dumps(report))
     other = drive_mpc_args("--policy", "random", "--episodes", str(episodes), "--seed", "1")
-    assert drive_mpc.Report(path, other, {}).rows == {}
+    assert report_of(path, other).rows == {"random": {}}
+
+
+def report_of(path, args, policies=("random",), nets=None):
+    """The Report of these flags and {policy: {name: net}}."""
+    return Report(path, score_settings(args, nets or {}), dict.fromkeys(policies))
 
 
 def test_scores_of_other_nets_are_not_taken(tmp_path):
-    class Driver:
-        nets = {}
-
-    args = drive_mpc_args("--json", str(tmp_path / "s.json"))
-    report = drive_mpc.Report(args.json, args, {})
+    args = drive_mpc_args()
+    path = tmp_path / "s.json"
+    report = report_of(path, args, ["mpc"])
     row = {
         "track_seed": 5,
         "return": 1.0,
@@ -522,9 +527,10 @@ def test_scores_of_other_nets_are_not_taken(tmp_path):
         "plan_ms_p50": 1.0,
         "plan_ms_p99": 1.0,
     }
-    report.save({"mpc": drive_mpc.summary("mpc", [row])})
-    assert drive_mpc.Report(args.json, args, {}).rows == {"mpc": {5: row}}
-    assert drive_mpc.Report(args.json, args, {"mpc": Driver}).rows == {}
+    report.add("mpc", row)
+    assert report_of(path, args, ["mpc"]).rows == {"mpc": {5: row}}
+    nets = {"mpc": {"cost": CostModel(2)}}
+    assert report_of(path, args, ["mpc"], nets).rows == {"mpc": {}}
 
 
 def test_no_score_is_lost_to_a_stop_or_to_a_new_drive(tmp_path, monkeypatch):
@@ -552,30 +558,25 @@ def test_no_score_is_lost_to_a_stop_or_to_a_new_drive(tmp_path, monkeypatch):
         "plan_ms_p50": 1.0,
         "plan_ms_p99": 1.0,
     }
-    report = drive_mpc.Report(path, args, {})
-    kept = {
-        name: drive_mpc.summary(
-            name, [row | {"track_seed": 100_000 + i, "return": 1.0 * i} for i in range(n)]
-        )
-        for name, n in (("random", 2), ("expert", 1))
-    }
-    report.save(kept)
-    reports, again = drive_mpc.drive_all(args, ["random", "expert"], None, NoWindow(), stop=True)
-    again.save(reports, last=True)  # stopped before the first drive
+    policies = ["random", "expert"]
+    report = report_of(path, args, policies)
+    for name, n in (("random", 2), ("expert", 1)):
+        for i in range(n):
+            report.add(name, row | {"track_seed": 100_000 + i, "return": 1.0 * i})
+    monkeypatch.setattr(Stop, "requested", True)
+    again = drive_mpc.drive_all(args, policies, None, NoWindow())
+    again.save(last=True)  # stopped before the first drive
     assert scores(path) == {"random": [0.0, 1.0], "expert": [0.0]}
-    report.save(kept, finished=True)
-    assert drive_mpc.Report(path, args, {}).rows == {} and not path.exists()
+    report.save(finished=True)
+    assert report_of(path, args, policies).rows == {"random": {}, "expert": {}}
+    assert not path.exists()
     (aside,) = tmp_path.glob("s-*.json")
     assert scores(aside) == {"random": [0.0, 1.0], "expert": [0.0]}
     path.write_text(
         json.dumps({"env_id": 1, "policy": 2, "versions": 3, "episodes": 4, "finished": False})
     )
     with pytest.raises(Refusal, match="no report of drive_mpc.py"):
-        drive_mpc.Report(path, args, {})
-    film = flags[:-1] + [str(tmp_path / "visuals" / "drive_random.mp4")]
-    monkeypatch.setattr(sys, "argv", ["drive_mpc.py", *film])
-    with pytest.raises(Refusal, match="the film has that name"):
-        drive_mpc.main()
+        report_of(path, args)
 
 
 def drive_mpc_args(*flags):
@@ -609,10 +610,10 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path, ca
         (tmp_path / "file").write_text(text)
         args = drive_mpc_args("--json", str(tmp_path / "file"))
         with pytest.raises(Refusal, match="no report of drive_mpc.py"):
-            drive_mpc.Report(args.json, args, {})
+            report_of(args.json, args)
         assert (tmp_path / "file").read_text() == text
     (tmp_path / "empty").touch()
-    assert drive_mpc.Report(tmp_path / "empty", args, {}).rows == {}
+    assert report_of(tmp_path / "empty", args).rows == {"random": {}}
 
 
 def test_a_checkpoint_is_not_exported_over_itself(tmp_path, monkeypatch, capsys):
@@ -667,8 +668,8 @@ def test_a_calm_expert_says_so_in_its_row(tmp_path):
     report = json.loads((tmp_path / "s.json").read_text())
     assert report["policy"] == "expert, pace 0.9" and list(report["rows"]) == ["expert, pace 0.9"]
     args = drive_mpc_args()
-    assert args.pace == 1 and drive_mpc.row_name("expert", args) == "expert"
-    assert drive_mpc.row_name("random", drive_mpc_args("--pace", "0.9")) == "random"
+    assert args.pace == 1 and row_name("expert", args.pace) == "expert"
+    assert row_name("random", 0.9) == "random"
 
 
 @pytest.mark.parametrize("into", ["a pipe", "a file"])
