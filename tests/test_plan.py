@@ -440,7 +440,7 @@ def test_the_folded_rollout_cost_is_the_plain_one(nets, kind, H, far):
     expected = cost.rollout_cost(z, nets["predictor"].rollout(z.expand(32, -1), act), kind)
     folded = RolloutCost(**nets, kind=kind)
     for _ in range(2):  # nothing is left of the first
-        assert torch.allclose(rollout_cost(z, act), expected, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(folded(z, act), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scored", [range, scored_steps])
