@@ -18,7 +18,6 @@ if __name__ == "__main__":
 import secrets
 import time
 from collections import deque
-from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from buffer import write_chunk
-from car import MAX_STEPS, ZOOM_STEPS
+from car import ZOOM_STEPS
 from car.env import make_env, observe
 from car.telemetry import telemetry
 from collect_race_data import Expert
@@ -38,7 +37,9 @@ from support.disturbance import DELAY_STEPS, DISTURBANCES, NOISE_STD, Disturbanc
 from support.dreams import load_decoder
 from support.files import is_stream, lock_file, output_file, writable
 from support.lap_view import VIDEO_FPS, LapView
+from support.noise import ar1_noise, powerlaw_noise
 from support.pictures import VideoRecorder
+from support.plan_config import ITERATIONS, PlanConfig, planning, take_gas
 from support.progress import progress
 from support.scores import Report, compare, row_line, row_name, score_settings
 from support.training import autocast, set_up
@@ -49,33 +50,10 @@ START_GAS = 0.25  # held through the opening zoom, in which latents mean little
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
 WORST = 1e9  # cost of a rollout that overflowed
-ITERATIONS = {"shooting": 1, "icem": 3, "mppi": 1}  # of a plan, unless --iterations says otherwise
 DECAY, REUSED, MOMENTUM, LEAST_STD = 1.25, 0.3, 0.1, 0.1  # iCEM's; the first three as published
 SELF_DRIVEN_DIR = "data_mpc"  # folder of the episodes that --save_data writes
 BASELINES = ["random", "expert"]  # policies that use no nets
 POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
-
-
-@dataclass
-class PlanConfig:
-    """Settings of the planner: the flags of `planning` and their defaults."""
-
-    planner: str = "mppi"
-    energy: str = "value"
-    samples: int = 1000  # candidates in the first iteration
-    horizon: int = 15  # latents in a rollout
-    iterations: int | None = None  # None: ITERATIONS of the planner
-    elites: int = 32
-    noise_kind: str = "ar1"
-    rho: float = 0.8  # AR(1) noise: correlation from step to step
-    beta: float = 2.0  # power-law noise: power falls with frequency ** beta
-    noise: tuple = (0.4, 0.5)  # standard deviation of steering and throttle, in units of full
-    max_gas: float | None = None  # most throttle in a plan; None: `take_gas` sets it
-
-    @classmethod
-    def of(cls, args):
-        """The PlanConfig in the flags of `planning`."""
-        return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
 
 
 def arguments():
@@ -107,51 +85,7 @@ def arguments():
     return args
 
 
-def planning(p):
-    """Adds the flags of planner and energy, the same wherever a plan is made."""
-    add = p.add_argument_group("planner").add_argument
-    refit = "icem and mppi refit the mean of the candidates to their elites"
-    add("--planner", choices=list(ITERATIONS), help=refit)
-    energies = ["value", "density", "classifier"]
-    add("--energy", choices=energies, help="of a latent: see CostModel in networks.py")
-    add("--samples", type=Number(int, 2, 10**6), help="candidates; icem: fewer in each iteration")
-    add("--horizon", type=Number(int, 1, MAX_STEPS), help="latents in a rollout")
-    most = f"icem {ITERATIONS['icem']}, mppi {ITERATIONS['mppi']}"
-    add("--iterations", type=Number(int, 1, 1000), help=f"of a plan (default: {most})")
-    add("--elites", type=Number(int, 1, 10**6), help="best candidates, which make the next mean")
-    kinds = "of the candidates over time: ar1 (see --rho) or powerlaw (see --beta)"
-    add("--noise_kind", choices=["ar1", "powerlaw"], help=kinds)
-    add("--rho", type=Number(float, 0, 0.9999), help="ar1: correlation from step to step")
-    add("--beta", type=Number(float, 0, 10), help="powerlaw: 0 is white noise, 1 pink, 2 red")
-    deviation = dict(nargs=2, metavar=("STEER", "THROTTLE"), help="standard deviation, of full")
-    add("--noise", type=Number(float, 0, 100), **deviation)
-    add("--max_gas", type=fraction, help="most gas in a plan (default: as the cost model stores)")
-    p.set_defaults(**vars(PlanConfig()))
-
-
 # ------------------------------------------------------------------ planner
-
-
-def ar1_noise(white, rho):
-    """White noise (N, H, 2) -> stationary AR(1) noise of unit variance: correlation rho ** lag."""
-    H = white.shape[1]
-    lag = (torch.arange(H)[:, None] - torch.arange(H)).abs()
-    root = torch.linalg.cholesky(float(rho) ** lag.double()).float().to(white.device)
-    return torch.einsum("ts,nsa->nta", root, white)
-
-
-def powerlaw_noise(white, beta):
-    """White noise (N, H, 2) -> noise of unit variance with power ~ frequency ** -beta (Timmer and
-    Koenig 1995).
-
-    Frequency 0, which a plan holds throughout, has the power of one period in H steps. The noise is
-    periodic: the end of a plan is correlated with its beginning.
-    """
-    H = white.shape[1]
-    periods = torch.fft.fftfreq(H, 1 / H, dtype=torch.float64).abs().clamp_min(1)
-    gain = periods ** (-beta / 2)
-    gain = (gain / gain.square().mean().sqrt())[: H // 2 + 1, None].float().to(white.device)
-    return torch.fft.irfft(torch.fft.rfft(white, dim=1) * gain, n=H, dim=1)
 
 
 def draw_plans(N, mean, std, cfg, generator=None):
@@ -392,30 +326,21 @@ def load_models(root, models, device, names=("encoder", "predictor", "cost"), op
         "cost": (folder / "cost_model_final.pth", "train_cost_model.py"),
     }
     nets, payloads, hint = {}, {}, checkpoints.pretrained_hint(folder)
+    say = print if optional else fail
     for name in names:
         path, script = sources[name]
         if optional and not path.is_file():
-            print(f"no {name}: {path} is not there; {command(script, root)} makes it{hint}")
+            say(f"no {name}: {path} is not there; {command(script, root)} makes it{hint}")
             continue
         net, payload = checkpoints.load_frozen(path, name, device, script)
+        # a checkpoint holds the fingerprints of the nets that it was trained on
         keys = {on: checkpoints.fingerprint(nets[on]) for on in nets}
-        other = next((on for on in keys if payload.get(f"{on}_key") != keys[on]), None)
-        if other:
-            (print if optional else fail)(
-                f"{folder}: what {script} wrote belongs to another {other} than "
-                f"{sources[other][0]}; run {command(script, root, '--fresh')}{hint}"
-            )
+        if other := next((on for on in keys if payload.get(f"{on}_key") != keys[on]), None):
+            wrong = f"what {script} wrote belongs to another {other} than {sources[other][0]}"
+            say(f"{folder}: {wrong}; run {command(script, root, '--fresh')}{hint}")
             continue
         nets[name], payloads[name] = net, payload
     return nets, payloads, folder
-
-
-def take_gas(args, payload):
-    """Sets args.max_gas, where it is None, to the limit in a cost model's payload; says so."""
-    if args.max_gas is None:
-        args.max_gas = payload.get("max_gas", 1.0)
-        stored = "stored with" if "max_gas" in payload else "no limit is stored with"
-        print(f"gas up to {args.max_gas:g}, {stored} the cost model")
 
 
 def load_driver(args, cfg, policy="mpc"):
@@ -437,7 +362,7 @@ def load_driver(args, cfg, policy="mpc"):
 
 
 class EpisodeRecorder:
-    """Collects the arrays of an episode, as `write_chunk` wants them."""
+    """Collects an episode for `write_chunk`."""
 
     def reset(self, env, frame):
         self.obs, self.telemetry, self.steps = [frame], [telemetry(env)], []
@@ -449,6 +374,7 @@ class EpisodeRecorder:
         self.steps.append((action, np.float32(reward), terminated, truncated))
 
     def arrays(self):
+        """{name: array} of the episode so far, a chunk's fields."""
         names = "act", "reward", "terminated", "truncated"
         steps = {name: np.array(column) for name, column in zip(names, zip(*self.steps))}
         return dict(obs=np.stack(self.obs), **steps, telemetry=np.stack(self.telemetry))
@@ -457,10 +383,9 @@ class EpisodeRecorder:
 def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=None, recorder=None):
     """Drives one episode -> its row of the report, or None when it was broken off.
 
-    `watch(env, frame, driver, return)` sees every step and breaks off by returning False; an
+    `watch(env, frame, driver, return)` sees every step and breaks off by returning False. An
     EpisodeRecorder keeps the episode.
     """
-    # the driver and its disturbance begin anew
     obs, _ = env.reset(seed=track_seed)
     disturbance = disturbance or Disturbance()
     driver.reset(track_seed)

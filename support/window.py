@@ -170,8 +170,8 @@ class Window(NoWindow):
         pygame.key.set_repeat(300, 60)  # ms
         self.changed = threading.Condition()  # a picture came, or a key
         self.screen = self.picture = self.size = None
-        self.open, self.dirty, self.full, self.help = True, False, False, False
-        self.paused, self.steps, self.next, self.chosen = False, 0, False, False
+        self.dirty = self.full = self.help = self.paused = self.next = self.chosen = False
+        self.steps = 0  # to go on by, while it is paused
         self.held = set()  # keys that are down
         self.began, self.last, self.shown = None, 0.0, deque(maxlen=25)  # the clock of a lap
 
@@ -207,7 +207,7 @@ class Window(NoWindow):
             self.last = seconds
 
             # wait until the picture is due, or a key
-            while self.open and not (self.next or self.over):
+            while self.visible and not (self.next or self.over):
                 now = time.monotonic()
                 if self.paused:
                     self._restart()
@@ -233,7 +233,7 @@ class Window(NoWindow):
 
     def close(self):
         with self.changed:
-            self.open = self.visible = False
+            self.visible = False
             self.changed.notify_all()
         pygame.display.quit()
 
@@ -252,7 +252,7 @@ class Window(NoWindow):
     # -------------------------------------------------------------- main thread
 
     def _events(self):
-        for event in pygame.event.get() if self.open else []:
+        for event in pygame.event.get() if self.visible else []:
             with self.changed:
                 self.dirty = True
                 if event.type == pygame.KEYDOWN:
@@ -300,7 +300,7 @@ class Window(NoWindow):
         self.screen = pygame.display.set_mode(size, flag)
 
     def _draw(self):
-        if not self.open or not self.dirty or self.picture is None:
+        if not self.visible or not self.dirty or self.picture is None:
             return
         self.dirty = False
         if self.screen is None:

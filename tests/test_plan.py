@@ -15,19 +15,16 @@ from drive_mpc import (
     LEAST_STD,
     STEER,
     Plan,
-    PlanConfig,
     RolloutCost,
-    ar1_noise,
     clip_plan,
     draw_plans,
     plan,
-    planning,
-    powerlaw_noise,
-    take_gas,
     to_action,
 )
 from networks import DISCOUNT, OOD_THRESHOLD, VALUE_HORIZON, CostModel, Predictor, scored_steps
 from support.cli import Parser, Refusal
+from support.noise import ar1_noise, powerlaw_noise
+from support.plan_config import PlanConfig, planning, take_gas
 from train_cost_model import max_gas
 
 

@@ -265,7 +265,7 @@ def test_a_lap_is_shown_in_real_time(shown):
             window.show(PICTURE, step / 25)
         return window.pace()
 
-    assert window.run(work) < 0.6 and not window.open
+    assert window.run(work) < 0.6 and not window.visible
 
 
 def test_keys_pause_step_record_help_and_leave(shown):
