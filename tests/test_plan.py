@@ -412,11 +412,11 @@ def test_rollout_eats_its_own_output(nets):
     """The definition, term by term; and a shorter rollout is the beginning of a longer one."""
     net = nets["predictor"]
     z, act = torch.randn(3, 8), torch.randn(3, 4, 3)
-    h, rest, expected = net.to_state(z), z - net.read(net.to_state(z)), []
+    h, rest, expected = net.to_state(z), z - net.to_latent(net.to_state(z)), []
     for t in range(4):
-        h = net.step(h, act[:, t])
+        h = net.transition(h, act[:, t])
         rest = rest * net.decay_logit.sigmoid()
-        expected.append(net.read(h) + rest)
+        expected.append(net.to_latent(h) + rest)
     z_hat = net.rollout(z, act)
     assert torch.allclose(z_hat, torch.stack(expected, 1), atol=1e-5)
     assert torch.allclose(net.rollout(z, act[:, :2]), z_hat[:, :2], atol=1e-6)
