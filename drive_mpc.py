@@ -65,8 +65,7 @@ def arguments():
     add("--policy", default="mpc", choices=POLICIES, help="who drives")
     compared = "policies that drive the same tracks, for the rows of a table"
     add("--compare", nargs="*", default=[], choices=POLICIES, metavar="POLICY", help=compared)
-    envs = ["official", "fast"]
-    add("--env", choices=envs, default="official", help="fast is for experiments")
+    add("--env", choices=["official", "fast"], default="official", help="fast: to experiment")
     add("--pace", type=fraction, default=1.0, help="of the expert: 1 for the score, 0 calm")
     disturbed = f"other colours; noise of {NOISE_STD} grey levels; frames {DELAY_STEPS} steps late"
     add("--disturb", choices=DISTURBANCES, default="none", help=disturbed)
@@ -111,8 +110,8 @@ class RolloutCost:
     """Costs of many candidates from one latent, in float32: (z (1, D), act (N, H, 3)) -> (N,).
 
     It computes CostModel.rollout_cost of Predictor.rollout. For the density, `to_latent` and
-    `whiten` are folded into one product, and only the latents `scored(H)` are computed. A plan
-    takes 256 ms instead of 313 ms plain, or 480 ms with all latents scored (CPU, one thread).
+    `whiten` are one product, of the latents `scored(H)` only. A plan takes 256 ms (CPU, one
+    thread), with the nets' own methods 313 ms, and 480 ms when these score every latent.
     """
 
     def __init__(self, predictor, cost, kind, scored=scored_steps):
@@ -176,14 +175,13 @@ class Plan(NamedTuple):
 def plan(z, rollout_cost, previous, cfg, generator=None):
     """(the next Plan, costs (N,) of the candidates of its last iteration).
 
-    z (1, D) is the present latent, previous the last Plan, not yet shifted, cfg a PlanConfig;
-    rollout_cost(z, act (N, H, 3)) gives costs (N,). Where all costs are equal the last plan goes
-    on. Refuses costs that are all not finite.
+    z (1, D): the present latent; rollout_cost(z, act (N, H, 3)) -> costs (N,); previous: the last
+    Plan, not yet shifted, which goes on where all costs are equal; cfg: PlanConfig. Refuses costs
+    of which none is finite.
 
-    mppi: Williams et al. 2017. icem: Pinneri et al. 2020, arXiv:2008.06389. Each iteration of icem
-    has fewer candidates. A share of the elites goes into the next iteration and, shifted, into the
-    next plan. Mean and spread follow the elites with a momentum; the spread stays above LEAST_STD.
-    Unlike the paper's, the mean is a candidate in every iteration.
+    mppi: Williams et al. 2017. icem: Pinneri et al. 2020, arXiv:2008.06389: each iteration has
+    fewer candidates, and keeps a share of the elites, for the next plan too; mean and spread have
+    momentum. Unlike in the paper, the mean is a candidate in every iteration.
     """
     icem, K = cfg.planner == "icem", min(cfg.elites, cfg.samples - 1)
     u, mean, elites = previous.shifted()
@@ -311,10 +309,9 @@ class BaselineDriver:
 
 
 def load_models(root, models, device, names=("encoder", "predictor", "cost"), optional=False):
-    """({name: net}, {name: payload}, folder): frozen nets of the folder `models`; where it is None
-    of ROOT/models, or the weights that come with the code.
+    """({name: net}, {name: payload}, folder): frozen nets of `find_models`.
 
-    Refuses a net that is missing or was trained on another one of these. Where `optional`, a line
+    Refuses a net that is missing or was trained on another one of these; where `optional`, a line
     says so and the net is left out.
     """
     folder = checkpoints.find_models(root, models)
@@ -344,8 +341,7 @@ def load_models(root, models, device, names=("encoder", "predictor", "cost"), op
 
 
 def load_driver(args, cfg, policy="mpc"):
-    """(driver, decoder or None) of the flags args and the planner's flags cfg; sets cfg.max_gas
-    where it is None."""
+    """(driver, decoder or None) by the flags args, and cfg of `planning`; may set cfg.max_gas."""
     device, dtype = set_up(args)
     nets, payloads, folder = load_models(args.root, getattr(args, "models", None), device)
     if policy == "untrained":
@@ -383,8 +379,8 @@ class EpisodeRecorder:
 def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=None, recorder=None):
     """Drives one episode -> its row of the report, or None when it was broken off.
 
-    `watch(env, frame, driver, return)` sees every step and breaks off by returning False. An
-    EpisodeRecorder keeps the episode.
+    `watch(env, frame, driver, return)` sees every step; False breaks off. An EpisodeRecorder keeps
+    the episode.
     """
     obs, _ = env.reset(seed=track_seed)
     disturbance = disturbance or Disturbance()
@@ -439,7 +435,6 @@ def drive_policy(args, policy, driver, view, report):
     if args.save_data and own:
         folder, recorder = writable(args.root / SELF_DRIVEN_DIR), EpisodeRecorder()
     print(f"{name:>9}: {row_line()}")
-
     tracks = range(args.track_seed, args.track_seed + args.episodes)
     for i, seed in enumerate(progress(tracks, desc=name, unit="track", leave=False)):
         if view.window.over:

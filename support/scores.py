@@ -5,6 +5,7 @@ import os
 import time
 
 import numpy as np
+from tqdm import tqdm
 
 from car import ENV_ID
 from support.checkpoints import fingerprint
@@ -111,14 +112,21 @@ class Report:
         }
 
     def save(self, last=False, finished=False):
-        """Writes the file; a stream gets the last report only."""
+        """Writes the file; a stream gets the last report only. A failure costs a line, for the next
+        drive tries again; after the last one it raises OSError."""
         if self.path is None or self.stream and not last:
             return
         reports = self.summaries()
         main = reports.get(row_name(self.settings["policy"], self.settings["pace"]), {})
         body = main | {"settings": self.settings, "finished": finished, "rows": reports}
         text = json.dumps(body, indent=1) + "\n"
-        replace_atomically(self.path, lambda f: f.write(text.encode()))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_atomically(self.path, lambda f: f.write(text.encode()))
+        except OSError as e:
+            if last:
+                raise
+            tqdm.write(f"{self.path}: not written ({e.strerror}); tries again after the next drive")
 
 
 def compare(reports, env_name):
