@@ -26,7 +26,9 @@ th { text-align: left }"""
 
 
 def write_index(visuals):
-    """Writes visuals/index.html anew. A disk that refuses it costs the page only."""
+    """Writes visuals/index.html anew, for a folder of that name. A full disk costs the page only."""
+    if visuals.name != "visuals":
+        return
     parts = [f"<h1>{html.escape(str(visuals.resolve().parent.name))}</h1>"]
     parts.append(f"<p>{time.strftime('%F %T')}, reloads every {RELOAD_S} s</p>")
     for heading, (patterns, count) in SECTIONS.items():
