@@ -25,7 +25,7 @@ from buffer import DEFAULT_FOLDERS, chunk_files, load_sources, made_by, provenan
 from car import ZOOM_STEPS
 from networks import CostModel
 from support.checkpoints import fingerprint, latest, load_frozen
-from support.cli import Number, Stop, fail, optimisation, parser, run
+from support.cli import Number, Stop, add_flags, fail, optimisation, parser, run
 from support.device import set_up
 from support.latents import LatentSampler, WindowSampler, load_latents
 from support.pictures import ornament, plain, pyplot, save_figure
@@ -41,10 +41,12 @@ GOOD_ROLLOUT, CAREFUL_GAS = 0.12, 0.5  # share of copy-last's error up to which 
 
 def arguments():
     p = parser(__doc__, data=True, shares=False)
-    add = p.add_argument_group("model").add_argument
-    add("--hidden", type=Number(int, 1, 16384), default=256, help="width of classifier and value")
     shrinkage = "density: share of a round covariance in the experts' own"
-    add("--shrinkage", type=Number(float, 1e-6, 0.99), default=0.05, help=shrinkage)
+    add_flags(
+        p.add_argument_group("model"),
+        ("--hidden", Number(int, 1, 16384), 256, "width of classifier and value"),
+        ("--shrinkage", Number(float, 1e-6, 0.99), 0.05, shrinkage),
+    )
     optimisation(p, batch_size=1024, epochs=8, steps_per_epoch=250, lr=2e-3, weight_decay=1e-2)
     return p.parse_args()
 
@@ -130,7 +132,9 @@ def load_inputs(args, device, dtype, stop):
     there = [name for name in args.data if chunk_files(args.root / name)]
     if missing := [name for name in needed if name not in there]:
         lacking, how = " and ".join(missing), "; ".join(made_by(args.root / n) for n in missing)
-        data = f"--data {' '.join(args.data)}: the cost model needs {', '.join(needed)}"
+        data = (
+            f"--data {' '.join(args.data)}: the cost model needs {EXPERT}, {RANDOM} and {RECOVERY}"
+        )
         fail(f"{data}, and there is no episode of {lacking}; {how}")
     sources = load_sources(args.root, args.data, ZOOM_STEPS + 2)
     lock_stage(args.root, "cost_model")

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from buffer import Loader, load_sources, provenance, sample_frames
 from car import ZOOM_STEPS
 from networks import TinyDecoder, stack_frames
+from support import cli
 from support.checkpoints import (
     build,
     epoch_of,
@@ -34,18 +35,7 @@ from support.checkpoints import (
     read,
     rotate,
 )
-from support.cli import (
-    Number,
-    Refusal,
-    Stop,
-    batch_number,
-    command,
-    fail,
-    parser,
-    positive,
-    positive_float,
-    run,
-)
+from support.cli import Refusal, command, fail
 from support.device import autocast, on_device, set_up
 from support.files import back_up
 from support.latents import encode
@@ -59,17 +49,18 @@ POLL_S = 2.0  # seconds between two looks for new checkpoints
 
 
 def arguments():
-    p = parser(__doc__, data=True)
+    p = cli.parser(__doc__, data=True)
     add = p.add_argument_group("watching").add_argument
     add("--once", action="store_true", help="draw what is there, do not wait for more")
     add("--newest", action="store_true", help="draw only the newest checkpoint")
-    add = p.add_argument_group("model").add_argument
     channels = "of the decoder's last but one map, times 4 in its first"
-    add("--channels", type=Number(int, 2, 1024), default=64, help=channels)
-    add = p.add_argument_group("optimisation").add_argument
-    add("--steps", type=positive, default=600, help="on each checkpoint")
-    add("--batch_size", type=batch_number, default=128, help="frames in a step")
-    add("--lr", type=positive_float, default=2e-3, help="falls to a tenth over the steps")
+    cli.add_flags(
+        p.add_argument_group("model and optimisation"),
+        ("--channels", cli.Number(int, 2, 1024), 64, channels),
+        ("--steps", cli.positive, 600, "on each checkpoint"),
+        ("--batch_size", cli.batch_number, 128, "frames in a step"),
+        ("--lr", cli.positive_float, 2e-3, "falls to a tenth over the steps"),
+    )
     return p.parse_args()
 
 
@@ -104,15 +95,6 @@ def modified(path):
         return 0
 
 
-def version(path):
-    """What changes with each replacement or rewriting of a file; None if it is gone."""
-    try:
-        s = path.stat()
-    except FileNotFoundError:
-        return None
-    return s.st_mtime_ns, s.st_size, s.st_ino
-
-
 def is_rendered(epoch, path, models, visuals):
     """Whether decoder and sheet of this checkpoint exist and are not older than it."""
     made = (models / f"decoder_ep{epoch}.pth", visuals / f"reconstruct_ep{epoch}.png")
@@ -122,7 +104,7 @@ def is_rendered(epoch, path, models, visuals):
 def pending(models, visuals, skipped, newest):
     """Encoder checkpoints that are not drawn yet, in numeric order: [(epoch, path)]."""
     found = numbered(models, "encoder_mixed_ep*.pth")[-1 if newest else 0 :]
-    new = [(n, p) for n, p in found if (n, version(p)) not in skipped]
+    new = [(n, p) for n, p in found if (n, modified(p)) not in skipped]
     return [(n, p) for n, p in new if not is_rendered(n, p, models, visuals)]
 
 
@@ -251,7 +233,7 @@ def publish(run, epoch, encoder, sources, device, dtype, found):
         draw_sheet(real, painted, names, epoch, sheet)
     for made in (path, sheet):  # a newer checkpoint of this name is then drawn too
         with suppress(OSError):
-            os.utime(made, ns=(found[0], found[0]))
+            os.utime(made, ns=(found, found))
     with ornament(run.log.png):
         run.log.curves()
     print(f"{sheet}: mean error {error:.2f} of 255", flush=True)
@@ -274,7 +256,7 @@ def set_up_anyway(args):
 
 def main():
     args = arguments()
-    began, stop = time.monotonic(), Stop()
+    began, stop = time.monotonic(), cli.Stop()
     device, dtype = set_up_anyway(args)
     models, visuals = args.root / "models", args.root / "visuals"
     batch = args.shares, args.batch_size
@@ -303,12 +285,12 @@ def main():
         (epoch, path), idle = todo[0], False
 
         # read a checkpoint that nobody replaces meanwhile
-        found, bad = version(path), None
+        found, bad = modified(path), None
         try:
             encoder, payload = load_frozen(path, "encoder", device, "train_encoder.py")
         except Refusal as e:
             bad = e
-        if version(path) != found:
+        if modified(path) != found:
             continue
         skipped.add((epoch, found))  # drawn or bad: this version of the file once only
         if bad:
@@ -331,4 +313,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -42,7 +42,7 @@ from networks import (
 )
 from support.augment import AHEAD, WARPS, congealing_loss, flip_batches, jitter_, warp_
 from support.checkpoints import rotate
-from support.cli import Number, fail, fraction, optimisation, parser, run, weight
+from support.cli import Number, add_flags, fail, fraction, optimisation, parser, run, weight
 from support.device import autocast, on_device, set_up
 from support.distributed import RANK, RANKS, wrap_ddp
 from support.latents import encode
@@ -63,38 +63,38 @@ DEFAULTS = {"joint": {"std": 16.0, "hud_pca": 8}, "vicreg": {"std": 25.0, "hud_p
 
 def arguments(argv=None):
     p = parser(__doc__, data=True)
-    add = p.add_argument_group("model").add_argument
-    channels = "of the first stage; ResNet-18 has 64, 16 learns ten times faster on a CPU"
-    add("--channels", type=Number(int, 4, 512), default=64, help=channels)
-    dim = "size of a latent; 128 learns in fewer steps and plans faster"
-    add("--dim", type=Number(int, 3, 8192), default=512, help=dim)
-    add("--embedding", type=Number(int, 3, 16384), default=1024, help="vicreg: expander's size")
-    history = "frames in a latent; one hides speed and yaw rate"
-    add("--history", type=Number(int, 1, 16), default=3, help=history)
+    model, objective = (p.add_argument_group(name) for name in ("model", "objective"))
     strides = "of ResNet-18's stages, product 8; 2 2 2 1 is twice as fast"
-    add("--strides", type=Number(int, 1, 8), nargs=4, default=[1, 2, 2, 2], help=strides)
+    stride = Number(int, 1, 8)
+    model.add_argument("--strides", type=stride, nargs=4, default=[1, 2, 2, 2], help=strides)
     hud = "numbers of a latent that are principal components of the HUD's pixels (8; vicreg 0)"
-    add("--hud_pca", type=Number(int, 0, HUD_VALUES - 1), help=hud)
-    repeat = "environment steps between frames, and between latents; 2 is 25 Hz"
-    add("--repeat", type=Number(int, 1, 10), default=2, help=repeat)
-
-    add = p.add_argument_group("objective").add_argument
+    add_flags(
+        model,
+        ("--channels", Number(int, 4, 512), 64, "of the first stage; 16 is ten times faster"),
+        ("--dim", Number(int, 3, 8192), 512, "size of a latent; 128 learns in fewer steps"),
+        ("--embedding", Number(int, 3, 16384), 1024, "vicreg: size of the expander"),
+        ("--history", Number(int, 1, 16), 3, "frames in a latent; one hides speed and yaw rate"),
+        ("--hud_pca", Number(int, 0, HUD_VALUES - 1), None, hud),
+        ("--repeat", Number(int, 1, 10), 2, "steps between frames, and latents; 2 is 25 Hz"),
+    )
     kinds = "joint drives; vicreg is the plain two-view loss"
-    add("--objective", choices=["joint", "vicreg"], default="joint", help=kinds)
+    objective.add_argument("--objective", choices=[*DEFAULTS], default="joint", help=kinds)
     targets = "joint: rollout steps compared with encoded frames; each costs as much as the first"
-    steps = Number(int, 1, MAX_STEPS)
-    add("--targets", type=steps, nargs="+", default=[1, 3, 8], help=targets)
-    add("--pred", type=weight, default=25.0, help="joint: weight of the prediction")
-    add("--std", type=weight, help="weight of the variance hinge (joint 16, vicreg 25)")
-    add("--cov", type=weight, default=1.0, help="weight of the covariance term")
-    add("--inverse", type=weight, default=2.0, help="joint: weight of inverse dynamics")
+    step = Number(int, 1, MAX_STEPS)
+    objective.add_argument("--targets", type=step, nargs="+", default=[1, 3, 8], help=targets)
     warp = "joint: weight of telling how a frame was warped, which teaches where the road leads"
-    add("--warp", type=weight, default=15.0, help=warp)
-    congeal = "joint: weight of aligning all frames by warps; needs --warp"
-    add("--congeal", type=weight, default=0.0, help=congeal)
     mirror = "share of windows with left and right exchanged: a lap has few bends to the right"
-    add("--mirror", type=fraction, default=0.0, help=mirror)
-    add("--sim", type=weight, default=25.0, help="vicreg: weight of the invariance")
+    add_flags(
+        objective,
+        ("--pred", weight, 25.0, "joint: weight of the prediction"),
+        ("--std", weight, None, "weight of the variance hinge (joint 16, vicreg 25)"),
+        ("--cov", weight, 1.0, "weight of the covariance term"),
+        ("--inverse", weight, 2.0, "joint: weight of inverse dynamics"),
+        ("--warp", weight, 15.0, warp),
+        ("--congeal", weight, 0.0, "joint: weight of aligning all frames by warps; needs --warp"),
+        ("--mirror", fraction, 0.0, mirror),
+        ("--sim", weight, 25.0, "vicreg: weight of the invariance"),
+    )
     optimisation(p, batch_size=256)
 
     args = p.parse_args(argv)
@@ -303,19 +303,17 @@ class Probe:
         ]
         refuse_nan(za.sum() + zb.sum(), "the probe")
         encoder.fit_standardization(za.to(device))
-        error = np.full(len(PROBED), np.nan)  # a few random drives may never see the road
+        r2 = np.full(len(PROBED), np.nan)  # a few random drives may never see the road
         if ma.any() and mb.any():
             from sklearn.linear_model import Ridge  # 1 s, which a refusal need not take
+            from sklearn.metrics import r2_score
+            from sklearn.pipeline import make_pipeline
+            from sklearn.preprocessing import StandardScaler
 
-            mean, std = ya[ma].mean(0), ya[ma].std(0) + 1e-6
-            scale = za.std(0) + 1e-6
-            fit = Ridge(alpha=1.0).fit((za / scale)[ma], (ya[ma] - mean) / std)
-            y = (yb[mb] - mean) / std
-            total = ((y - y.mean(0)) ** 2).sum(0)
-            residual = ((fit.predict((zb / scale)[mb]) - y) ** 2).sum(0)
-            error = residual / np.where(total > 0, total, np.nan)
+            y_pred = make_pipeline(StandardScaler(), Ridge()).fit(za[ma], ya[ma]).predict(zb[mb])
+            r2 = r2_score(yb[mb], y_pred, multioutput="raw_values", force_finite=False)
         conv = encoder.conv_dims(zb)
-        scores = {"val_r2_" + k: 1 - e for k, e in zip(PROBED, error)}
+        scores = {"val_r2_" + name: value for name, value in zip(PROBED, r2)}
         return scores | {"val_rank": effective_rank(conv), "val_spread": float(spread(conv))}
 
 

@@ -22,7 +22,7 @@ from buffer import load_sources, provenance, shares_of
 from car import MAX_STEPS
 from networks import Predictor
 from support.checkpoints import rotate
-from support.cli import Number, Stop, optimisation, parser, run
+from support.cli import Number, Stop, add_flags, optimisation, parser, run
 from support.device import autocast, set_up
 from support.distributed import RANK, RANKS, wrap_ddp
 from support.dreams import draw_dreams, dream_windows, load_decoder
@@ -35,13 +35,14 @@ OUTPUTS = ("predictor_ep*.pth", "predictor.jsonl")  # --fresh moves them aside
 
 def arguments():
     p = parser(__doc__, data=True)
-    add, size = p.add_argument_group("model").add_argument, Number(int, 1, 16384)
-    add("--hidden", type=size, default=512, help="width of a transition; plans take longer with it")
-    add("--state", type=size, default=256, help="size of its own state; plans take longer with it")
-    dropout = "in each transition, while training"
-    add("--dropout", type=Number(float, 0, 0.99), default=0.0, help=dropout)
-    horizon = "latents in a rollout"
-    add("--horizon", type=Number(int, 1, MAX_STEPS), default=15, help=horizon)
+    size = Number(int, 1, 16384)
+    add_flags(
+        p.add_argument_group("model"),
+        ("--hidden", size, 512, "width of a transition; plans take longer with it"),
+        ("--state", size, 256, "size of the predictor's state; plans take longer with it"),
+        ("--dropout", Number(float, 0, 0.99), 0.0, "in each transition, while training"),
+        ("--horizon", Number(int, 1, MAX_STEPS), 15, "latents in a rollout"),
+    )
     optimisation(p, batch_size=1024)
     return p.parse_args()
 

@@ -103,8 +103,8 @@ def read(path, script=""):
                 raise zipfile.BadZipFile(torn)
             f.seek(0)
             payload = torch.load(f, map_location="cpu", weights_only=True)
-        schema, entries = payload["schema"], payload["nets"].values()
-        if not all({"class", "args", "weights"} <= set(entry) for entry in entries):
+        schema, parts = payload["schema"], {"class", "args", "weights"}
+        if schema == SCHEMA and not all(parts <= set(net) for net in payload["nets"].values()):
             raise KeyError("nets")
     except Exception as e:  # torch raises half a dozen types for damaged or hostile files
         if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):

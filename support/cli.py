@@ -194,61 +194,59 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; `python {self.prog} --help` explains\n")
 
 
+def add_flags(group, *flags):
+    """Adds flags with one value to an argument group: (name, type, default, help) each."""
+    for name, kind, default, text in flags:
+        group.add_argument(name, type=kind, default=default, help=text)
+
+
 def parser(doc, seed=True, device=True, data=False, shares=True, models=False):
     """A Parser with the flags that stages share; `doc` is the script's docstring."""
     p = Parser(doc)
     g = p.add_argument_group("runtime")
     root = "folder with data*/, models/ and visuals/, one per experiment (default: here)"
-    g.add_argument("--root", type=Path, default=Path("."), help=root)
+    add_flags(g, ("--root", Path, Path("."), root))
     if models:
         text = "folder of weights (default: ROOT/models, or models/pretrained if that has none)"
         g.add_argument("--models", type=Path, metavar="FOLDER", help=text)
     if seed:
-        g.add_argument("--seed", type=seed_number, default=0, help="same seed: same run")
+        add_flags(g, ("--seed", seed_number, 0, "same seed: same run"))
     if device:
-        add_device_flags(g)
+        text = "auto (the first GPU, or the CPU), cpu, cuda or cuda:1; ROCm cards are cuda too"
+        g.add_argument("--device", default="auto", help=text)
+        text = "auto: bf16 if the hardware has it, else fp16 on a GPU, fp32 on a CPU"
+        kinds = ["auto", "bf16", "fp16", "fp32"]
+        g.add_argument("--precision", default="auto", choices=kinds, help=text)
+        text = "CPU threads, 0 for all cores; lower it beside another heavy job"
+        add_flags(g, ("--threads", Number(int, 0, 1024), 0, text))
     if data:
-        add_data_flags(g, shares)
-    return p
-
-
-def add_device_flags(g):
-    """--device, --precision, --threads."""
-    device = "auto (the first GPU, or the CPU), cpu, cuda or cuda:1; ROCm cards are cuda too"
-    g.add_argument("--device", default="auto", help=device)
-    precision = "auto: bf16 if the hardware has it, else fp16 on a GPU, fp32 on a CPU"
-    kinds = ["auto", "bf16", "fp16", "fp32"]
-    g.add_argument("--precision", default="auto", choices=kinds, help=precision)
-    threads = "CPU threads, 0 for all cores; lower it beside another heavy job"
-    g.add_argument("--threads", type=Number(int, 0, 1024), default=0, help=threads)
-
-
-def add_data_flags(g, shares):
-    """The flags of a stage that trains."""
-    folders = "folders in ROOT (default: data_race, data_recovery and data, those that exist)"
-    g.add_argument("--data", nargs="+", type=os.path.normpath, help=folders)
-    if shares:
+        text = "folders in ROOT (default: data_race, data_recovery and data, those that exist)"
+        g.add_argument("--data", nargs="+", type=os.path.normpath, help=text)
         text = "share of each --data folder in a batch (default: equal)"
-        g.add_argument("--shares", type=weight, nargs="+", help=text)
-    fresh = "start again instead of resuming; old files are moved aside"
-    g.add_argument("--fresh", action="store_true", help=fresh)
-    save = "minutes of training that a crash may cost at most"
-    g.add_argument("--save_every", type=positive_float, default=15, help=save)
-    log = "seconds between two lines of the log; 0 logs each step, which slows a GPU"
-    g.add_argument("--log_every", type=weight, default=5, help=log)
+        if shares:
+            g.add_argument("--shares", type=weight, nargs="+", help=text)
+        text = "start again instead of resuming; old files are moved aside"
+        g.add_argument("--fresh", action="store_true", help=text)
+        add_flags(
+            g,
+            ("--save_every", positive_float, 15, "minutes of training that a crash may cost"),
+            ("--log_every", weight, 5, "seconds between lines of the log; 0 logs each step"),
+        )
+    return p
 
 
 def optimisation(p, batch_size, epochs=50, steps_per_epoch=0, lr=1e-3, weight_decay=1e-4):
     """Adds the flags of a training loop, with the stage's own defaults."""
-    g = p.add_argument_group("optimisation")
-    add = g.add_argument
-    add("--epochs", type=positive, default=epochs, help="each ends with a held-out evaluation")
     size = "windows in a step; cost model: latents of each class"
-    add("--batch_size", type=batch_number, default=batch_size, help=size)
     steps = "0: as many as show the data about once"
-    add("--steps_per_epoch", type=nonnegative_int, default=steps_per_epoch, help=steps)
-    add("--lr", type=positive_float, default=lr, help="peak of the cosine schedule")
-    add("--weight_decay", type=weight, default=weight_decay, help="AdamW's, decoupled")
+    add_flags(
+        p.add_argument_group("optimisation"),
+        ("--epochs", positive, epochs, "each ends with a held-out evaluation"),
+        ("--batch_size", batch_number, batch_size, size),
+        ("--steps_per_epoch", nonnegative_int, steps_per_epoch, steps),
+        ("--lr", positive_float, lr, "peak of the cosine schedule"),
+        ("--weight_decay", weight, weight_decay, "AdamW's, decoupled"),
+    )
 
 
 # ------------------------------------------------------------------ words of messages

@@ -26,7 +26,7 @@ th { text-align: left }"""
 
 
 def write_index(visuals):
-    """Writes visuals/index.html anew, for a folder of that name. A full disk costs the page only."""
+    """Writes index.html into a folder called visuals. A full disk costs the page only."""
     if visuals.name != "visuals":
         return
     parts = [f"<h1>{html.escape(str(visuals.resolve().parent.name))}</h1>"]

@@ -50,7 +50,8 @@ class Latents:
         self.path, self.index_path = stem.with_suffix(".f16"), stem.with_suffix(".json")
         self.dim, self.repeat = encoder.dim, encoder.repeat
         for old in self.path.parent.glob("latents_*"):
-            if OURS.fullmatch(old.name) and old.stem.split("-")[0] != stem.name.split("-")[0]:
+            ours = OURS.fullmatch(old.name) and old.is_file()
+            if ours and old.stem.split("-")[0] != stem.name.split("-")[0]:
                 old.unlink(missing_ok=True)  # another encoder's
         with open(self.path, "ab") as f:
             lock(f)

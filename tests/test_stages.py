@@ -368,7 +368,7 @@ NUMBERS = {
     "evaluate": "track_seed tracks train_frames frames windows states replayed_plans "
     "supervised_steps "
     "supervised_batch bootstrap off_road",
-    "trials": "starts track_seed tracks",
+    "report.trials": "starts track_seed tracks",
     "benchmark": "repeats frames steps train_steps tracks",
 }
 

@@ -33,6 +33,7 @@ def shell(line, **env):
     return subprocess.run(
         ["bash", "-c", f"set -o pipefail; {line}"],
         text=True,
+        errors="replace",  # head may cut a sign in two
         cwd=REPO,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
