@@ -1,13 +1,13 @@
-"""Day 4: model predictive control. The car minimises energy in its imagination, from pixels alone.
+"""Day 4: model predictive control. The car plans in a learned latent space, from pixels alone.
 
-Every `repeat` steps: encode the last frames, dream --samples futures of correlated actions over
---horizon latents, sum the energy of each, act. Drives the official CarRacing-v3. Reads ROOT/models,
-or where it has no encoder, the weights that come with the code; shows the drives in a window where
-there is a display, writes visuals/drive_mpc.mp4, .gif and, with --json, a file of scores, after
-each drive: the same command goes on with it. `--policy random`, `expert`, `no_model` (follows
-random plans while the energy of the present state falls) and `untrained` (a fresh predictor) give
-the rows to compare with, by the same code. The driver gets observations and remembers its own
-actions; scores and tiles are read from the simulator after the fact.
+Every `repeat` steps the driver encodes the last frames, draws --samples candidate plans, rolls them
+out over --horizon latents and acts on those of lowest energy. Reads ROOT/models, or the weights
+that come with the code. Shows a window where there is a display; writes visuals/drive_mpc.mp4 and
+.gif, and with --json the scores after each drive: the same command goes on with them.
+
+Policies to compare with: `random`; `expert`, who reads the simulator; `no_model`, random plans that
+are followed while the present energy falls; `untrained`, a fresh predictor. Tracks 100000 to 100099
+are for reporting, 200000 to 299999 for choosing.
 
     python drive_mpc.py --episodes 3 --track_seed 100000
 """
@@ -26,244 +26,79 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from buffer import write_chunk
-from car import MAX_STEPS, ZOOM_STEPS
+from car import ZOOM_STEPS
 from car.env import make_env, observe
+from car.episode import EpisodeRecorder
 from car.telemetry import telemetry
 from collect_race_data import Expert
 from networks import DISCOUNT, Predictor, normalize_action, scored_steps, stack_frames
-from support.checkpoints import (
-    find_models,
-    fingerprint,
-    latest,
-    load_frozen,
-    need_nets,
-    pretrained_hint,
-    require_dir,
-)
-from support.cli import Number, Stop, command, fail, fraction, parser, run, track_number
+from support import checkpoints
+from support.cli import Number, Stop, fail, fraction, parser, run, track_number
 from support.device import autocast, set_up
+from support.disturbance import DELAY_STEPS, DISTURBANCES, NOISE_STD, Disturbance
 from support.dreams import load_decoder
 from support.files import is_stream, lock_file, output_file, writable
 from support.lap_view import VIDEO_FPS, LapView
+from support.noise import ar1_noise, powerlaw_noise
 from support.pictures import VideoRecorder
+from support.plan_config import ITERATIONS, PlanConfig, planning, take_gas
 from support.progress import progress
-from support.scores import Report, compare, row_name, summary
+from support.scores import Report, compare, row_line, row_name, score_settings
 from support.window import KEYS_TEXT, NoWindow, open_window
 from support.workers import FIRST_SEED, chunk_provenance
 
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
-RHO = 0.8  # correlation of the AR(1) noise of a plan from step to step
-BETA = 2.0  # exponent of the power-law noise: power falls with frequency ** BETA
-NOISE = 0.4, 0.5  # its standard deviation in units of full steering, full throttle
-DISTURBANCES = ["none", "colours", "noise", "late"]
-NOISE_STD, DELAY_STEPS = (
-    10,
-    2,
-)  # grey levels, standard deviation of noise; steps that late frames lie back
-OWN = "data_mpc"  # folder of the episodes that --save_data writes
+WORST = 1e9  # cost of a rollout that overflowed
+DECAY, REUSED, MOMENTUM, LEAST_STD = 1.25, 0.3, 0.1, 0.1  # iCEM's; the first three as published
+SELF_DRIVEN_DIR = "data_mpc"  # folder of the episodes that --save_data writes
+BASELINES = ["random", "expert"]  # policies that use no nets
 POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
-WORST = 1e9  # energy of a future that overflowed
-ROUNDS = {"shooting": 1, "icem": 3, "mppi": 1}  # of refinement, unless --iterations says otherwise
-DECAY, REUSED, MOMENTUM, LEAST_STD = 1.25, 0.3, 0.1, 0.1  # of iCEM; three are the paper's
 
 
 def arguments():
     p = parser(__doc__, models=True)
     p.epilog = KEYS_TEXT
-    g = p.add_argument_group("task")
-    g.add_argument(
-        "--episodes", type=Number(int, 1, 100_000), default=3, help="tracks, one episode each"
-    )
-    g.add_argument(
-        "--track_seed",
-        type=track_number,
-        default=100_000,
-        help="of the first episode; the next ones follow. 100000 to 100099 are for "
-        "reporting, 200000 to 299999 for choosing",
-    )
-    g.add_argument(
-        "--policy",
-        default="mpc",
-        choices=POLICIES,
-        help="who drives; all but mpc are rows to compare it with",
-    )
-    g.add_argument(
-        "--compare",
-        nargs="*",
-        default=[],
-        choices=POLICIES,
-        metavar="POLICY",
-        help="also drive these policies on the same tracks, for the rows of a table",
-    )
-    g.add_argument(
-        "--env",
-        choices=["official", "fast"],
-        default="official",
-        help="scores are the official environment's; fast is for experiments",
-    )
-    g.add_argument(
-        "--pace",
-        type=fraction,
-        default=1.0,
-        help="of the expert: 1 drives for the score, 0 is calm",
-    )
-    g.add_argument(
-        "--disturb",
-        choices=DISTURBANCES,
-        default="none",
-        help="what the driver was not trained for: other colours of lawn and road, "
-        f"frames with noise of {NOISE_STD} grey levels, or {DELAY_STEPS} steps old",
-    )
+    add = p.add_argument_group("task").add_argument
+    add("--episodes", type=Number(int, 1, 100_000), default=3, help="tracks, one episode each")
+    add("--track_seed", type=track_number, default=100_000, help="first track; the next follow")
+    add("--policy", default="mpc", choices=POLICIES, help="who drives")
+    compared = "policies that drive the same tracks, for the rows of a table"
+    add("--compare", nargs="*", default=[], choices=POLICIES, metavar="POLICY", help=compared)
+    add("--env", choices=["official", "fast"], default="official", help="fast: to experiment")
+    add("--pace", type=fraction, default=1.0, help="of the expert: 1 for the score, 0 calm")
+    disturbed = f"other colours; noise of {NOISE_STD} grey levels; frames {DELAY_STEPS} steps late"
+    add("--disturb", choices=DISTURBANCES, default="none", help=disturbed)
     planning(p)
-    g = p.add_argument_group("output")
-    g.add_argument(
-        "--json",
-        type=output_file,
-        help="write the scores there after each drive; the same command goes on with an "
-        "unfinished file",
-    )
-    g.add_argument(
-        "--save_data",
-        action="store_true",
-        help=f"write each episode of --policy as a chunk to ROOT/{OWN}, to learn from: "
-        f"only on tracks from {FIRST_SEED} on",
-    )
-    g.add_argument(
-        "--film",
-        type=Number(int, 0, 1000),
-        default=1,
-        help="laps of --policy that the film shows, the first ones",
-    )
-    g.add_argument("--headless", action="store_true", help="no window: as fast as it goes")
-    g.add_argument("--no_video", action="store_true", help="scores only, no window, no pictures")
+    add = p.add_argument_group("output").add_argument
+    add("--json", type=output_file, help="file of the scores, written after each drive")
+    saved = f"write --policy's episodes to ROOT/{SELF_DRIVEN_DIR}; tracks from {FIRST_SEED} on only"
+    add("--save_data", action="store_true", help=saved)
+    add("--film", type=Number(int, 0, 1000), default=1, help="laps of --policy in the film")
+    add("--headless", action="store_true", help="no window: as fast as it goes")
+    add("--no_video", action="store_true", help="scores only, no window, no pictures")
     args = p.parse_args()
     if args.save_data and args.track_seed < FIRST_SEED:
-        p.error(
-            f"--save_data --track_seed {args.track_seed}: tracks below {FIRST_SEED} are never "
-            f"learned from; expected {FIRST_SEED} or more"
-        )
+        tracks = f"tracks below {FIRST_SEED} are never learned from"
+        p.error(f"--save_data --track_seed {args.track_seed}: {tracks}")
     return args
-
-
-def planning(p):
-    """The flags of planner and energy, the same wherever a plan is made."""
-    g = p.add_argument_group("planner")
-    g.add_argument(
-        "--planner",
-        choices=["shooting", "icem", "mppi"],
-        default="mppi",
-        help="shooting: the plan of lowest energy; icem: elites refine mean and spread, "
-        "and are kept for the next plan; mppi: the elites' mean weighted by energy",
-    )
-    g.add_argument(
-        "--energy",
-        choices=["value", "density", "classifier"],
-        default="value",
-        help="of a latent: distance to the expert's, with what is to come of it in "
-        "trouble, or without; or the classifier's logit",
-    )
-    g.add_argument(
-        "--samples",
-        type=Number(int, 2, 10**6),
-        default=1000,
-        help=f"futures dreamt in a round; icem: {DECAY} times fewer in each next one",
-    )
-    g.add_argument(
-        "--horizon", type=Number(int, 1, MAX_STEPS), default=15, help="latents in a future"
-    )
-    g.add_argument(
-        "--iterations",
-        type=Number(int, 1, 1000),
-        help=f"of refinement (default: icem {ROUNDS['icem']}, mppi {ROUNDS['mppi']}; "
-        "shooting has one)",
-    )
-    g.add_argument(
-        "--elites",
-        type=Number(int, 1, 10**6),
-        default=32,
-        help="best plans of a round, from which icem and mppi make the next",
-    )
-    g.add_argument(
-        "--noise_kind",
-        choices=list(NOISES),
-        default="ar1",
-        help="how the actions of a plan hang together in time: ar1, by --rho from step "
-        "to step; powerlaw, by a spectrum that falls with frequency ** --beta, as "
-        "iCEM's do. A horizon of 15 has 8 frequencies, 0 included",
-    )
-    g.add_argument(
-        "--rho",
-        type=Number(float, 0, 0.9999),
-        default=RHO,
-        help="ar1: correlation from step to step, variance kept",
-    )
-    g.add_argument(
-        "--beta",
-        type=Number(float, 0, 10),
-        default=BETA,
-        help="powerlaw: 0 is white noise, 1 pink, 2 red",
-    )
-    g.add_argument(
-        "--noise",
-        type=Number(float, 0, 100),
-        nargs=2,
-        default=list(NOISE),
-        metavar=("STEER", "THROTTLE"),
-        help="standard deviation, in units of full",
-    )
-    g.add_argument(
-        "--max_gas",
-        type=fraction,
-        help="at most, in a plan (default: the limit that train_cost_model.py stored "
-        "with these nets, by how well they imagine; those that trained for minutes "
-        "may spin the car with more than 0.5)",
-    )
 
 
 # ------------------------------------------------------------------ planner
 
 
-def ar1_noise(white, rho):
-    """White noise (N, H, 2) -> stationary AR(1) noise of unit variance: correlation rho ** lag."""
-    H = white.shape[1]
-    lag = (torch.arange(H)[:, None] - torch.arange(H)).abs()
-    root = torch.linalg.cholesky(float(rho) ** lag.double()).float().to(white.device)
-    return torch.einsum("ts,nsa->nta", root, white)
-
-
-def powerlaw_noise(white, beta):
-    """White noise (N, H, 2) -> power-law noise of unit variance: power ~ frequency ** -beta (Timmer
-    and Koenig 1995).
-
-    The frequencies are those of H steps, 0 to H // 2 periods of them; frequency 0, what a plan
-    holds throughout, has the power of one period. So the noise is periodic: a plan's end is
-    correlated with its beginning, where AR(1) noise has forgotten it.
-    """
-    H = white.shape[1]
-    periods = torch.fft.fftfreq(H, 1 / H, dtype=torch.float64).abs().clamp_min(1)
-    gain = periods ** (-beta / 2)
-    gain = (gain / gain.square().mean().sqrt())[: H // 2 + 1, None].float().to(white.device)
-    return torch.fft.irfft(torch.fft.rfft(white, dim=1) * gain, n=H, dim=1)
-
-
-NOISES = {
-    "ar1": lambda white, cfg: ar1_noise(white, cfg.rho),
-    "powerlaw": lambda white, cfg: powerlaw_noise(white, cfg.beta),
-}
-
-
 def draw_plans(N, mean, std, cfg, generator=None):
-    """N random plans (N, H, 2) around mean (H, 2), within what can be done; `std` (H, 2) or (2,)
-    scales the noise of cfg."""
+    """N random plans (N, H, 2) around mean (H, 2), clipped; std (H, 2) or (2,) scales the noise."""
     white = torch.randn(N, len(mean), 2, generator=generator, device=mean.device)
-    return clip_plan(mean + std * NOISES[cfg.noise_kind](white, cfg), cfg.max_gas)
+    ar1 = cfg.noise_kind == "ar1"
+    noise = ar1_noise(white, cfg.rho) if ar1 else powerlaw_noise(white, cfg.beta)
+    return clip_plan(mean + std * noise, cfg.max_gas)
 
 
-def clip_plan(u, gas):
-    """Plans u (..., 2) within what can be done: -1..1, throttle no further than `gas`."""
-    return u.clamp(u.new_tensor([-1.0, -1.0]), u.new_tensor([1.0, gas]))
+def clip_plan(u, max_gas):
+    """Clips plans u (..., 2) to -1..1, and their throttle to max_gas."""
+    return u.clamp(u.new_tensor([-1.0, -1.0]), u.new_tensor([1.0, max_gas]))
 
 
 def to_action(u):
@@ -273,20 +108,18 @@ def to_action(u):
 
 
 class RolloutCost:
-    """Costs of many futures of one latent, dreamt and judged in one pass, in float32.
+    """Costs of many candidates from one latent, in float32: (z (1, D), act (N, H, 3)) -> (N,).
 
-    `(z (1, D), act (N, H, 3)) -> (N,)`: CostModel.judge of `predictor.rollout`. For the density,
-    Predictor.step, read and CostModel.energy are folded: of the dreams only the predictor's
-    coordinates are written, in place, and the judge is one product for each that it looks at.
-    `looks(H)` says which those are.
+    It computes CostModel.rollout_cost of Predictor.rollout. For the density, `to_latent` and
+    `whiten` are one product, of the latents `scored(H)` only. A plan takes 256 ms (CPU, one
+    thread), with the nets' own methods 313 ms, and 480 ms when these score every latent.
     """
 
-    def __init__(self, predictor, cost, kind, looks=scored_steps):
-        self.predictor, self.cost, self.kind, self.looks = predictor, cost, kind, looks
-        self.into, self.out = (
-            layer.weight.T.contiguous() for layer in (predictor.into, predictor.out)
-        )
-        self.judge = predictor.to_latent.weight.T @ cost.whiten  # (S, D)
+    def __init__(self, predictor, cost, kind, scored=scored_steps):
+        self.predictor, self.cost, self.kind, self.scored = predictor, cost, kind, scored
+        self.w_in = predictor.into.weight.T.contiguous()
+        self.w_out = predictor.out.weight.T.contiguous()
+        self.whiten = predictor.to_latent.weight.T @ cost.whiten  # (S, D)
 
     @torch.inference_mode()
     def __call__(self, z, act):
@@ -294,25 +127,29 @@ class RolloutCost:
         p, cost = self.predictor, self.cost
         if self.kind == "classifier":
             return cost.rollout_cost(z, p.rollout(z.expand(N, -1), act), self.kind)
-        trouble = self.kind == "value" and cost.is_ood(z)
+
+        # present: state, what it does not carry, and both whitened
+        ood = self.kind == "value" and cost.is_ood(z)
         h, a = p.to_state(z), normalize_action(act).transpose(0, 1).contiguous()
-        rests = p.residual(z, h, H)[0] + p.to_latent.bias  # (H, D)
-        bias = (rests - cost.mu) @ cost.whiten
-        x = torch.cat([h.expand(N, -1), a[0]], dim=1)  # coordinates and action
-        y, off = x.new_empty(N, p.into.out_features), x.new_empty(N, p.dim)
-        norm, total, looks = x.new_empty(N), x.new_zeros(N), self.looks(H)
+        residual = p.residual(z, h, H)[0] + p.to_latent.bias  # (H, D)
+        bias = (residual - cost.mu) @ cost.whiten
+
+        # roll out in place: x holds states and actions, white the whitened latents
+        x = torch.cat([h.expand(N, -1), a[0]], dim=1)
+        state = x[:, : p.state]
+        hidden, white = x.new_empty(N, p.into.out_features), x.new_empty(N, p.dim)
+        total, scored = x.new_zeros(N), self.scored(H)
         for t in range(H):
             x[:, p.state :] = a[t]
-            torch.addmm(p.into.bias, x, self.into, out=y)
-            x[:, : p.state].addmm_(F.silu(y, inplace=True), self.out)
-            if t not in looks:
-                continue
-            torch.addmm(bias[t], x[:, : p.state], self.judge, out=off)
-            torch.linalg.vector_norm(off, dim=1, out=norm)
-            norm.square_().mul_(0.5 / p.dim)
-            total.add_(cost.saturate(norm) if trouble else norm, alpha=H / len(looks))
-        if trouble:
-            last = torch.addmm(rests[-1], x[:, : p.state], p.to_latent.weight.T)
+            torch.addmm(p.into.bias, x, self.w_in, out=hidden)
+            state.addmm_(F.silu(hidden, inplace=True), self.w_out)
+            if t in scored:
+                torch.addmm(bias[t], state, self.whiten, out=white)
+                energy = torch.linalg.vector_norm(white, dim=1).square().mul(0.5 / p.dim)
+                total.add_(cost.saturate(energy) if ood else energy, alpha=H / len(scored))
+
+        if ood:
+            last = torch.addmm(residual[-1], state, p.to_latent.weight.T)
             total.add_(cost.terminal_value(last), alpha=DISCOUNT**H)
         return total
 
@@ -321,57 +158,60 @@ class Plan(NamedTuple):
     """What the planner remembers from one plan to the next."""
 
     u: torch.Tensor  # (H, 2) the plan that is followed
-    mean: torch.Tensor  # (H, 2) around which plans were drawn last: of icem not the one followed
-    elites: torch.Tensor  # (K, H, 2) the best plans that were drawn, in order of their energy
+    mean: torch.Tensor  # (H, 2) mean of the last candidates; icem follows its best elite instead
+    elites: torch.Tensor  # (K, H, 2) the best candidates, in order of their cost
 
     @staticmethod
     def none(H, device="cpu"):
-        """Before the first one: coasting straight on."""
+        """The Plan before the first one: coasting straight on."""
         u = torch.zeros(H, 2, device=device)
         return Plan(u, u, u[None])
 
     def shifted(self):
-        """The same a step later, with the last action going on."""
+        """The same a step later; the last action goes on."""
         return Plan(*(torch.cat([u[..., 1:, :], u[..., -1:, :]], dim=-2) for u in self))
 
 
 @torch.inference_mode()
-def plan(z, futures, previous, cfg, generator=None):
-    """The next Plan, and the energies (N,) of the candidates of its last round.
+def plan(z, rollout_cost, previous, cfg, generator=None):
+    """(the next Plan, costs (N,) of the candidates of its last iteration).
 
-    z (1, D) is the present latent, `previous` the last Plan, not yet shifted; cfg has the fields of
-    `planning`; futures(z, act (N, H, 3)) gives energies (N,), as `Futures` does. When all futures
-    cost the same the last plan goes on.
+    z (1, D): the present latent; rollout_cost(z, act (N, H, 3)) -> costs (N,); previous: the last
+    Plan, not yet shifted, which goes on where all costs are equal; cfg: PlanConfig. Refuses costs
+    of which none is finite.
 
-    mppi: Williams et al. 2017. icem: Pinneri et al. 2020, arXiv:2008.06389: fewer candidates in
-    each round; a share of the elites is kept for the next round and, shifted, for the next plan;
-    mean and spread follow the elites with a momentum, the spread no less than LEAST_STD; the best
-    elite is followed. Its noise is --noise_kind powerlaw. Unlike theirs, the mean is a candidate in
-    every round, not in the last one only.
+    mppi: Williams et al. 2017. icem: Pinneri et al. 2020, arXiv:2008.06389: each iteration has
+    fewer candidates, and keeps a share of the elites, for the next plan too; mean and spread have
+    momentum. Unlike in the paper, the mean is a candidate in every iteration.
     """
-    N, icem, last = cfg.samples, cfg.planner == "icem", previous.shifted()
-    K = min(cfg.elites, N - 1)
-    (u, mean, elites), std = last, torch.tensor(cfg.noise, device=z.device).expand_as(last.mean)
-    for i in range(1 if cfg.planner == "shooting" else cfg.iterations or ROUNDS[cfg.planner]):
-        n = min(N, max(int(N / DECAY**i), 2 * K)) if icem else N
-        drawn = draw_plans(n, mean, std, cfg, generator)
+    icem, K = cfg.planner == "icem", min(cfg.elites, cfg.samples - 1)
+    u, mean, elites = previous.shifted()
+    std = torch.tensor(cfg.noise, device=z.device).expand_as(mean)
+    iterations = cfg.iterations or ITERATIONS[cfg.planner]
+    for i in range(1 if cfg.planner == "shooting" else iterations):
+        # draw candidates: the mean, noise around it, and earlier elites
+        N = min(cfg.samples, max(int(cfg.samples / DECAY**i), 2 * K)) if icem else cfg.samples
+        drawn = draw_plans(N, mean, std, cfg, generator)
         drawn[0] = mean
         if icem:
             kept = elites[: max(1, int(REUSED * K))]
             steps = len(mean) - (i == 0)  # the last action of a shifted elite is drawn anew
-            drawn[n - len(kept) :, :steps] = kept[:, :steps]
+            drawn[N - len(kept) :, :steps] = kept[:, :steps]
         elif i > 0:
             drawn[-K:] = elites
-        energies = futures(z, to_action(drawn)).nan_to_num(nan=WORST, posinf=WORST)  # (n,)
-        if energies.min() >= WORST:
-            fail(
-                "every dreamt future has an energy that is not a number; use --precision fp32, or "
-                "train the predictor again"
-            )
-        low, order = energies.topk(K, largest=False)
-        if not energies.max() > energies.min():
-            return Plan(u, mean, elites), energies  # in the first round the last plan
+
+        # roll out
+        costs = rollout_cost(z, to_action(drawn)).nan_to_num(nan=WORST, posinf=WORST)  # (N,)
+        if costs.min() >= WORST:
+            fail("no rollout has a finite cost; use --precision fp32, or train the predictor again")
+        if not costs.max() > costs.min():
+            return Plan(u, mean, elites), costs
+
+        # select elites
+        low, order = costs.topk(K, largest=False)
         elites = drawn[order]
+
+        # refit mean and spread
         if icem:
             u, mean = elites[0], torch.lerp(elites.mean(dim=0), mean, MOMENTUM)
             std = torch.lerp(elites.std(dim=0, correction=0), std, MOMENTUM).clamp_min(LEAST_STD)
@@ -380,26 +220,29 @@ def plan(z, futures, previous, cfg, generator=None):
             u = mean = torch.einsum("n,nta->ta", weights, elites)
         else:
             u = mean = elites[0]
-    return Plan(u, mean, elites), energies
+    return Plan(u, mean, elites), costs
+
+
+# ------------------------------------------------------------------ drivers
 
 
 class Driver:
     """Drives from pixels: `act(frame)` sees 64x64 frames and its own past plans, nothing else."""
 
-    def __init__(self, nets, cfg, device, dtype, seed=0):
+    def __init__(self, nets, cfg, device, dtype, seed=0, models=None):
         self.nets, self.cfg, self.device, self.dtype = nets, cfg, device, dtype
-        self.encoder = nets["encoder"]
-        self.futures = RolloutCost(nets["predictor"], nets["cost"], cfg.energy)
+        self.encoder, self.models = nets["encoder"], models
+        self.rollout_cost = RolloutCost(nets["predictor"], nets["cost"], cfg.energy)
         self.seed, self.generator = seed, torch.Generator(device)
 
     def reset(self, track_seed):
-        """A new episode: nothing is remembered; the same track draws the same noise."""
+        """Begins an episode: nothing is remembered; the same track draws the same noise."""
         e = self.encoder
         self.generator.manual_seed(self.seed + track_seed)
         self.frames = deque(maxlen=(e.history - 1) * e.repeat + 1)
         self.planned = Plan.none(self.cfg.horizon, self.device)
-        self.u = self.planned.u  # (H, 2) what is followed
-        self.t, self.ms, self.energies = 0, [], None
+        self.u = self.planned.u  # (H, 2) the plan that is followed
+        self.t, self.ms, self.costs = 0, [], None
         self.action = np.array([0, START_GAS, 0], np.float32)
 
     @torch.inference_mode()
@@ -423,21 +266,21 @@ class Driver:
         return self.action
 
     def replan(self):
-        """Encodes, dreams, judges: sets the plan."""
+        """Encodes the present and plans from it: sets u and costs."""
         self.z = self.encode()
-        self.planned, self.energies = plan(
-            self.z, self.futures, self.planned, self.cfg, self.generator
+        self.planned, self.costs = plan(
+            self.z, self.rollout_cost, self.planned, self.cfg, self.generator
         )
         self.u = self.planned.u
 
     @torch.inference_mode()
-    def dream(self):
+    def rollout(self):
         """z_hat (H, D) of the present plan."""
         return self.nets["predictor"].rollout(self.z, to_action(self.u)[None])[0]
 
 
 class NoModelDriver(Driver):
-    """Cannot imagine: follows a random plan while the energy of the present falls, else redraws."""
+    """Uses no predictor: follows a random plan while the present energy falls, else redraws."""
 
     def reset(self, track_seed):
         super().reset(track_seed)
@@ -448,67 +291,12 @@ class NoModelDriver(Driver):
         self.now = float(self.nets["cost"].energy(self.z, self.cfg.energy))
         self.u = torch.cat([self.u[1:], self.u[-1:]])
         if before is None or self.now > before:
-            self.u = draw_plans(
-                1,
-                torch.zeros_like(self.u),
-                self.u.new_tensor(self.cfg.noise),
-                self.cfg,
-                self.generator,
-            )[0]
-
-
-def take_gas(cfg, of_cost):
-    """Sets --max_gas, where it was not given, to the limit in a cost model's payload; says so."""
-    if cfg.max_gas is None:
-        cfg.max_gas = of_cost.get("max_gas", 1.0)
-        print(
-            f"gas up to {cfg.max_gas:g}, "
-            + (
-                "stored with the cost model"
-                if "max_gas" in of_cost
-                else "for the cost model stores no limit"
-            )
-        )
-
-
-def load_driver(args, cfg, policy="mpc"):
-    """(driver, decoder or None): the nets of ROOT/models, or those that come with the code, checked
-    to belong together; sets cfg.max_gas to their own limit where it is None."""
-    device, dtype = set_up(args)
-    models = find_models(args.root, getattr(args, "models", None))
-    need_nets(models, args.root)
-    encoder, _ = load_frozen(latest(models, "encoder_mixed"), "encoder", device, "train_encoder.py")
-    predictor, of_predictor = load_frozen(
-        latest(models, "predictor"), "predictor", device, "train_predictor.py"
-    )
-    cost, of_cost = load_frozen(
-        models / "cost_model_final.pth", "cost", device, "train_cost_model.py"
-    )
-    key = fingerprint(encoder)
-    for name, payload, stem, on, its_key in (
-        ("train_predictor.py", of_predictor, "encoder_mixed", "encoder", key),
-        ("train_cost_model.py", of_cost, "encoder_mixed", "encoder", key),
-        ("train_cost_model.py", of_cost, "predictor", "predictor", fingerprint(predictor)),
-    ):
-        if payload.get(f"{on}_key") != its_key:
-            fail(
-                f"{models}: what {name} wrote belongs to another {on} than "
-                f"{latest(models, stem)}; run {command(name, args.root, '--fresh')}"
-                f"{pretrained_hint(models)}"
-            )
-    if policy == "untrained":
-        torch.manual_seed(args.seed)
-        predictor = Predictor(**predictor.args).to(device).eval().requires_grad_(False)
-    nets = {"encoder": encoder, "predictor": predictor, "cost": cost}
-    kind = NoModelDriver if policy == "no_model" else Driver
-    take_gas(cfg, of_cost)
-    driver = kind(nets, cfg, device, dtype, args.seed)
-    driver.models = str(models)
-    return driver, load_decoder(models, key, device)
+            mean, std = torch.zeros_like(self.u), self.u.new_tensor(self.cfg.noise)
+            self.u = draw_plans(1, mean, std, self.cfg, self.generator)[0]
 
 
 class BaselineDriver:
-    """The rows to compare with that are no pixel drivers: uniform random actions, or the expert."""
+    """Drives without nets: uniform random actions, or the expert."""
 
     def __init__(self, env, policy, pace, seed):
         self.env, self.ms, self.models = env, [], None
@@ -521,76 +309,40 @@ class BaselineDriver:
             self.act = lambda frame: env.action_space.sample()
 
 
-class Disturbance:
-    """What stands between the camera and the driver: nothing, noise, or a delay."""
-
-    def __init__(self, kind="none"):
-        self.kind = kind
-
-    def reset(self, track_seed):
-        self.rng, self.past = np.random.default_rng(track_seed), deque(maxlen=DELAY_STEPS + 1)
-
-    def __call__(self, frame):
-        """frame (64, 64, 3) uint8 -> the one that the driver gets."""
-        self.past.append(frame)
-        if self.kind == "noise":
-            return (
-                (frame + self.rng.normal(0, NOISE_STD, frame.shape)).clip(0, 255).astype(np.uint8)
-            )
-        return self.past[0] if self.kind == "late" else frame
+def load_driver(args, cfg, policy="mpc"):
+    """(driver, decoder or None) by the flags args, and cfg of `planning`; may set cfg.max_gas."""
+    device, dtype = set_up(args)
+    nets, payloads, folder = checkpoints.load_models(
+        args.root, getattr(args, "models", None), device
+    )
+    if policy == "untrained":
+        torch.manual_seed(args.seed)
+        fresh = Predictor(**nets["predictor"].args)
+        nets["predictor"] = fresh.to(device).eval().requires_grad_(False)
+    take_gas(cfg, payloads["cost"])
+    kind = NoModelDriver if policy == "no_model" else Driver
+    driver = kind(nets, PlanConfig.of(cfg), device, dtype, args.seed, str(folder))
+    return driver, load_decoder(folder, checkpoints.fingerprint(nets["encoder"]), device)
 
 
-class EpisodeRecorder:
-    """Keeps an episode as a chunk of the folder, telemetry beside what the driver saw and did."""
-
-    def __init__(self, folder, policy, kind):
-        self.folder, self.policy = writable(folder), policy
-        self.meta = chunk_provenance(folder.name, kind)
-
-    def reset(self):
-        self.obs, self.act, self.reward, self.state = [], [], [], []
-
-    def see(self, env, frame):
-        self.obs.append(frame)
-        self.state.append(telemetry(env))
-
-    def save(self, track_seed, terminated, truncated, lap_finished):
-        """Writes the episode; the uid tells policy and track, and when."""
-        ends = np.zeros((2, len(self.act)), bool)
-        ends[:, -1] = terminated, truncated
-        uid = f"{self.folder.name}-{self.policy}-t{track_seed}-{secrets.token_hex(4)}"
-        write_chunk(
-            self.folder,
-            self.meta
-            | {
-                "track_seed": track_seed,
-                "uid": uid,
-                "policy": {"name": self.policy},
-                "lap_finished": lap_finished,
-            },
-            obs=np.stack(self.obs),
-            act=np.stack(self.act),
-            reward=np.array(self.reward, np.float32),
-            terminated=ends[0],
-            truncated=ends[1],
-            telemetry=np.stack(self.state),
-        )
+# ------------------------------------------------------------------ drives
 
 
-def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=None, tape=None):
-    """One episode -> its row of the report, or None when it was broken off.
+def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=None, recorder=None):
+    """Drives one episode -> its row of the report, or None when it was broken off.
 
-    `watch(env, frame, driver, return)` sees every step and breaks off by returning False; a `tape`
-    keeps the episode.
+    `watch(env, frame, driver, return)` sees every step; False breaks off. An EpisodeRecorder keeps
+    the episode.
     """
     obs, _ = env.reset(seed=track_seed)
     disturbance = disturbance or Disturbance()
-    for part in (driver, disturbance):
-        part.reset(track_seed)
+    driver.reset(track_seed)
+    disturbance.reset(track_seed)
     seen = observe(env, obs)
-    if tape:
-        tape.reset()
-        tape.see(env, seen)
+    if recorder:
+        recorder.add(seen, telemetry(env))
+
+    # drive
     total, steps, ended, info = 0.0, 0, False, {}
     while not ended:
         frame = disturbance(seen)
@@ -598,16 +350,17 @@ def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=None, t
         obs, reward, terminated, truncated, info = env.step(action)
         seen = observe(env, obs)
         total, steps, ended = total + reward, steps + 1, terminated or truncated
-        if tape:
-            tape.see(env, seen)
-            tape.act.append(action)
-            tape.reward.append(reward)
+        if recorder:
+            recorder.add(seen, telemetry(env), action, reward)
         if not watch(env, frame, driver, total):
             return None
-    if tape:
-        tape.save(track_seed, terminated, truncated, bool(info.get("lap_finished", False)))
+
+    if recorder:
+        recorder.ends = terminated, truncated
+
+    # score
     tiles, N = env.unwrapped.tile_visited_count, len(env.unwrapped.track)
-    ms = np.percentile(driver.ms, (50, 99)) if driver.ms else (0.0, 0.0)
+    p50, p99 = np.percentile(driver.ms, (50, 99)) if driver.ms else (0.0, 0.0)
     return {
         "track_seed": track_seed,
         "return": round(float(total), 2),
@@ -615,110 +368,90 @@ def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=None, t
         "tiles": tiles,
         "tiles_missed": N - tiles,
         "lap_finished": bool(info.get("lap_finished", False)),
-        "plan_ms_p50": round(float(ms[0]), 2),
-        "plan_ms_p99": round(float(ms[1]), 2),
+        "plan_ms_p50": round(float(p50), 2),
+        "plan_ms_p99": round(float(p99), 2),
     }
 
 
-# ------------------------------------------------------------------ main
+def save_episode(folder, policy, kind, row, arrays):
+    """Writes the arrays of an episode in an env of this kind; its uid tells policy and track."""
+    seed, name = row["track_seed"], f"{folder.name}-{policy}"
+    meta = dict(track_seed=seed, uid=f"{name}-t{seed}-{secrets.token_hex(4)}")
+    meta |= dict(policy={"name": policy}, lap_finished=row["lap_finished"])
+    write_chunk(folder, chunk_provenance(folder.name, kind) | meta, **arrays)
 
 
-def run_policy(args, policy, driver, view, window, stop, kept, save):
-    """Drives all episodes with one policy, prints a line each -> its report (None: no episode).
-
-    kept: {track_seed: row} of an earlier run; save(report) is called after each drive.
-    """
-    env = make_env(args.env, **({"domain_randomize": True} if args.disturb == "colours" else {}))
-    disturbance, tape, name = Disturbance(args.disturb), None, row_name(policy, args)
-    if args.save_data and policy == args.policy:
-        tape = EpisodeRecorder(args.root / OWN, policy, args.env)
+def drive_policy(args, policy, driver, view, report):
+    """Drives a policy on each track that the report lacks; prints a line for each."""
+    env = make_env(args.env, domain_randomize=args.disturb == "colours")
     driver = driver or BaselineDriver(env, policy, args.pace, args.seed)
-    print(
-        f"{name:>9}: {'track':>7} {'return':>7} {'steps':>5} {'tiles':>5} {'missed':>6} "
-        f"{'lap':>4} {'plan ms p50':>11} {'p99':>6}"
-    )
-    done = dict(kept)
+    disturbance, name = Disturbance(args.disturb), row_name(policy, args.pace)
+    own = policy == args.policy
+    folder = writable(args.root / SELF_DRIVEN_DIR) if args.save_data and own else None
+    print(f"{name:>9}: {row_line()}")
     tracks = range(args.track_seed, args.track_seed + args.episodes)
-    score = lambda: summary(name, [done[s] for s in sorted(done)], args.env, driver.models)
     for i, seed in enumerate(progress(tracks, desc=name, unit="track", leave=False)):
-        if stop or window.quit:
+        if view.window.over:
             break
-        if seed in kept:
+        if seed in report.rows[name]:
             continue
-        watch = lambda *seen: not stop
-        if view:
-            view.reset(seed)
-            window.record(policy == args.policy and i < args.film)
-            watch = lambda *seen: view(*seen) and not stop
-        r = drive(env, driver, seed, watch, disturbance, tape)
-        if r is None and (stop or window.quit):
-            break
-        if r is None:
+        view.reset(seed, own and i < args.film)
+        recorder = EpisodeRecorder() if folder else None
+        row = drive(env, driver, seed, view, disturbance, recorder)
+        if row:
+            if folder:
+                save_episode(folder, policy, args.env, row, recorder.arrays(*recorder.ends))
+            tqdm.write(f"{'':10} {row_line(row)}")
+            report.add(name, row)
+            view.finish(row)
+        elif not view.window.over:
             tqdm.write(f"{'':10} {seed:7} left after {view.step} steps, not counted")
-            continue
-        done[seed] = r
-        tqdm.write(
-            f"{'':10} {seed:7} {r['return']:7.1f} {r['steps']:5} {r['tiles']:5} "
-            f"{r['tiles_missed']:6} {'yes' if r['lap_finished'] else 'no':>4} "
-            f"{r['plan_ms_p50']:11.1f} {r['plan_ms_p99']:6.1f}"
-        )
-        save(score())
-        if view:
-            view.finish(r)
     env.close()
-    return score() if done else None
 
 
-def drive_all(args, policies, film, window, stop):
-    """Drives every policy on every track -> {name: report} of those that ended an episode, and the
-    Report that keeps them."""
-    loaded = {p: load_driver(args, args, p) for p in policies if p not in ("random", "expert")}
-    kept = Report(args.json, args, {p: driver for p, (driver, _) in loaded.items()})
-    reports = {
-        name: summary(name, list(rows.values()), args.env) for name, rows in kept.rows.items()
-    }  # until its policy has its turn
+def drive_all(args, policies, film, window):
+    """Drives every policy on every track -> the Report."""
+    loaded = {p: load_driver(args, args, p) for p in policies if p not in BASELINES}
+    settings = score_settings(args, {p: driver.nets for p, (driver, _) in loaded.items()})
+    names = {p: row_name(p, args.pace) for p in policies}
+    models = {names[p]: loaded[p][0].models if p in loaded else None for p in policies}
+    report = Report(args.json, settings, models)
     for policy in policies:
-        name = row_name(policy, args)
-        driver, decoder = loaded.get(policy, (None, None))
-        view = film and LapView(window, film, name, decoder)
-        save = lambda report: kept.save(reports | {name: report})
-        report = run_policy(args, policy, driver, view, window, stop, kept.rows.get(name, {}), save)
-        reports |= {name: report} if report else {}
-        if stop or window.quit:
+        if window.over:
             break
-    return reports, kept
+        driver, decoder = loaded.get(policy, (None, None))
+        view = LapView(window, film, names[policy], decoder)
+        drive_policy(args, policy, driver, view, report)
+    return report
 
 
 def main():
     args = arguments()
     policies = [p for p in POLICIES if p == args.policy or p in args.compare]
-    if not args.save_data and {*policies} - {"random", "expert"}:
-        require_dir(args.root)
+    if not args.save_data and {*policies} - {*BASELINES}:
+        checkpoints.require_dir(args.root)
+    if args.json and not is_stream(args.json):
+        busy = f"--json {args.json}: another drive_mpc.py writes there; choose another name"
+        lock_file(args.json.with_name(f".{args.json.name}.lock"), busy)
+
     stop, film, window = Stop(), None, NoWindow()
     stem = args.root / "visuals" / ("drive_mpc" if args.policy == "mpc" else f"drive_{args.policy}")
-    if args.json and args.json.resolve() in (
-        stem.with_suffix(s).resolve() for s in (".mp4", ".gif")
-    ):
-        fail(f"--json {args.json}: the film has that name; choose another")
-    if args.json and not is_stream(args.json):
-        lock_file(
-            args.json.with_name(f".{args.json.name}.lock"),
-            f"--json {args.json}: another drive_mpc.py writes there; choose another name",
-        )
     if not args.no_video:
         writable(stem.parent)
         film = VideoRecorder(VIDEO_FPS)
         window = window if args.headless else open_window("TinyJEPA drives")
-    reports, kept = window.run(lambda: drive_all(args, policies, film, window, stop))
-    drives = sum(len(r["episodes"]) for r in reports.values())
-    print(compare(list(reports.values()), args.env) if reports else "no drive ended: no scores")
+
+    report = window.run(lambda: drive_all(args, policies, film, window))
+    reports = list(report.summaries().values())
+    print(compare(reports, args.env) if reports else "no drive ended: no scores")
     try:
         if reports:
-            kept.save(reports, last=True, finished=drives == len(policies) * args.episodes)
+            drives = sum(len(rows) for rows in report.rows.values())
+            report.save(last=True, finished=drives == len(policies) * args.episodes)
     finally:
         if film and (files := film.save(stem)):
-            left = bool(stop or window.quit)
-            print(", ".join(map(str, files)) + ": the film ends where the drive was left" * left)
+            left = ": the film ends where the drive was left" * window.over
+            print(", ".join(map(str, files)) + left)
     return 130 if stop else 0
 
 

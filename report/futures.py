@@ -61,7 +61,10 @@ def teleported(models, samples, seed):
         car = TeleportedCar(samples.episodes[place].track, rng)
         for name, guest in zip(TELEPORTS, (place, places[i - 1])):
             for row in np.flatnonzero(samples.e == guest):
-                x, jump = samples.episodes[guest], car.jump(MIN_JUMP if guest == place else 0)
+                x, jump = (
+                    samples.episodes[guest],
+                    car.random_offset(MIN_JUMP if guest == place else 0),
+                )
                 for a, h in enumerate(AHEAD):
                     k = samples.k[row] + h
                     state = dict(zip(TELEMETRY, x.state[k].tolist()))

@@ -325,7 +325,7 @@ def landscape(driver, cfg):
         # the present frame above the energies of all held actions
         top.imshow(driver.frames[-1], interpolation="nearest")
         top.set(title=name, xticks=[], yticks=[])
-        energy = driver.futures(driver.encode(), to_action(u)).view(GRID, GRID).cpu().numpy()
+        energy = driver.rollout_cost(driver.encode(), to_action(u)).view(GRID, GRID).cpu().numpy()
         out[name] = draw_landscape(bottom, to_action(held).double().numpy().round(6), energy)
     env.close()
     axes[1, 0].legend(loc="lower left", fontsize=8)

@@ -257,3 +257,35 @@ def need_nets(models, root):
         how = " and ".join(command(needed[path], root) for path in lacking)
         verb = "makes it" if len(lacking) == 1 else "make them"
         fail(f"{names}: not found; {how} {verb}{pretrained_hint(models)}")
+
+
+def load_models(root, models, device, names=("encoder", "predictor", "cost"), optional=False):
+    """({name: net}, {name: payload}, folder): frozen nets of `find_models`.
+
+    Refuses a net that is missing or was trained on another one of these; where `optional`, a line
+    says so and the net is left out.
+    """
+    folder = find_models(root, models)
+    if "cost" in names and not optional:
+        need_nets(folder, root)
+    sources = {
+        "encoder": (latest(folder, "encoder_mixed"), "train_encoder.py"),
+        "predictor": (latest(folder, "predictor"), "train_predictor.py"),
+        "cost": (folder / "cost_model_final.pth", "train_cost_model.py"),
+    }
+    nets, payloads, hint = {}, {}, pretrained_hint(folder)
+    say = print if optional else fail
+    for name in names:
+        path, script = sources[name]
+        if optional and not path.is_file():
+            say(f"no {name}: {path} is not there; {command(script, root)} makes it{hint}")
+            continue
+        net, payload = load_frozen(path, name, device, script)
+        # a checkpoint holds the fingerprints of the nets that it was trained on
+        keys = {on: fingerprint(nets[on]) for on in nets}
+        if other := next((on for on in keys if payload.get(f"{on}_key") != keys[on]), None):
+            wrong = f"what {script} wrote belongs to another {other} than {sources[other][0]}"
+            say(f"{folder}: {wrong}; run {command(script, root, '--fresh')}{hint}")
+            continue
+        nets[name], payloads[name] = net, payload
+    return nets, payloads, folder

@@ -1,5 +1,4 @@
-"""Pictures and films. They are ornaments: one that cannot be written costs one line, and what was
-there before stays."""
+"""Pictures and films. One that cannot be written costs a line, and the old one stays."""
 
 import io
 from contextlib import contextmanager, suppress
@@ -10,6 +9,7 @@ from tqdm import tqdm
 
 from support.cli import optional
 from support.files import replace_atomically
+from support.index_page import write_index
 
 GIF_EVERY = 6  # frames of the film per frame of the GIF
 GIF_FRAMES = 120  # at most, so that a README can show it
@@ -20,12 +20,16 @@ MOOV_BYTES = 64  # that one frame takes at most in the index of an MP4
 
 @contextmanager
 def ornament(path):
-    """Around what draws `path`: makes its folder again where that has vanished; a picture that
-    cannot be written costs a line, for what is trained and measured goes on without it."""
+    """Around the code that draws `path`. Makes its folder again if that has vanished.
+
+    A picture that cannot be written costs a line: training and measuring go on. One in visuals/
+    refreshes its index.html.
+    """
     with suppress(OSError):
         path.parent.mkdir(exist_ok=True)
     try:
         yield
+        write_index(path.parent)
     except Exception as e:  # of a drawing library, or the system
         line = getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0]
         tqdm.write(f"{path}: not drawn ({line}); goes on without")
@@ -48,7 +52,7 @@ def plain(name):
 
 
 def save_figure(fig, path):
-    """A matplotlib figure as PNG, whole or not at all."""
+    """Writes a matplotlib figure as PNG, whole or not at all, and closes it."""
     try:
         replace_atomically(path, lambda f: fig.savefig(f, format="png", dpi=110))
     finally:
@@ -56,20 +60,16 @@ def save_figure(fig, path):
 
 
 def save_gif(path, frames, fps, last_s=0.0):
-    """Frames (H, W, 3) uint8 as an endless GIF, the last one for `last_s`, whole or not at all."""
+    """Writes frames (H, W, 3) uint8 as an endless GIF, the last one for `last_s`, whole or not at
+    all."""
     from PIL import Image
 
     palette = Image.fromarray(np.concatenate(frames[:: max(1, len(frames) // 8)])).quantize(255)
-    pictures = [
-        Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames
-    ]
-    ms = [1000 / fps] * (len(frames) - 1) + [1000 * max(1 / fps, last_s)]
-    replace_atomically(
-        path,
-        lambda f: pictures[0].save(
-            f, format="GIF", save_all=True, append_images=pictures[1:], duration=ms, loop=0
-        ),
-    )
+    dither = Image.Dither.NONE
+    first, *rest = [Image.fromarray(f).quantize(palette=palette, dither=dither) for f in frames]
+    ms = [1000 / fps] * len(rest) + [1000 * max(1 / fps, last_s)]
+    options = dict(save_all=True, append_images=rest, duration=ms, loop=0)
+    replace_atomically(path, lambda f: first.save(f, format="GIF", **options))
 
 
 class VideoRecorder:
@@ -88,19 +88,19 @@ class VideoRecorder:
         if self.container is None:
             self.container = self.av.open(self.file, "w", format="mp4")
             # superfast: 12 ms of one core a frame of 960x680, 3 MB a lap; veryfast: 18 ms, 2 MB
-            self.stream = self.container.add_stream(
-                "libx264", rate=self.fps, options={"preset": "superfast", "crf": "23"}
-            )
+            options = {"preset": "superfast", "crf": "23"}
+            self.stream = self.container.add_stream("libx264", rate=self.fps, options=options)
             self.stream.height, self.stream.width = frame.shape[:2]
             self.stream.pix_fmt = "yuv420p"
             self.stream.codec_context.colorspace = 6  # SMPTE 170M, what swscale converts to
         if not self.frames % GIF_EVERY and not self.gif_last_s and len(self.gif) < GIF_FRAMES:
             self.gif.append(self._small(frame))
-        self._mux(self.av.VideoFrame.from_ndarray(frame, format="rgb24"))
+        image = self.av.VideoFrame.from_ndarray(frame, format="rgb24")
+        self.container.mux(self.stream.encode(image))
         self.frames += 1
 
     def hold(self, frame, seconds):
-        """The frame for so long, at which the GIF ends."""
+        """Adds the frame for so long; the GIF ends at it."""
         if self.gif and not self.gif_last_s:
             self.gif[-1], self.gif_last_s = self._small(frame), seconds
         for _ in range(round(seconds * self.fps)):
@@ -110,37 +110,28 @@ class VideoRecorder:
     def _small(frame):
         return cv2.resize(frame, None, fx=GIF_SCALE, fy=GIF_SCALE, interpolation=cv2.INTER_AREA)
 
-    def _mux(self, frame):
-        for packet in self.stream.encode(frame):
-            self.container.mux(packet)
-
     def save(self, stem):
         """Ends the film and writes stem.mp4 and stem.gif -> those that are there, paths."""
         if not self.frames:
             return []
-        self._mux(None)
+        self.container.mux(self.stream.encode(None))
         self.container.close()
-        film, fps, done = self._index_first(), GIF_SPEED * self.fps / GIF_EVERY, []
-        for path, write in (
-            (
-                stem.with_suffix(".mp4"),
-                lambda path: replace_atomically(path, lambda f: f.write(film)),
-            ),
-            (stem.with_suffix(".gif"), lambda path: save_gif(path, self.gif, fps, self.gif_last_s)),
-        ):
-            with ornament(path):
-                write(path)
-                done.append(path)
+        mp4, gif, done = stem.with_suffix(".mp4"), stem.with_suffix(".gif"), []
+        with ornament(mp4):
+            film = self._index_first()
+            replace_atomically(mp4, lambda f: f.write(film))
+            done.append(mp4)
+        with ornament(gif):
+            save_gif(gif, self.gif, GIF_SPEED * self.fps / GIF_EVERY, self.gif_last_s)
+            done.append(gif)
         return done
 
     def _index_first(self):
         """The bytes of the film with its index (moov) in front, so that it plays while it loads."""
         out, room = io.BytesIO(), {"moov_size": str(MOOV_BYTES * self.frames + 4096)}
         self.file.seek(0)
-        with (
-            self.av.open(self.file) as film,
-            self.av.open(out, "w", format="mp4", options=room) as moved,
-        ):
+        film = self.av.open(self.file)
+        with film, self.av.open(out, "w", format="mp4", options=room) as moved:
             stream = moved.add_stream_from_template(film.streams.video[0])
             for packet in film.demux(video=0):
                 if packet.dts is not None:  # the last one is empty

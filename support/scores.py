@@ -1,4 +1,4 @@
-"""The score table, and its file."""
+"""The table of scores, and its file, with which an interrupted run goes on."""
 
 import json
 import os
@@ -11,28 +11,34 @@ from car import ENV_ID
 from support.checkpoints import fingerprint
 from support.cli import fail
 from support.files import code_key, is_stream, replace_atomically, versions
+from support.index_page import write_index
 
-OUTPUT_FLAGS = (
-    "root",
-    "models",
-    "json",
-    "no_video",
-    "headless",
-    "film",
-    "device",
-    "precision",
-    "threads",
-)
-# that decide nothing about a score but by `arithmetic` and the nets, which reports hold
-REPORT_KEYS = {"env_id", "policy", "versions", "episodes"}, {"settings", "finished", "rows"}
+# flags that decide nothing about a score but by `arithmetic` and the nets, which settings hold
+OUTPUT_FLAGS = "root models json no_video headless film device precision threads".split()
+
+
+def row_name(policy, pace):
+    """A policy's name in tables and reports: an expert that does not drive at full pace says so."""
+    return f"expert, pace {pace:g}" if policy == "expert" and pace != 1 else policy
+
+
+def row_line(row=None):
+    """A drive's row as a line of text; without one, the names of the columns."""
+    if row is None:
+        columns = f"{'track':>7} {'return':>7} {'steps':>5} {'tiles':>5} {'missed':>6} {'lap':>4}"
+        return f"{columns} {'plan ms p50':>11} {'p99':>6}"
+    lap = "yes" if row["lap_finished"] else "no"
+    return (
+        f"{row['track_seed']:7} {row['return']:7.1f} {row['steps']:5} {row['tiles']:5} "
+        f"{row['tiles_missed']:6} {lap:>4} {row['plan_ms_p50']:11.1f} {row['plan_ms_p99']:6.1f}"
+    )
 
 
 def summary(policy, episodes, kind="official", models=None):
-    """The report of --json: the rows, their mean and spread, and what produced them."""
+    """One policy's part of the report: its episodes, their mean and spread, and what drove."""
     returns = [e["return"] for e in episodes]
-    env_id = ENV_ID if kind == "official" else f"{ENV_ID} {kind}"
     return {
-        "env_id": env_id,
+        "env_id": ENV_ID if kind == "official" else f"{ENV_ID} {kind}",
         "policy": policy,
         "models": models,
         "versions": versions(),
@@ -45,97 +51,80 @@ def summary(policy, episodes, kind="official", models=None):
     }
 
 
-# ------------------------------------------------------------------ scores on disk
-
-
-def row_name(policy, args):
-    """A policy's name in tables and reports: an expert that does not drive at full pace says so."""
-    calm = policy == "expert" and args.pace != 1
-    return f"expert, pace {args.pace:g}" if calm else policy
+def score_settings(args, nets):
+    """All that decides a score, as JSON holds it: flags, code, versions, and {policy: {name: net}}
+    by their fingerprints."""
+    keys = {p: {k: fingerprint(net) for k, net in of.items()} for p, of in nets.items()}
+    flags = {k: v for k, v in vars(args).items() if k not in OUTPUT_FLAGS}
+    settings = flags | {"code": code_key(), "nets": keys, "versions": versions()}
+    return json.loads(json.dumps(settings, default=str))
 
 
 class Report:
-    """The file of --json: written after each drive, and gone on with where it was not finished.
+    """The rows of all policies, {name: {track_seed: row}}, and the file of --json.
 
-    What decides a score, the settings, is in it; drives of other settings or nets are not taken.
+    The file is written after each drive. An unfinished one of the same settings is gone on with;
+    any other is renamed, so that no score is lost.
     """
 
-    def __init__(self, path, args, drivers):
-        """path: a Path, or None for no file. Refuses a file that this script did not write."""
-        self.path, self.args, self.rows = path, args, {}
-        if path is None:
-            return
-        self.stream = is_stream(path)
-        settings = {k: v for k, v in vars(args).items() if k not in OUTPUT_FLAGS}
-        settings |= {
-            "code": code_key(),
-            "nets": {
-                policy: {k: fingerprint(net) for k, net in driver.nets.items()}
-                for policy, driver in drivers.items()
-            },
-        }
-        self.settings = json.loads(json.dumps(settings, default=str))
-        self.settings |= {"versions": versions()}
-        if self.stream:
-            return
-        known = self._read()
-        if not known:
-            return
-        if known.get("finished", True):
-            return self._back_up("finished")
-        now, then = (
-            {k: json.dumps(v) for k, v in x.items()} for x in (self.settings, known["settings"])
-        )
-        other = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
-        if other:
-            return self._back_up(f"unfinished, with other {', '.join(other)}")
-        self.rows = {
-            name: {e["track_seed"]: e for e in r["episodes"]} for name, r in known["rows"].items()
-        }
-        print(f"{path}: goes on behind {sum(map(len, self.rows.values()))} drives")
+    def __init__(self, path, settings, models):
+        """path: a Path, or None for no file; models: {name: folder of the weights, or None}, one
+        for each policy. Refuses a file that is no report."""
+        self.path, self.settings, self.models = path, settings, models
+        self.rows = {name: {} for name in models}
+        self.stream = bool(path) and is_stream(path)
+        if path and not self.stream and path.exists() and path.stat().st_size:
+            self._resume()
 
-    def _read(self):
-        """The report that is there, or {}."""
-        if not self.path.exists() or not self.path.stat().st_size:
-            return {}
+    def _resume(self):
         try:
             known = json.loads(self.path.read_bytes())
-            if not any(keys <= known.keys() for keys in REPORT_KEYS):
-                raise ValueError("other keys")
-            if not known.get("finished", True):
-                for report in known["rows"].values():
-                    summary(report["policy"], report["episodes"])
-                    [e["track_seed"] for e in report["episodes"]]
-                known["settings"].keys()
+            then, finished = known["settings"], known["finished"]
+            rows = {
+                name: {e["track_seed"]: e for e in summary(name, r["episodes"])["episodes"]}
+                for name, r in known["rows"].items()
+            }
+            keys = sorted(then.keys() | self.settings.keys())
         except (ValueError, LookupError, TypeError, AttributeError):
-            fail(
-                f"--json {self.path}: is there already and no report of drive_mpc.py; choose "
-                "another name"
-            )
-        return known
-
-    def _back_up(self, what):
-        """Gives the report that is there another name: no score is lost to a new drive."""
-        aside = self.path.with_name(
-            f"{self.path.stem}-{time.strftime('%Y%m%d-%H%M%S')}{self.path.suffix}"
-        )
+            fail(f"--json {self.path}: is no report of drive_mpc.py; choose another name")
+        other = [k for k in keys if then.get(k) != self.settings.get(k)]
+        if not finished and not other:
+            self.rows |= rows
+            print(f"{self.path}: goes on behind {sum(map(len, rows.values()))} drives")
+            return
+        now = time.strftime("%Y%m%d-%H%M%S")
+        aside = self.path.with_name(f"{self.path.stem}-{now}{self.path.suffix}")
         os.replace(self.path, aside)
-        print(f"{self.path}: {what}; it is {aside.name} now, drives anew")
+        why = "finished" if finished else f"unfinished, with other {', '.join(other)}"
+        print(f"{self.path}: {why}; it is {aside.name} now, drives anew")
 
-    def save(self, reports, last=False, finished=False):
-        """Writes {name: summary}; into a stream only the last one. Where that fails after a drive
-        it says so, for the drives are not lost yet."""
+    def add(self, name, row):
+        """Adds the row of a drive, and writes the file."""
+        self.rows[name][row["track_seed"]] = row
+        self.save()
+
+    def summaries(self):
+        """{name: summary} of the policies that ended a drive, their tracks in order."""
+        kind, models = self.settings["env"], self.models
+        driven = {name: sorted(rows.items()) for name, rows in self.rows.items() if rows}
+        return {
+            name: summary(name, [row for _, row in rows], kind, models[name])
+            for name, rows in driven.items()
+        }
+
+    def save(self, last=False, finished=False):
+        """Writes the file; a stream gets the last report only. A failure costs a line, for the next
+        drive tries again; after the last one it raises OSError."""
         if self.path is None or self.stream and not last:
             return
-        body = reports.get(row_name(self.args.policy, self.args), {}) | {
-            "settings": self.settings,
-            "finished": finished,
-            "rows": reports,
-        }
+        reports = self.summaries()
+        main = reports.get(row_name(self.settings["policy"], self.settings["pace"]), {})
+        body = main | {"settings": self.settings, "finished": finished, "rows": reports}
         text = json.dumps(body, indent=1) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_atomically(self.path, lambda f: f.write(text.encode()))
+            write_index(self.path.parent)
         except OSError as e:
             if last:
                 raise
@@ -143,21 +132,21 @@ class Report:
 
 
 def compare(reports, env_name):
-    """The table of several policies on the same tracks."""
+    """The table of several policies' summaries on the same tracks."""
     tracks = [e["track_seed"] for r in reports for e in r["episodes"]]
-    wide = max(10, *(len(r["policy"]) for r in reports))
+    width = max(10, *(len(r["policy"]) for r in reports))
     lines = [
-        f"{'driver':{wide}} {'mean ± std':>15} {'median':>6} {'worst':>6} {'laps':>7} "
+        f"{'driver':{width}} {'mean ± std':>15} {'median':>6} {'worst':>6} {'laps':>7} "
         f"{'missed':>6} {'steps':>6} {'plan ms':>7}   tracks {min(tracks)} to "
         f"{max(tracks)}, {env_name} env"
     ]
     for r in reports:
-        of = lambda key: np.mean([e[key] for e in r["episodes"]])
+        mean = lambda key: np.mean([e[key] for e in r["episodes"]])
         laps = f"{r['laps_finished']}/{len(r['episodes'])}"
         lines.append(
-            f"{r['policy']:{wide}} {r['mean']:7.1f} ± {r['std']:5.1f} {r['median']:6.1f} "
-            f"{r['worst']:6.1f} {laps:>7} {of('tiles_missed'):6.1f} {of('steps'):6.0f} "
-            f"{of('plan_ms_p50'):7.1f}"
+            f"{r['policy']:{width}} {r['mean']:7.1f} ± {r['std']:5.1f} {r['median']:6.1f} "
+            f"{r['worst']:6.1f} {laps:>7} {mean('tiles_missed'):6.1f} {mean('steps'):6.0f} "
+            f"{mean('plan_ms_p50'):7.1f}"
         )
     lines += sorted({f"weights of {r['models']}" for r in reports if r["models"]})
     return "\n".join(lines)

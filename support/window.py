@@ -9,6 +9,7 @@ import textwrap
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future
 from functools import lru_cache
 
 import cv2
@@ -34,10 +35,9 @@ KEYS = {
     "h": "help",
     "q or Esc": "quit",
 }
-KEYS_BAR = "space pause   s step   r next track   v record   f full screen   h help   q quit"
-KEYS_TEXT = textwrap.fill(
-    "keys of the window: " + ", ".join(f"{key} ({what})" for key, what in KEYS.items()), 98
-)
+KEYS_BAR = "   ".join(f"{key.split()[0]} {what}" for key, what in KEYS.items())
+KEYS_TEXT = ", ".join(f"{key} ({what})" for key, what in KEYS.items())
+KEYS_TEXT = textwrap.fill(f"keys of the window: {KEYS_TEXT}", 98)
 
 
 # ------------------------------------------------------------------ drawing
@@ -71,9 +71,16 @@ def blank():
     return EMPTY.copy()  # 7 ms less than filling it
 
 
+def paste(canvas, small, x, y, size):
+    """Draws a picture (h, w, 3) enlarged to size x size, its upper left corner at (x, y)."""
+    large = cv2.resize(small, (size, size), interpolation=cv2.INTER_NEAREST)
+    canvas[y : y + size, x : x + size] = large
+
+
 def plot(canvas, box, series, colors, low, high, length):
-    """Lines of the series in box (x, y, w, h), scaled to low..high: equally many points each, the
-    newest at the right; `length` of them fill the box.
+    """Draws the series as lines in box (x, y, w, h), scaled to low..high.
+
+    Each series has equally many points, the newest at the right; `length` points fill the box.
     """
     x, y, w, h = box
     for values, color in zip(series, colors):
@@ -84,75 +91,56 @@ def plot(canvas, box, series, colors, low, high, length):
 
 
 def log_axis(canvas, box, values):
-    """Lines and numbers of a logarithmic axis around positive values (n, k), left of and in box
-    (x, y, w, h) -> (low, high), the ends of the axis as log10."""
+    """Draws a logarithmic axis around positive values (n, k): lines in box (x, y, w, h), numbers
+    left of it -> (low, high), the ends of the axis as log10."""
     low, high = np.log10(values.min()), np.log10(values.max())
     steps = (1, 2, 5) if high - low < 1.5 else (1,)
     ticks = np.log10([m * 10.0**k for k in range(int(low) - 2, int(high) + 3) for m in steps])
-    ticks = ticks[
-        max(0, np.searchsorted(ticks, low + 1e-9, "right") - 1) : np.searchsorted(
-            ticks, max(high, low + 1e-6) - 1e-9
-        )
-        + 1
-    ]
-    low, high = ticks[0], ticks[-1]
-    _draw_ticks(
-        canvas,
-        box,
-        ticks[:: max(1, (len(ticks) + 3) // 5)],
-        low,
-        high,
-        lambda tick: f"{10.0**tick:g}",
-    )
-    return low, high
+    first = np.searchsorted(ticks, low + 1e-9, "right") - 1
+    last = np.searchsorted(ticks, max(high, low + 1e-6) - 1e-9)
+    return _axis(canvas, box, ticks[first : last + 1], lambda tick: f"{10.0**tick:g}")
 
 
 def linear_axis(canvas, box, values):
-    """The same of a linear axis around any values (n, k) -> (low, high), the ends of the axis."""
+    """Draws a linear axis around values (n, k), as `log_axis` does -> (low, high)."""
     low, high = values.min(), values.max()
     step = 10.0 ** np.floor(np.log10(max(high - low, 1e-6)))
     low, high = np.floor(low / step) * step, (np.floor(high / step) + 1) * step
-    ticks = np.arange(low, high + step / 2, step)
-    _draw_ticks(canvas, box, ticks[:: max(1, (len(ticks) + 3) // 5)], low, high, "{:g}".format)
-    return low, high
+    return _axis(canvas, box, np.arange(low, high + step / 2, step), "{:g}".format)
 
 
-def _draw_ticks(canvas, box, ticks, low, high, name):
-    x, y, w, h = box
-    for tick in ticks:
+def _axis(canvas, box, ticks, name):
+    (x, y, w, h), (low, high) = box, ticks[[0, -1]]
+    for tick in ticks[:: max(1, (len(ticks) + 3) // 5)]:
         at = int(y + h - (tick - low) / (high - low) * h)
         cv2.line(canvas, (x, at), (x + w, at), GRID, 1)
         text = name(round(tick, 9))
         write(canvas, text, max(0, x - 6 - letters(text, TEXT).shape[1]), at - 7, DIM)
+    return low, high
 
 
 def banner(canvas, *lines):
-    """A dark band with lines of text in the middle of the car's view."""
+    """Writes lines of text on a dark band in the middle of the car's view."""
     (w, h), height = VIEW, 34 * len(lines) + 18
     top = (h - height) // 2
-    band = canvas[top : top + height, :w]
-    band[:] = band // 4
+    canvas[top : top + height, :w] //= 4
     for i, line in enumerate(lines):
         write(canvas, line, w // 2, top + 12 + 34 * i, INK, 36 if i == 0 else 28, center=True)
-
-
-def icon():
-    """A surface (32, 32): a bend of a road, and a car on it."""
-    surface = pygame.Surface((32, 32))
-    surface.fill((102, 204, 102))
-    pygame.draw.circle(surface, (105, 105, 105), (30, 30), 24, 12)
-    pygame.draw.rect(surface, (204, 0, 0), (8, 15, 8, 12))
-    return surface
 
 
 # ------------------------------------------------------------------ windows
 
 
 class NoWindow:
-    """Where nothing is shown, nobody waits: a window's methods without a window."""
+    """The methods of a window where nothing is shown and nobody waits."""
 
     visible = quit = False  # whether there is a window; whether the user left
     recording = True  # whether pictures belong to the film
+
+    @property
+    def over(self):
+        """Whether the work should end: the user left, or a stop was requested."""
+        return self.quit or Stop.requested
 
     def run(self, work):
         """work() -> its result."""
@@ -179,41 +167,36 @@ class Window(NoWindow):
         """Raises pygame.error where there is no display."""
         pygame.display.init()
         pygame.display.set_caption(title)
-        pygame.display.set_icon(icon())
         pygame.key.set_repeat(300, 60)  # ms
         self.changed = threading.Condition()  # a picture came, or a key
         self.screen = self.picture = self.size = None
-        self.open, self.dirty, self.full, self.help = True, False, False, False
-        self.paused, self.steps, self.next, self.chosen = False, 0, False, False
+        self.dirty = self.full = self.help = self.paused = self.next = self.chosen = False
+        self.steps = 0  # to go on by, while it is paused
         self.held = set()  # keys that are down
         self.began, self.last, self.shown = None, 0.0, deque(maxlen=25)  # the clock of a lap
 
     def run(self, work):
         """work() in a thread, while the window lives -> its result."""
-        done = {}
+        done = Future()
 
         def body():
             try:
-                done["result"] = work()
-            except BaseException as e:  # raised again below
-                done["error"] = e
+                done.set_result(work())
+            except BaseException as e:  # raised by result()
+                done.set_exception(e)
 
-        thread = threading.Thread(target=body, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            if self.open:
-                try:
-                    self._events()
-                    self._draw()
-                except pygame.error as e:  # the display went away
-                    print(f"the window is lost ({e}); goes on without it")
-                    self.close()
+        threading.Thread(target=body, daemon=True).start()  # Ctrl-C twice ends it
+        while not done.done():
+            try:
+                self._events()
+                self._draw()
+            except pygame.error as e:  # the display went away
+                print(f"the window is lost ({e}); goes on without it")
+                self.close()
             with self.changed:
                 self.changed.wait(1 / 60)
         self.close()
-        if "error" in done:
-            raise done["error"]
-        return done["result"]
+        return done.result()
 
     def show(self, picture, seconds):
         with self.changed:
@@ -222,7 +205,9 @@ class Window(NoWindow):
             if seconds < self.last:  # another lap
                 self._restart()
             self.last = seconds
-            while self.open and not (self.next or Stop.requested):
+
+            # wait until the picture is due, or a key
+            while self.visible and not (self.next or self.over):
                 now = time.monotonic()
                 if self.paused:
                     self._restart()
@@ -231,11 +216,10 @@ class Window(NoWindow):
                         break
                     self.changed.wait(0.1)
                     continue
-                if self.began is None:
+                if self.began is None or self.began + seconds < now - SLACK:
                     self.began = now - seconds
                 early = self.began + seconds - now
                 if early <= 0:
-                    self.began = now - seconds if early < -SLACK else self.began
                     self.shown.append((now, seconds))
                     break
                 self.changed.wait(early)
@@ -249,25 +233,26 @@ class Window(NoWindow):
 
     def close(self):
         with self.changed:
-            self.open = self.visible = False
+            self.visible = False
             self.changed.notify_all()
         pygame.display.quit()
 
-    def _restart(self):
-        self.began = None
-        self.shown.clear()
-
     def pace(self):
-        """Seconds of the lap in one second, over the last pictures; 1.0 is real time."""
+        """Seconds of the lap in one second, over the last pictures; 1.0 is real time; None: too few
+        pictures to tell."""
         if len(self.shown) < 5:
             return None
         (t0, s0), (t1, s1) = self.shown[0], self.shown[-1]
         return (s1 - s0) / max(1e-6, t1 - t0)
 
+    def _restart(self):
+        self.began = None
+        self.shown.clear()
+
     # -------------------------------------------------------------- main thread
 
     def _events(self):
-        for event in pygame.event.get():
+        for event in pygame.event.get() if self.visible else []:
             with self.changed:
                 self.dirty = True
                 if event.type == pygame.KEYDOWN:
@@ -282,10 +267,10 @@ class Window(NoWindow):
 
     def _key(self, event):
         key, again = event.key, event.key in self.held
-        self.held.add(event.key)
+        self.held.add(key)
         if 127 < key < 1 << 30:  # another alphabet: the letter that a Latin keyboard has there
             key = ord("a") + event.scancode - pygame.KSCAN_A
-        if key in (pygame.K_s, pygame.K_RIGHT):
+        if key in (pygame.K_s, pygame.K_RIGHT):  # held down: as many steps as go
             self.paused = True
             self.steps = max(self.steps, 1) if again else self.steps + 1
         elif again:
@@ -298,80 +283,63 @@ class Window(NoWindow):
             self.recording, self.chosen = not self.recording, True
         elif key == pygame.K_h:
             self.help = not self.help
-        elif key == pygame.K_f:
-            self.size = self.size if self.full else self.screen and self.screen.get_size()
+        elif key == pygame.K_f and self.screen:
+            self.size = self.size if self.full else self.screen.get_size()
             self.full = not self.full
             self._open()
         elif key in (pygame.K_q, pygame.K_ESCAPE):
             self.quit = True
 
     def _open(self):
-        if self.picture is None:
-            return  # nothing to show yet
-        if self.size is None:  # of the picture, or what fits on the screen
+        if self.size is None:  # the picture's, or what fits on the screen
             height, width = self.picture.shape[:2]
             room = [0.9 * side for side in (pygame.display.get_desktop_sizes() or [(1e5, 1e5)])[0]]
             scale = min(1, room[0] / width, room[1] / (height + BAR))
             self.size = round(scale * width), round(scale * height) + BAR
-        if self.full:
-            self.screen = pygame.display.set_mode((0, 0), pygame.FULLSCREEN)
-        else:
-            self.screen = pygame.display.set_mode(self.size, pygame.RESIZABLE)
+        size, flag = ((0, 0), pygame.FULLSCREEN) if self.full else (self.size, pygame.RESIZABLE)
+        self.screen = pygame.display.set_mode(size, flag)
 
     def _draw(self):
-        if not self.open or not self.dirty or self.picture is None:
+        if not self.visible or not self.dirty or self.picture is None:
             return
         self.dirty = False
         if self.screen is None:
             self._open()
         self.screen = pygame.display.get_surface()  # of the size that the user gave it
+
+        # the picture, as large as fits, in the middle
         (w, h), picture = self.screen.get_size(), self.picture
         scale = max(min(w / picture.shape[1], (h - BAR) / picture.shape[0]), 0.05)
         size = [max(1, round(scale * side)) for side in picture.shape[1::-1]]
-        picture = (
-            cv2.resize(
-                picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-            )
-            if scale != 1
-            else picture
-        )
+        kind = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+        picture = cv2.resize(picture, size, interpolation=kind)
         if self.help:
-            picture = self._help(picture)
-        bar = np.full((BAR, w, 3), (44, 44, 50), np.uint8)
-        state = "paused" if self.paused else ""
-        if not self.paused and (pace := self.pace()):
+            picture //= 4
+            for i, (key, what) in enumerate(KEYS.items()):
+                write(picture, key, 60, 50 + 40 * i, WARM, 32)
+                write(picture, what, 240, 50 + 40 * i, INK, 32)
+        left, top = max(0, (w - size[0]) // 2), max(0, (h - BAR - size[1]) // 2)
+        rest = max(0, h - top - size[1]), left, max(0, w - left - size[0])
+        canvas = cv2.copyMakeBorder(picture, top, *rest, cv2.BORDER_CONSTANT, value=PAPER)
+
+        # the bar: keys and state
+        bar, state, pace = canvas[-BAR:], "paused" * self.paused, self.pace()
+        bar[:] = GRID
+        if pace and not self.paused:
             state = f"{pace:.2f} x real time" if abs(pace - 1) > 0.05 else "real time"
         state = "recording   " * self.recording + state
-        width = letters(state, BAR_TEXT).shape[1] if state else 0
-        roomy = letters(KEYS_BAR, BAR_TEXT).shape[1] + width + 24 <= w
+        x = w - 8 - letters(state, BAR_TEXT).shape[1]
+        roomy = letters(KEYS_BAR, BAR_TEXT).shape[1] + 16 <= x
         write(bar, KEYS_BAR if roomy else "h help   q quit", 8, 6, DIM, BAR_TEXT)
-        if state:
-            write(bar, state, max(0, w - width - 8), 6, WARM if self.recording else INK, BAR_TEXT)
-        self.screen.fill(PAPER)
-        self._blit(picture, ((w - size[0]) // 2, max(0, (h - BAR - size[1]) // 2)))
-        self._blit(bar, (0, h - BAR))
+        write(bar, state, max(0, x), 6, WARM if self.recording else INK, BAR_TEXT)
+        self.screen.blit(pygame.image.frombuffer(canvas, canvas.shape[1::-1], "RGB"), (0, 0))
         pygame.display.flip()
-
-    def _blit(self, picture, at):
-        picture = np.ascontiguousarray(picture)
-        self.screen.blit(pygame.image.frombuffer(picture, picture.shape[1::-1], "RGB"), at)
-
-    @staticmethod
-    def _help(picture):
-        picture = picture // 4
-        for i, (key, what) in enumerate(KEYS.items()):
-            write(picture, key, 60, 50 + 40 * i, WARM, 32)
-            write(picture, what, 240, 50 + 40 * i, INK, 32)
-        return picture
 
 
 def open_window(title):
     """A Window, or where there is no display a NoWindow; says why."""
-    if not (
-        os.environ.get("DISPLAY")
-        or os.environ.get("WAYLAND_DISPLAY")
-        or sys.platform in ("darwin", "win32")
-    ):
+    desktop = sys.platform in ("darwin", "win32")
+    if not (desktop or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         print('no window (no display: README, "Windows"); files only')
         return NoWindow()
     try:
@@ -380,8 +348,8 @@ def open_window(title):
         print(f"no window ({e}); files only")
         return NoWindow()
     driver = pygame.display.get_driver()
-    if driver not in DRIVERS:
-        window.close()
-        print(f'no window (SDL finds no desktop, only its driver "{driver}"); files only')
-        return NoWindow()
-    return window
+    if driver in DRIVERS:
+        return window
+    window.close()
+    print(f'no window (SDL finds no desktop, only its driver "{driver}"); files only')
+    return NoWindow()

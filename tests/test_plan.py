@@ -1,7 +1,7 @@
 """The planner on a problem whose answer is known, and the noise against its stated spectrum."""
 
-import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,17 +16,15 @@ from drive_mpc import (
     STEER,
     Plan,
     RolloutCost,
-    ar1_noise,
     clip_plan,
     draw_plans,
     plan,
-    planning,
-    powerlaw_noise,
-    take_gas,
     to_action,
 )
-from networks import DISCOUNT, OOD_THRESHOLD, VALUE_HORIZON, CostModel, Predictor
+from networks import DISCOUNT, OOD_THRESHOLD, VALUE_HORIZON, CostModel, Predictor, scored_steps
 from support.cli import Parser, Refusal
+from support.noise import ar1_noise, powerlaw_noise
+from support.plan_config import PlanConfig, planning, take_gas
 from train_cost_model import max_gas
 
 
@@ -45,36 +43,38 @@ def cart(z, act):
 GOAL = 1.5  # where the point wants to stand
 
 
-def futures(z, act):
+def rollout_cost(z, act):
     x, v = cart(z.expand(len(act), -1), act).unbind(-1)
     return ((x - GOAL) ** 2 + 0.1 * v**2).sum(1)
 
 
-def config(planner, rounds=None, **kw):
-    """The flags as they are by default, but for these."""
-    p = Parser()
-    planning(p)
-    args = p.parse_args(["--planner", planner, "--samples", "512", "--max_gas", "1"])
-    return argparse.Namespace(**{**vars(args), "rounds": rounds, **kw})
+def config(planner, **changes):
+    """The settings as they are by default, but for these."""
+    return replace(PlanConfig(planner=planner, samples=512, max_gas=1.0), **changes)
 
 
 @pytest.mark.parametrize("noise", ["ar1", "powerlaw"])
 @pytest.mark.parametrize(
-    "planner,rounds", [("shooting", None), ("icem", None), ("icem", 1), ("mppi", None), ("mppi", 2)]
+    "planner,iterations",
+    [("shooting", None), ("icem", None), ("icem", 1), ("mppi", None), ("mppi", 2)],
 )
-def test_the_planner_reaches_a_known_goal(planner, rounds, noise):
+def test_the_planner_reaches_a_known_goal(planner, iterations, noise):
     generator = torch.Generator().manual_seed(0)
-    z, last, cfg = torch.zeros(1, 2), Plan.none(15), config(planner, rounds, noise_kind=noise)
+    z, last, cfg = (
+        torch.zeros(1, 2),
+        Plan.none(15),
+        config(planner, iterations=iterations, noise_kind=noise),
+    )
     for _ in range(40):
-        last, energies = plan(z, futures, last, cfg, generator)
+        last, costs = plan(z, rollout_cost, last, cfg, generator)
         assert last.u.shape == (15, 2) and last.u.abs().max() <= 1
         z = cart(z, to_action(last.u[:1])[None])[:, 0]
     assert abs(float(z[0, 0]) - GOAL) < 0.25, z
-    assert len(energies) == (int(512 / DECAY**2) if planner == "icem" and not rounds else 512)
+    assert len(costs) == (int(512 / DECAY**2) if planner == "icem" and not iterations else 512)
 
 
 def test_icem_by_default_is_more_than_shooting():
-    """Summed over a drive, its plans cost less than those of shooting with as many futures."""
+    """Summed over a drive, its plans cost less than those of shooting with as many rollouts."""
     costs = {}
     for planner, samples in (("shooting", 156), ("icem", 64)):  # 64 + 64 (twice the elites) + ...
         cfg = config(planner, samples=samples, elites=10)
@@ -84,11 +84,11 @@ def test_icem_by_default_is_more_than_shooting():
             Plan.none(15),
             [],
         )
-        told = lambda z, act: (seen.append(len(act)), futures(z, act))[1]
+        told = lambda z, act: (seen.append(len(act)), rollout_cost(z, act))[1]
         costs[planner] = 0.0
         for _ in range(30):
             last, _ = plan(z, told, last, cfg, generator)
-            costs[planner] += float(futures(z, to_action(last.u[None])))
+            costs[planner] += float(rollout_cost(z, to_action(last.u[None])))
             z = cart(z, to_action(last.u[:1])[None])[:, 0]
         assert sum(seen) / 30 == (64 + 51 + 40 if planner == "icem" else 156)
     assert costs["icem"] < 0.97 * costs["shooting"], costs
@@ -96,19 +96,21 @@ def test_icem_by_default_is_more_than_shooting():
 
 def test_icem_keeps_elites_and_shifts_them_into_the_next_plan():
     cfg, seen = config("icem", samples=100, elites=20, noise_kind="powerlaw"), []
-    told = lambda z, act: (seen.append(act), futures(z, act))[1]
+    told = lambda z, act: (seen.append(act), rollout_cost(z, act))[1]
     generator = torch.Generator().manual_seed(0)
-    first, energies = plan(torch.zeros(1, 2), told, Plan.none(15), cfg, generator)
+    first, costs = plan(torch.zeros(1, 2), told, Plan.none(15), cfg, generator)
     assert [len(act) for act in seen] == [100, 80, 64]  # decayed by 1.25
-    many = config("icem", rounds=9, samples=100, elites=20)
-    assert len(plan(torch.zeros(1, 2), futures, first, many)[1]) == 40  # twice the elites
+    many = config("icem", iterations=9, samples=100, elites=20)
+    assert len(plan(torch.zeros(1, 2), rollout_cost, first, many)[1]) == 40  # twice the elites
     assert len(first.elites) == 20
-    costs = futures(torch.zeros(1, 2), to_action(first.elites))
-    assert torch.equal(costs, costs.sort()[0]) and torch.equal(costs[0], energies.min())
+    elite_costs = rollout_cost(torch.zeros(1, 2), to_action(first.elites))
+    assert torch.equal(elite_costs, elite_costs.sort()[0]) and torch.equal(
+        elite_costs[0], costs.min()
+    )
     assert torch.equal(first.u, first.elites[0]) and not torch.equal(first.u, first.mean)
     of = lambda plans, n: {tuple(p.flatten().tolist()) for p in plans[:, :n]}
     for earlier, later in zip(seen, seen[1:]):  # 30 % of the elites of the round before
-        best = earlier[futures(torch.zeros(1, 2), earlier).argsort()[:6]]
+        best = earlier[rollout_cost(torch.zeros(1, 2), earlier).argsort()[:6]]
         assert of(best, 15) <= of(later, 15)
     seen.clear()
     plan(torch.zeros(1, 2), told, first, cfg, generator)
@@ -120,7 +122,7 @@ def test_icem_keeps_elites_and_shifts_them_into_the_next_plan():
 
 def test_icem_never_narrows_below_its_least_spread():
     """Even where the elites are all alike, it goes on looking around them."""
-    cfg, seen = config("icem", rounds=12, samples=400, elites=4), []
+    cfg, seen = config("icem", iterations=12, samples=400, elites=4), []
     bowl = lambda act: (act[:, :, 0] ** 2).sum(1) + act[:, :, 1].sum(1) + 1
     flat = lambda z, act: (seen.append(act), bowl(act))[1]
     plan(torch.zeros(1, 2), flat, Plan.none(6), cfg, torch.Generator().manual_seed(0))
@@ -137,7 +139,7 @@ def test_few_samples_and_short_horizons_plan_too(planner, samples, elites, horiz
             Plan.none(horizon),
         )
         for _ in range(3):
-            last, _ = plan(torch.zeros(1, 2), futures, last, cfg)
+            last, _ = plan(torch.zeros(1, 2), rollout_cost, last, cfg)
         assert last.u.shape == (horizon, 2) and last.u.isfinite().all()
 
 
@@ -147,22 +149,22 @@ def test_mppi_is_the_mean_of_its_elites_weighted_by_energy():
     root = torch.linalg.cholesky(0.8 ** (torch.arange(5)[:, None] - torch.arange(5)).abs().double())
     g, h, z = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0), torch.zeros(1, 2)
     for _ in range(3):
-        last, energies = plan(z, futures, last, cfg, g)
+        last, costs = plan(z, rollout_cost, last, cfg, g)
         mean, noise = torch.cat([u[1:], u[-1:]]), torch.randn(64, 5, 2, generator=h)
         drawn = torch.stack(
             [(mean + torch.tensor([0.4, 0.5]) * (root.float() @ n)).clamp(-1, 1) for n in noise]
         )
         drawn[0] = mean
-        cost = futures(z, to_action(drawn))
+        cost = rollout_cost(z, to_action(drawn))
         best = cost.argsort()[:32]
         weights = torch.softmax(-(cost[best] - cost.min()) / cost[best].std(correction=0), 0)
         u = sum(w * plan for w, plan in zip(weights, drawn[best]))
-        assert torch.allclose(energies, cost, rtol=1e-4) and torch.allclose(last.u, u, atol=1e-5)
+        assert torch.allclose(costs, cost, rtol=1e-4) and torch.allclose(last.u, u, atol=1e-5)
         assert last.u is last.mean
 
 
 def test_warm_start_pays():
-    """With few samples, shifting the last plan finds lower energies than starting from nothing."""
+    """With few samples, shifting the last plan finds lower costs than starting from nothing."""
     lows = []
     for warm in (True, False):
         generator, z, last, low = (
@@ -173,7 +175,11 @@ def test_warm_start_pays():
         )
         for _ in range(25):
             last, e = plan(
-                z, futures, last if warm else Plan.none(15), config("mppi", samples=48), generator
+                z,
+                rollout_cost,
+                last if warm else Plan.none(15),
+                config("mppi", samples=48),
+                generator,
             )
             z, low = cart(z, to_action(last.u[:1])[None])[:, 0], low + float(e.min())
         lows.append(low)
@@ -181,13 +187,11 @@ def test_warm_start_pays():
 
 
 @pytest.mark.parametrize("planner", ["shooting", "icem", "mppi"])
-def test_when_all_futures_cost_the_same_the_last_plan_goes_on(planner):
+def test_when_all_rollouts_cost_the_same_the_last_plan_goes_on(planner):
     u = torch.linspace(-1, 1, 30).view(15, 2)
     last = Plan(u, 0.5 * u, u[None])
-    now, energies = plan(
-        torch.zeros(1, 2), lambda z, act: torch.ones(len(act)), last, config(planner)
-    )
-    assert torch.equal(now.u[:-1], u[1:]) and energies.std() == 0
+    now, costs = plan(torch.zeros(1, 2), lambda z, act: torch.ones(len(act)), last, config(planner))
+    assert torch.equal(now.u[:-1], u[1:]) and costs.std() == 0
     assert torch.equal(now.mean[:-1], 0.5 * u[1:])
 
 
@@ -258,10 +262,10 @@ def test_no_plan_has_more_gas_than_it_may():
     inside = (u[..., 0].abs() <= 1) & (u[..., 1] <= 0.4) & (u[..., 1] >= -1)
     assert torch.equal(kept[inside], u[inside])
     z, seen = torch.zeros(1, 2), []
-    told = lambda z, act: (seen.append(act), futures(z, act))[1]
+    told = lambda z, act: (seen.append(act), rollout_cost(z, act))[1]
     for planner in ("shooting", "icem", "mppi"):
         for noise in ("ar1", "powerlaw"):
-            cfg, last = config(planner, gas=0.4, noise_kind=noise), Plan.none(12)
+            cfg, last = config(planner, max_gas=0.4, noise_kind=noise), Plan.none(12)
             for seed in range(3):
                 last, _ = plan(z, told, last, cfg, torch.Generator().manual_seed(seed))
             assert 0.39 < max(act[..., 1].max() for act in seen) <= 0.4
@@ -273,7 +277,7 @@ def test_the_gas_limit_is_the_cost_models_unless_it_is_given(capsys):
     for flags, payload, gas, said in (
         ((), {"max_gas": 0.5}, 0.5, "gas up to 0.5, stored with"),
         (("--max_gas", "0.7"), {"max_gas": 0.5}, 0.7, ""),
-        ((), {}, 1.0, "stores no limit"),
+        ((), {}, 1.0, "no limit is stored"),
     ):
         p = Parser()
         planning(p)
@@ -316,14 +320,14 @@ def test_a_drive_without_the_flag_is_the_drive_with_the_stored_limit(chain, tmp_
         assert ("gas up to 0.5, stored with the cost model" in done.stdout) == (not flags)
         report = json.loads(path.read_text())
         rows[flags] = [(e["return"], e["steps"], e["tiles"]) for e in report["episodes"]]
-        assert report["settings"]["gas"] == (flags[1] if flags else 0.5)
+        assert report["settings"]["max_gas"] == (flags[1] if flags else 0.5)
     stored, given, more = rows.values()
     assert stored == given != more
 
 
 @pytest.mark.parametrize("error,gas", [(0.0, 1.0), (0.1, 1.0), (0.15, 0.5), (1.0, 0.5)])
-def test_full_gas_is_for_nets_whose_dreams_hold(error, gas, capsys):
-    """Of copy-last's error, `error` is left: a dream is so far from the truth."""
+def test_full_gas_is_for_nets_whose_rollouts_hold(error, gas, capsys):
+    """Of copy-last's error, `error` is left: a rollout is so far from the truth."""
     z = torch.randn(40, 6, 8, generator=torch.Generator().manual_seed(0)).cumsum(1)
 
     class Dreamer(Predictor):
@@ -405,14 +409,14 @@ def nets():
 
 
 def test_rollout_eats_its_own_output(nets):
-    """The definition, term by term; and a shorter dream is the beginning of a longer one."""
+    """The definition, term by term; and a shorter rollout is the beginning of a longer one."""
     net = nets["predictor"]
     z, act = torch.randn(3, 8), torch.randn(3, 4, 3)
-    h, rest, expected = net.to_state(z), z - net.read(net.to_state(z)), []
+    h, rest, expected = net.to_state(z), z - net.to_latent(net.to_state(z)), []
     for t in range(4):
-        h = net.step(h, act[:, t])
+        h = net.transition(h, act[:, t])
         rest = rest * net.decay_logit.sigmoid()
-        expected.append(net.read(h) + rest)
+        expected.append(net.to_latent(h) + rest)
     z_hat = net.rollout(z, act)
     assert torch.allclose(z_hat, torch.stack(expected, 1), atol=1e-5)
     assert torch.allclose(net.rollout(z, act[:, :2]), z_hat[:, :2], atol=1e-6)
@@ -421,22 +425,51 @@ def test_rollout_eats_its_own_output(nets):
 @pytest.mark.parametrize("kind", ["value", "density", "classifier"])
 @pytest.mark.parametrize("H", [15, 4, 1])
 @pytest.mark.parametrize("far", [0.9, 1.1])
-def test_futures_cost_what_their_dreams_cost(nets, kind, H, far):
+def test_the_folded_rollout_cost_is_the_plain_one(nets, kind, H, far):
     """Folded weights in one pass cost the same as a rollout that is scored after it."""
     cost, act = nets["cost"], torch.randn(32, H, 3)
     away = torch.randn(1, 8)
     reach = (
         OOD_THRESHOLD * cost.random_energy / cost.energy(cost.mu + away)
-    ).sqrt()  # as far as trouble begins
+    ).sqrt()  # as far as out of distribution begins
     z = cost.mu + far * reach * away
     assert cost.is_ood(z) == (far > 1)
     expected = cost.rollout_cost(z, nets["predictor"].rollout(z.expand(32, -1), act), kind)
-    futures = RolloutCost(**nets, kind=kind)
+    folded = RolloutCost(**nets, kind=kind)
     for _ in range(2):  # nothing is left of the first
-        assert torch.allclose(futures(z, act), expected, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(folded(z, act), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_value_is_the_density_on_the_road_and_looks_further_in_trouble(nets):
+@pytest.mark.parametrize("scored", [range, scored_steps])
+@pytest.mark.parametrize("kind", ["value", "density"])
+def test_the_benchmarks_plain_rollout_computes_what_folded_products_do(nets, kind, scored):
+    from tools.bench_train import PlainFutures
+
+    z, act = nets["cost"].mu[None] + 0.01, torch.randn(32, 15, 3)
+    plain, folded = (
+        F(nets["predictor"], nets["cost"], kind, scored)(z, act)
+        for F in (PlainFutures, RolloutCost)
+    )
+    assert torch.allclose(plain, folded, rtol=1e-4)
+    every = nets["cost"].energy(nets["predictor"].rollout(z.expand(32, -1), act))
+    expected = (
+        every if scored is range else 15 / len(scored_steps(15)) * every[:, list(scored_steps(15))]
+    )
+    assert torch.allclose(plain, expected.sum(1), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_benchmark_times_both_changes_apart(tmp_path):
+    done = script("benchmark.py", "plan", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("plain rollout", "folded products"):
+        for scored in ("all", "every third"):
+            line = next(x for x in done.stdout.splitlines() if x.startswith(f"{name}, {scored} "))
+            assert float(line.split()[4 + (scored != "all")]) > 0
+    assert "the driver's" in line
+
+
+def test_value_is_the_density_on_the_road_and_looks_further_out_of_distribution(nets):
     cost, z_hat = nets["cost"], torch.randn(32, 15, 8)
     near, far = cost.mu[None], cost.mu[None] + 10
     every_third = 3 * cost.energy(z_hat[:, 2::3]).sum(1)

@@ -1,21 +1,17 @@
-"""Windows, films and the files of scores, as a user meets them."""
+"""The window and what is drawn in it."""
 
-import io
-import json
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pygame
 import pytest
 from conftest import REPO
+from processes import finish, start, wait_for
 
 import demo_energy
 import drive_mpc
@@ -25,138 +21,9 @@ from car.renderer import picture
 from report.dreams import telling_rows
 from support import window as windows
 from support.cli import Refusal
-from support.pictures import VideoRecorder, ornament
-from support.window import KEYS, KEYS_BAR, NoWindow, Window, log_axis, open_window
+from support.window import KEYS, KEYS_BAR, Window, log_axis, open_window
 
 av = pytest.importorskip("av")
-QUICK = ["--env", "fast", "--threads", "1"]
-DIST_TIMEOUT = 120  # s, far more than any of these takes
-
-
-def start(name, *args, root, env=None):
-    """A script, started as a user does, with this environment on top of ours."""
-    command = [sys.executable, str(REPO / name), *map(str, args), "--root", str(root)]
-    return subprocess.Popen(
-        command,
-        env=os.environ | {"DISPLAY": "", "WAYLAND_DISPLAY": ""} | (env or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=REPO,
-    )
-
-
-def finish(process):
-    """-> (exit code, stdout, stderr)."""
-    out, err = process.communicate(timeout=DIST_TIMEOUT)
-    return process.returncode, out, err
-
-
-def wait_for(what, seconds=60):
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.02)
-    return found
-
-
-# ------------------------------------------------------------------ films
-
-COLOURS = {"red": (200, 30, 40), "grass": (100, 200, 100), "road": (104, 104, 104)}
-
-
-def film(count=30):
-    """A film of so many frames, of a third of each colour, at 25 frames a second."""
-    recorder = VideoRecorder(25)
-    bands = np.array(list(COLOURS.values()), np.uint8)[:, None].repeat(32, 0).repeat(128, 1)
-    for _ in range(count):
-        recorder.add(bands)
-    recorder.hold(np.zeros((96, 128, 3), np.uint8), 2.0)
-    return recorder
-
-
-def boxes(mp4):
-    """Names of the outer boxes of an MP4, in order."""
-    names, at = [], 0
-    while at < len(mp4):
-        names.append(mp4[at + 4 : at + 8].decode())
-        at += int.from_bytes(mp4[at : at + 4], "big") or len(mp4)
-    return names
-
-
-@pytest.mark.parametrize("folder", ["plain", "50 % 100%d: ünï", "x" * 120])
-def test_films_are_h264_with_the_index_in_front_under_any_name(tmp_path, folder):
-    stem = tmp_path / folder / "a film"
-    assert film().save(stem) == [stem.with_suffix(".mp4"), stem.with_suffix(".gif")]
-    assert sorted(p.name for p in stem.parent.iterdir()) == ["a film.gif", "a film.mp4"]
-    mp4 = stem.with_suffix(".mp4").read_bytes()
-    assert boxes(mp4).index("moov") < boxes(mp4).index("mdat")
-    with av.open(io.BytesIO(mp4)) as found:
-        stream = found.streams.video[0]
-        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
-        assert stream.average_rate == 25 and (stream.width, stream.height) == (128, 96)
-        frames = [f.to_ndarray(format="rgb24") for f in found.decode(video=0)]
-    assert len(frames) == 30 + 50 and frames[-1].max() < 8
-    for i, color in enumerate(COLOURS.values()):
-        assert np.abs(frames[12][32 * i + 8 : 32 * i + 24].mean((0, 1)) - color).max() < 6
-    from PIL import Image
-
-    gif = Image.open(stem.with_suffix(".gif"))
-    ms = [gif.seek(k) or gif.info["duration"] for k in range(gif.n_frames)]
-    assert ms[-1] == 2000 and np.asarray(gif.convert("RGB")).max() == 0  # the end stands
-
-
-def test_a_film_that_cannot_be_written_costs_a_line_and_not_the_old_one(tmp_path, capsys):
-    stem = tmp_path / "film"
-    film().save(stem)
-    old = stem.with_suffix(".mp4").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    again = film(60)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))  # as good as a full disk
-        assert again.save(stem) == []
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and all("not drawn (File too large)" in line for line in said)
-    assert stem.with_suffix(".mp4").read_bytes() == old
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["film.gif", "film.mp4"]
-    (tmp_path / "gone").mkdir()
-    with ornament(tmp_path / "gone" / "x.png"):  # its folder is made again
-        (tmp_path / "gone").rmdir()
-        raise FileNotFoundError(2, "No such file or directory")
-    assert "not drawn" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium")
-def test_chromium_plays_the_film(tmp_path):
-    film().save(tmp_path / "film")
-    (tmp_path / "page.html").write_text("""<video src=film.mp4 muted></video><p>none</p><script>
-        const v = document.querySelector('video'), p = document.querySelector('p')
-        const say = what => p.textContent = `${what} ${v.videoWidth}x${v.videoHeight}`
-        v.onerror = () => say('error ' + v.error.code)
-        v.ontimeupdate = () => v.currentTime > 1 && say('plays')
-        v.play()</script>""")
-    done = subprocess.run(
-        [
-            "chromium",
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--virtual-time-budget=20000",
-            "--autoplay-policy=no-user-gesture-required",
-            f"--user-data-dir={tmp_path}/profile",
-            "--dump-dom",
-            f"file://{tmp_path}/page.html",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert "<p>plays 128x96</p>" in done.stdout, done.stdout
-
-
-# ------------------------------------------------------------------ pictures
 
 
 @pytest.mark.parametrize("steps", [20, 90])
@@ -196,7 +63,7 @@ def test_an_axis_has_numbers_and_holds_all_values():
     assert (canvas[490:610, 20:95] != windows.PAPER).any()  # numbers left of the box
 
 
-def test_the_dream_has_gaps_names_and_seconds(tmp_path):
+def test_the_rollout_has_gaps_names_and_seconds(tmp_path):
     real, dreamt = np.full((2, 4, 6, 64, 64, 3), 200, np.uint8)
     train_predictor.animate_dream(real, dreamt, ["a", "b", "c", "d"], tmp_path / "x.gif", 0.04)
     from PIL import Image
@@ -262,7 +129,7 @@ def test_a_lap_is_shown_in_real_time(shown):
             window.show(PICTURE, step / 25)
         return window.pace()
 
-    assert window.run(work) < 0.6 and not window.open
+    assert window.run(work) < 0.6 and not window.visible
 
 
 def test_keys_pause_step_record_help_and_leave(shown):
@@ -456,268 +323,3 @@ def test_keys_in_a_real_window(tmp_path, name):
     if name == "drive_mpc.py":
         assert "100000 left after" in out and "no drive ended" in out
         assert "where the drive was left" in out
-
-
-# ------------------------------------------------------------------ scores
-
-
-def scores(path):
-    return {
-        name: [e["return"] for e in r["episodes"]]
-        for name, r in json.loads(path.read_text())["rows"].items()
-    }
-
-
-@pytest.mark.parametrize(
-    "signals",
-    [
-        [signal.SIGHUP],
-        pytest.param([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], marks=pytest.mark.slow),
-    ],
-)
-def test_scores_are_kept_after_each_drive_and_gone_on_with(tmp_path, signals):
-    """Hung up, killed and stopped: the same command drives what is missing, and nothing twice."""
-    path, episodes = tmp_path / "s.json", len(signals) + 3
-    args = [*QUICK, "--no_video", "--policy", "random", "--episodes", episodes, "--json", path]
-    kept = lambda: len(scores(path)["random"]) if path.exists() else 0
-    for sig in signals:
-        before = kept()
-        process = start("drive_mpc.py", *args, root=tmp_path)
-        wait_for(lambda: kept() > before)
-        process.send_signal(sig)
-        code, out, err = finish(process)
-        assert code == (-9 if sig == signal.SIGKILL else 130), err
-        assert not json.loads(path.read_text())["finished"] and kept() < episodes
-    left = kept()
-    code, out, err = finish(start("drive_mpc.py", *args, root=tmp_path))
-    assert code == 0 and f"goes on behind {left} drives" in out, err
-    env, report = make_env("fast"), json.loads(path.read_text())
-    driver = drive_mpc.BaselineDriver(env, "random", 1.0, 0)
-    for row in report["episodes"]:
-        assert drive_mpc.drive(env, driver, row["track_seed"]) == row
-    assert report["finished"] and len(report["episodes"]) == episodes
-    assert report["mean"] == pytest.approx(np.mean(scores(path)["random"]), abs=0.01)
-    assert not (tmp_path / "visuals").exists()  # nothing was to be drawn
-
-    report["finished"] = False  # as if it had been stopped, of another seed
-    path.write_text(json.dumps(report))
-    other = drive_mpc_args("--policy", "random", "--episodes", str(episodes), "--seed", "1")
-    assert drive_mpc.Report(path, other, {}).rows == {}
-
-
-def test_scores_of_other_nets_are_not_taken(tmp_path):
-    class Driver:
-        nets = {}
-
-    args = drive_mpc_args("--json", str(tmp_path / "s.json"))
-    report = drive_mpc.Report(args.json, args, {})
-    row = {
-        "track_seed": 5,
-        "return": 1.0,
-        "steps": 9,
-        "tiles": 3,
-        "tiles_missed": 0,
-        "lap_finished": True,
-        "plan_ms_p50": 1.0,
-        "plan_ms_p99": 1.0,
-    }
-    report.save({"mpc": drive_mpc.summary("mpc", [row])})
-    assert drive_mpc.Report(args.json, args, {}).rows == {"mpc": {5: row}}
-    assert drive_mpc.Report(args.json, args, {"mpc": Driver}).rows == {}
-
-
-def test_no_score_is_lost_to_a_stop_or_to_a_new_drive(tmp_path, monkeypatch):
-    flags = [
-        "--policy",
-        "random",
-        "--compare",
-        "expert",
-        "--env",
-        "fast",
-        "--no_video",
-        "--episodes",
-        "2",
-        "--root",
-        str(tmp_path),
-        "--json",
-        str(tmp_path / "s.json"),
-    ]
-    args, path = drive_mpc_args(*flags), tmp_path / "s.json"
-    row = {
-        "steps": 9,
-        "tiles": 3,
-        "tiles_missed": 0,
-        "lap_finished": True,
-        "plan_ms_p50": 1.0,
-        "plan_ms_p99": 1.0,
-    }
-    report = drive_mpc.Report(path, args, {})
-    kept = {
-        name: drive_mpc.summary(
-            name, [row | {"track_seed": 100_000 + i, "return": 1.0 * i} for i in range(n)]
-        )
-        for name, n in (("random", 2), ("expert", 1))
-    }
-    report.save(kept)
-    reports, again = drive_mpc.drive_all(args, ["random", "expert"], None, NoWindow(), stop=True)
-    again.save(reports, last=True)  # stopped before the first drive
-    assert scores(path) == {"random": [0.0, 1.0], "expert": [0.0]}
-    report.save(kept, finished=True)
-    assert drive_mpc.Report(path, args, {}).rows == {} and not path.exists()
-    (aside,) = tmp_path.glob("s-*.json")
-    assert scores(aside) == {"random": [0.0, 1.0], "expert": [0.0]}
-    path.write_text(
-        json.dumps({"env_id": 1, "policy": 2, "versions": 3, "episodes": 4, "finished": False})
-    )
-    with pytest.raises(Refusal, match="no report of drive_mpc.py"):
-        drive_mpc.Report(path, args, {})
-    film = flags[:-1] + [str(tmp_path / "visuals" / "drive_random.mp4")]
-    monkeypatch.setattr(sys, "argv", ["drive_mpc.py", *film])
-    with pytest.raises(Refusal, match="the film has that name"):
-        drive_mpc.main()
-
-
-def drive_mpc_args(*flags):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["drive_mpc.py", *flags])
-        return drive_mpc.arguments()
-
-
-def refused(capsys, call, *flags):
-    """The one line that refuses these flags."""
-    with pytest.raises(SystemExit) as e:
-        call(*flags)
-    said = capsys.readouterr().err
-    assert e.value.code == 2 and said.count("\n") == 1 and said.startswith("error: "), said
-    return said
-
-
-def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
-    for path, why in (
-        (tmp_path, "found a folder"),
-        (f"{tmp_path}/new/", "found a folder"),
-        (tmp_path / "file" / "s.json", "cannot write there"),
-        (tmp_path / ("x" * 300), "File name too long"),
-        ("/proc/s.json", "/proc"),
-    ):
-        assert why in refused(capsys, drive_mpc_args, "--json", str(path))
-    assert drive_mpc_args("--json", str(tmp_path / "made" / "s.json")).json.parent.is_dir()
-    assert drive_mpc_args("--json", "/dev/null").json == Path("/dev/null")
-    for text in ("mine", "[1]", '{"a": 1}'):
-        (tmp_path / "file").write_text(text)
-        args = drive_mpc_args("--json", str(tmp_path / "file"))
-        with pytest.raises(Refusal, match="no report of drive_mpc.py"):
-            drive_mpc.Report(args.json, args, {})
-        assert (tmp_path / "file").read_text() == text
-    (tmp_path / "empty").touch()
-    assert drive_mpc.Report(tmp_path / "empty", args, {}).rows == {}
-
-
-@pytest.mark.parametrize(
-    "flag,values",
-    [
-        ("--episodes", ["0", "10" * 9]),
-        ("--track_seed", ["-1", "9" * 20]),
-        ("--film", ["-1"]),
-        ("--pace", ["2", "nan"]),
-        ("--seed", ["9" * 20]),
-    ],
-)
-def test_numbers_have_ranges(flag, values, capsys):
-    for value in values:
-        assert "from" in refused(capsys, drive_mpc_args, flag, value)
-
-
-def test_the_demos_numbers_have_ranges(monkeypatch, capsys):
-    for flag, value in (("--ahead", "0"), ("--ahead", "9" * 9), ("--steps", "1001")):
-        monkeypatch.setattr(sys, "argv", ["demo_energy.py", flag, value])
-        assert "from 1 to 1000" in refused(capsys, demo_energy.arguments)
-
-
-def test_a_calm_expert_says_so_in_its_row(tmp_path):
-    code, out, err = finish(
-        start(
-            "drive_mpc.py",
-            *QUICK,
-            "--no_video",
-            "--policy",
-            "expert",
-            "--pace",
-            "0.9",
-            "--episodes",
-            "1",
-            "--json",
-            tmp_path / "s.json",
-            root=tmp_path,
-        )
-    )
-    assert code == 0 and "\nexpert, pace 0.9 " in out, err
-    report = json.loads((tmp_path / "s.json").read_text())
-    assert report["policy"] == "expert, pace 0.9" and list(report["rows"]) == ["expert, pace 0.9"]
-    args = drive_mpc_args()
-    assert args.pace == 1 and drive_mpc.row_name("expert", args) == "expert"
-    assert drive_mpc.row_name("random", drive_mpc_args("--pace", "0.9")) == "random"
-
-
-@pytest.mark.parametrize("into", ["a pipe", "a file"])
-def test_scores_go_to_stdout_whatever_it_is(tmp_path, into):
-    with open(tmp_path / "out", "w") as file:
-        done = subprocess.run(
-            [
-                sys.executable,
-                REPO / "drive_mpc.py",
-                *QUICK,
-                "--no_video",
-                "--policy",
-                "random",
-                "--episodes",
-                "1",
-                "--json",
-                "/dev/stdout",
-                "--root",
-                tmp_path,
-            ],
-            text=True,
-            cwd=REPO,
-            stdout=subprocess.PIPE if into == "a pipe" else file,
-            timeout=DIST_TIMEOUT,
-        )
-    said = done.stdout if into == "a pipe" else (tmp_path / "out").read_text()
-    assert done.returncode == 0
-    report, _ = json.JSONDecoder().raw_decode(said[said.index("{") :])
-    assert report["finished"] and len(report["episodes"]) == 1
-    assert "driver" in said and "100000" in said  # and all else that was printed
-
-
-@pytest.mark.slow
-def test_the_film_of_a_drive_that_outlives_its_folder(tmp_path):
-    """Every lap that --film asks for, with the end for two seconds; visuals/ vanishes meanwhile."""
-    process = start(
-        "drive_mpc.py",
-        *QUICK,
-        "--headless",
-        "--policy",
-        "expert",
-        "--episodes",
-        "3",
-        "--film",
-        "2",
-        "--json",
-        tmp_path / "s.json",
-        root=tmp_path,
-    )
-    wait_for(lambda: (tmp_path / "s.json").exists())
-    shutil.rmtree(tmp_path / "visuals")
-    code, out, err = finish(process)
-    assert code == 0 and len(scores(tmp_path / "s.json")["expert"]) == 3, err
-    steps = [e["steps"] for e in json.loads((tmp_path / "s.json").read_text())["episodes"]]
-    with av.open(str(tmp_path / "visuals" / "drive_expert.mp4")) as found:
-        frames = [f.to_ndarray(format="rgb24")[::4, ::4].astype(int) for f in found.decode(video=0)]
-    assert len(frames) == steps[0] // 2 + 50 + steps[1] // 2 + 50  # each lap's end for two seconds
-    end = steps[0] // 2
-    assert (
-        np.abs(frames[end + 5] - frames[end + 45]).mean()
-        < 1
-        < np.abs(frames[end + 5] - frames[end + 60]).mean()
-    )

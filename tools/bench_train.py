@@ -134,7 +134,7 @@ def bench_plan(root):
         driver.frames.append(env.step(follow(telemetry(env)))[0])
         first = step % len(costs)
         for name in [*costs][first:] + [*costs][:first] if step >= ZOOM_STEPS else ():
-            driver.futures = costs[name]
+            driver.rollout_cost = costs[name]
             start = time.perf_counter()
             driver.replan()
             driver.u.cpu()  # waits for the device

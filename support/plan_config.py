@@ -1,0 +1,60 @@
+"""Settings of the planner, and their flags."""
+
+from dataclasses import dataclass, fields
+
+from car import MAX_STEPS
+from support.cli import Number, fraction
+
+ITERATIONS = {"shooting": 1, "icem": 3, "mppi": 1}  # of a plan, unless --iterations says otherwise
+
+
+@dataclass
+class PlanConfig:
+    """Settings of the planner: the flags of `planning` and their defaults."""
+
+    planner: str = "mppi"
+    energy: str = "value"
+    samples: int = 1000  # candidates in the first iteration
+    horizon: int = 15  # latents in a rollout
+    iterations: int | None = None  # None: ITERATIONS of the planner
+    elites: int = 32
+    noise_kind: str = "ar1"
+    rho: float = 0.8  # AR(1) noise: correlation from step to step
+    beta: float = 2.0  # power-law noise: power falls with frequency ** beta
+    noise: tuple = (0.4, 0.5)  # standard deviation of steering and throttle, in units of full
+    max_gas: float | None = None  # most throttle in a plan; None: `take_gas` sets it
+
+    @classmethod
+    def of(cls, args):
+        """The PlanConfig in the flags of `planning`."""
+        return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
+
+
+def planning(p):
+    """Adds the flags of planner and energy, the same wherever a plan is made."""
+    add = p.add_argument_group("planner").add_argument
+    refit = "icem and mppi refit the mean of the candidates to their elites"
+    add("--planner", choices=list(ITERATIONS), help=refit)
+    energies = ["value", "density", "classifier"]
+    add("--energy", choices=energies, help="of a latent: see CostModel in networks.py")
+    add("--samples", type=Number(int, 2, 10**6), help="candidates; icem: fewer in each iteration")
+    add("--horizon", type=Number(int, 1, MAX_STEPS), help="latents in a rollout")
+    most = f"icem {ITERATIONS['icem']}, mppi {ITERATIONS['mppi']}"
+    add("--iterations", type=Number(int, 1, 1000), help=f"of a plan (default: {most})")
+    add("--elites", type=Number(int, 1, 10**6), help="best candidates, which make the next mean")
+    kinds = "of the candidates over time: ar1 (see --rho) or powerlaw (see --beta)"
+    add("--noise_kind", choices=["ar1", "powerlaw"], help=kinds)
+    add("--rho", type=Number(float, 0, 0.9999), help="ar1: correlation from step to step")
+    add("--beta", type=Number(float, 0, 10), help="powerlaw: 0 is white noise, 1 pink, 2 red")
+    deviation = dict(nargs=2, metavar=("STEER", "THROTTLE"), help="standard deviation, of full")
+    add("--noise", type=Number(float, 0, 100), **deviation)
+    add("--max_gas", type=fraction, help="most gas in a plan (default: as the cost model stores)")
+    p.set_defaults(**vars(PlanConfig()))
+
+
+def take_gas(args, payload):
+    """Sets args.max_gas, where it is None, to the limit in a cost model's payload; says so."""
+    if args.max_gas is None:
+        args.max_gas = payload.get("max_gas", 1.0)
+        stored = "stored with" if "max_gas" in payload else "no limit is stored with"
+        print(f"gas up to {args.max_gas:g}, {stored} the cost model")
