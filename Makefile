@@ -10,9 +10,9 @@ TORCH_INDEX ?= $(TORCH_WAS)
 # shares of a batch: expert, recovery, random
 SHARES = --shares 0.35 0.45 0.2
 # the small encoder of a laptop
-EYE = --channels 16 --batch_size 96 --lr 2e-3
+ENCODER = --channels 16 --batch_size 96 --lr 2e-3
 # and its predictor
-BRAIN = --batch_size 512 --lr 2e-3
+PREDICTOR = --batch_size 512 --lr 2e-3
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -41,9 +41,9 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) collect_race_data.py $(LAPTOP) --frames 60000 --pace 0.35 --max_offset 2
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 80000
 	$(PY) collect_data.py $(LAPTOP) --frames 30000
-	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --dim 128 --strides 2 2 2 1 --epochs 4 --steps_per_epoch 150
+	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(ENCODER) --dim 128 --strides 2 2 2 1 --epochs 4 --steps_per_epoch 150
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 320
-	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --hidden 256 --state 128 --epochs 3 --steps_per_epoch 700
+	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(PREDICTOR) --hidden 256 --state 128 --epochs 3 --steps_per_epoch 700
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 3
 	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400
 	$(PY) drive_mpc.py $(LAPTOP) --headless --episodes 3 --track_seed 100000 --compare random no_model expert --json "$(ROOT)/visuals/drive_mpc.json"
@@ -53,9 +53,9 @@ pretrained: .venv/installed  ## over two hours on two cores: weights like those 
 	$(PY) collect_race_data.py $(LAPTOP) --frames 260000
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 1500000
 	$(PY) collect_data.py $(LAPTOP) --frames 1500000
-	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(EYE) --dim 384 --strides 1 2 2 2 --mirror 0.5 --congeal 25 --pred 30 --cov 2 --epochs 8 --steps_per_epoch 500
+	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(ENCODER) --dim 384 --strides 1 2 2 2 --mirror 0.5 --congeal 25 --pred 30 --cov 2 --epochs 8 --steps_per_epoch 500
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 400
-	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(BRAIN) --hidden 384 --state 256 --epochs 10 --steps_per_epoch 3000
+	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(PREDICTOR) --hidden 384 --state 256 --epochs 10 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP)
 	mkdir -p models/pretrained && rm -f models/pretrained/*.pth
 	cd "$(ROOT)/models" && cp encoder_mixed_ep8.pth decoder_ep8.pth predictor_ep10.pth cost_model_final.pth "$(CURDIR)/models/pretrained/"
