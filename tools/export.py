@@ -1,6 +1,6 @@
 """Episodes for other programs.
 
-python -m tools.export --format minari
+python -m tools.export    # the dataset of Minari (minari.farama.org)
 """
 
 import json
@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 
 from buffer import FRAME, MADE_BY, episode_key, index, read_chunk
@@ -45,9 +46,9 @@ def export_minari(folders, out, name):
     a bad name, no whole chunk, a dataset that is there, or a missing package.
     """
     out = out.resolve()  # Minari writes relative to a folder of its own
-    if not re.fullmatch(r"([\w-]+/)*[\w.-]*\w-v\d+", name):
+    if not re.fullmatch(r"[\w.-]*\w-v\d+", name):
         fail(f"--name {name}: expected a name that ends in a version, such as carracing-v0")
-    minari, gymnasium = optional("minari", "minari>=0.5.4"), optional("gymnasium", "gymnasium")
+    minari = optional("minari", "minari>=0.5.4")
     optional("h5py", "h5py")
 
     # an episode that is in two folders counts once
@@ -57,8 +58,9 @@ def export_minari(folders, out, name):
         episodes.setdefault(episode_key(chunk.meta), chunk)
     damaged = list(dict.fromkeys(line for _, lines, _ in found for line in lines))
     if not episodes:
-        places = ", ".join(map(str, folders))
-        fail(f"{places}: no whole chunk there; `python collect_race_data.py` makes some")
+        fail(
+            f"{' '.join(map(str, folders))}: no episodes; `python collect_race_data.py` makes some"
+        )
     if (out / name).exists():
         fail(f"{out / name}: exists already; choose another --name or --out")
 
@@ -75,7 +77,6 @@ def export_minari(folders, out, name):
             description="gymnasium's CarRacing-v3 in 64x64 pixels, collected by TinyJEPA",
             requirements=["gymnasium[box2d]"],
         )
-        (out / name).parent.mkdir(parents=True, exist_ok=True)  # a name may have a namespace
         os.rename(tmp / name, out / name)
     finally:
         shutil.rmtree(tmp)
@@ -89,7 +90,6 @@ def main():
     p = Parser(description="episodes for other programs")
     folders = dict(nargs="*", type=Path, default=[Path(name) for name in MADE_BY])
     p.add_argument("folders", **folders, help=f"of chunks (default: {' '.join(MADE_BY)})")
-    p.add_argument("--format", choices=["minari"], default="minari", help="HDF5 as Minari reads it")
     p.add_argument("--out", type=Path, default=Path("minari"), help="where datasets are kept")
     p.add_argument("--name", default="carracing-v0", help="Minari's dataset id, ends in a version")
     args = p.parse_args()
