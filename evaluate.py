@@ -28,11 +28,11 @@ import time
 from types import SimpleNamespace
 
 from drive_mpc import planning, take_gas
+from report import page
 from report.dreams import FAR, evaluate_rollouts
 from report.episodes import CHOOSING, DRIVERS, all_episodes, choose_samples
 from report.futures import evaluate_violations
 from report.models import Models
-from report.page import TABLES, draw_page, print_table
 from report.plans import evaluate_plans
 from report.probes import AHEAD, evaluate_probes
 from support.cli import Number, fail, parser, run
@@ -40,11 +40,11 @@ from support.device import set_up
 from support.files import git_commit, replace_atomically, versions, writable
 from support.pictures import ornament
 
-PARTS = {  # part: the nets that it needs beside the encoder
-    "probes": (),
-    "dreams": ("predictor",),
-    "futures": ("predictor",),
-    "plans": ("predictor", "cost"),
+PARTS = {  # part: the nets that it needs beside the encoder, and its table
+    "probes": ((), page.probes_table),
+    "dreams": (("predictor",), page.rollouts_table),
+    "futures": (("predictor",), page.futures_table),
+    "plans": (("predictor", "cost"), page.plans_table),
 }
 
 SIZES = {  # flag: least, most, default, help
@@ -77,10 +77,11 @@ def arguments():
 def possible(models, asked):
     """The parts asked for whose nets are there; names the others and why."""
     out = []
-    for part in (part for part in PARTS if part in asked):
-        if lacking := [name for name in PARTS[part] if getattr(models, name) is None]:
+    for part, (needs, _) in PARTS.items():
+        lacking = [name for name in needs if getattr(models, name) is None]
+        if part in asked and lacking:
             print(f"left out: {part}, which needs a {' and a '.join(lacking)} of {models.path}")
-        else:
+        elif part in asked:
             out.append(part)
     if not out:
         fail(f"--parts {' '.join(asked)}: none is possible; train what is missing, or try probes")
@@ -88,7 +89,10 @@ def possible(models, asked):
 
 
 def evaluate(models, parts, train, test, cfg, planner, sheet):
-    """Runs the parts and prints each: {part: its figures}. Rollouts are drawn to `sheet`."""
+    """Runs the parts and prints each -> ({part: its figures}, tables).
+
+    Rollouts are drawn to the file `sheet`.
+    """
     H = max(AHEAD)
     behind, ahead = H + models.encoder.history, max(FAR, 2 * H)
     samples = choose_samples(test, cfg.windows, cfg.seed, behind, ahead)
@@ -98,11 +102,12 @@ def evaluate(models, parts, train, test, cfg, planner, sheet):
         "futures": lambda: evaluate_violations(models, train, samples, cfg),
         "plans": lambda: evaluate_plans(models, train, samples, cfg, planner),
     }
-    found = {}
+    found, tables = {}, []
     for part in parts:
         found[part] = figures[part]()
-        print_table(*TABLES[part](found[part])[:3])
-    return found
+        tables.append(PARTS[part][1](found[part]))
+        page.print_table(*tables[-1][:3])
+    return found, tables
 
 
 def main():
@@ -120,7 +125,8 @@ def main():
     models.standardize_untrained(choose_samples(train, 500, cfg.seed))
     models.encode_episodes(train + test)
 
-    found = evaluate(models, parts, train, test, cfg, args, visuals / "report_dreams.png")
+    sheet = visuals / "report_dreams.png"
+    found, tables = evaluate(models, parts, train, test, cfg, args, sheet)
     minutes = (time.monotonic() - began) / 60
 
     # the files
@@ -140,7 +146,7 @@ def main():
     replace_atomically(writable(visuals) / f"{name}.json", lambda f: f.write(body))
     with ornament(visuals / f"{name}.png"):
         title = f"{models.path}, tracks {test[0].track} to {test[-1].track}"
-        draw_page(found, title, visuals / f"{name}.png")
+        page.draw_page(tables, title, visuals / f"{name}.png")
     print(f"\n{visuals}/{name}.json, {name}.png in {minutes:.1f} min")
     return 0
 

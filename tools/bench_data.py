@@ -15,8 +15,6 @@ from support.cli import fail
 from support.device import tune_malloc
 from tools.bench_env import centre_line_actions
 
-FOLDERS = "data_race", "data_recovery", "data"
-
 
 def official_rate(steps=600):
     """Frames per second of the official env alone: no telemetry, nothing written."""
@@ -54,25 +52,22 @@ def steady_rate(chunks):
 def bench_collect(frames):
     """Prints frames per second of each collector, with 1 and 2 workers that write `frames` each."""
     print(f"{'collector':16}{'workers':>8}{'frames/s':>10}{'x official a core':>19}{'B/frame':>9}")
-    for folder in FOLDERS:
-        rates, official = {1: [], 2: []}, [official_rate()]
-        for workers in (1, 2, 2, 1):  # the machine's own drift falls on both
+    for folder in MADE_BY:
+        for workers in (1, 2):
             with tempfile.TemporaryDirectory() as root:
                 chunks = collect(root, folder, frames * workers, workers)
-                rates[workers].append(steady_rate(chunks))
+                rate = steady_rate(chunks)
                 size = sum(c.path.stat().st_size for c in chunks) / sum(c.frames for c in chunks)
-            official.append(official_rate())
-        for workers, both in rates.items():
-            rate = statistics.mean(both)
-            ratio = rate / workers / statistics.mean(official)
-            print(f"{folder:16}{workers:8}{rate:10.0f}{ratio:19.1f}{size:9.0f}")
+            print(
+                f"{folder:16}{workers:8}{rate:10.0f}{rate / workers / official_rate():19.1f}{size:9.0f}"
+            )
 
 
 def bench_loader(frames):
     """Prints frames per second of mixed batches of three folders of `frames` frames each."""
     tune_malloc()  # as every stage does
     with tempfile.TemporaryDirectory() as root:
-        sources = [collect(root, folder, frames, 2) for folder in FOLDERS]
+        sources = [collect(root, folder, frames, 2) for folder in MADE_BY]
         print(f"{'windows':>8}{'latents':>9}{'frames/s':>12}   episodes in a batch: least, median")
         for latents, size, batches in ((1, 256, 1500), (16, 32, 500)):
             stream = Loader(sources, size, latents).batches(labels=True)

@@ -63,13 +63,11 @@ def bench_env(repeats, steps):
         for env, read in contenders.values():
             steps_per_second(env, actions, seed, read)
 
-    # rounds of one episode each, begun by another env each time
+    # rounds of one episode each
     rates = {name: [] for name in contenders}
     for seed in range(repeats):
-        actions, names = centre_line_actions(seed, steps), list(contenders)
-        first = seed % len(names)
-        for name in names[first:] + names[:first]:
-            env, read = contenders[name]
+        actions = centre_line_actions(seed, steps)
+        for name, (env, read) in contenders.items():
             rates[name].append(steps_per_second(env, actions, seed, read))
 
     print(f"{'env':28}{'steps/s':>10}{'us/step':>10}{'x official':>12}")

@@ -1,6 +1,5 @@
 """Speed of training and of planning."""
 
-import argparse
 import time
 
 import numpy as np
@@ -12,8 +11,9 @@ from buffer import PREFETCH, load_sources
 from car import ZOOM_STEPS
 from car.env import make_env
 from car.telemetry import telemetry
-from drive_mpc import load_driver, planning
+from drive_mpc import load_driver
 from support.device import autocast, set_up
+from support.plan_config import PlanConfig
 from support.run import optimise
 from tools.bench_env import follow
 
@@ -96,9 +96,7 @@ def bench_train(root, repeats, steps):
 
 def bench_plan(root):
     """Prints milliseconds of a plan, by the driver's folded products and by the nets' methods."""
-    parser = argparse.ArgumentParser()
-    planning(parser)
-    cfg = parser.parse_args([])
+    cfg = PlanConfig()
     driver, _ = load_driver(train_encoder.arguments(["--root", str(root)]), cfg)
     predictor, cost = driver.nets["predictor"], driver.nets["cost"]
 

@@ -12,19 +12,16 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from buffer import FRAME, MADE_BY, episode_key, index, read_chunk
-from support.cli import Parser, Refusal, fail, optional, run
+from buffer import FRAME, MADE_BY, episode_key, index, read_ahead
+from support.cli import Parser, fail, optional, run
 from support.files import writable
 from support.progress import progress
 
 
-def minari_episodes(minari, chunks, damaged):
-    """Minari's EpisodeBuffer of each Chunk; reasons of damaged ones are added to `damaged`."""
-    for chunk in progress(chunks, desc="export", unit="episode"):
-        try:
-            data = read_chunk(chunk.path)
-        except Refusal as e:
-            damaged.append(str(e))
+def minari_episodes(minari, chunks):
+    """Minari's EpisodeBuffer of each Chunk; a line names the folders of damaged ones."""
+    for chunk, data in read_ahead(progress(chunks, desc="export", unit="episode")):
+        if data is None:
             continue
         yield minari.data_collector.EpisodeBuffer(
             seed=chunk.meta["track_seed"],
@@ -52,15 +49,9 @@ def export_minari(folders, out, name):
     optional("h5py", "h5py")
 
     # an episode that is in two folders counts once
-    found = [index(folder) for folder in folders]
-    episodes = {}
-    for chunk in (c for chunks, *_ in found for c in chunks):
-        episodes.setdefault(episode_key(chunk.meta), chunk)
-    damaged = list(dict.fromkeys(line for _, lines, _ in found for line in lines))
+    episodes = {episode_key(c.meta): c for folder in folders for c in index(folder)[0]}
     if not episodes:
-        fail(
-            f"{' '.join(map(str, folders))}: no episodes; `python collect_race_data.py` makes some"
-        )
+        fail("no episodes in these folders; `python collect_race_data.py` makes some")
     if (out / name).exists():
         fail(f"{out / name}: exists already; choose another --name or --out")
 
@@ -69,7 +60,7 @@ def export_minari(folders, out, name):
     try:
         minari.create_dataset_from_buffers(
             name,
-            minari_episodes(minari, episodes.values(), damaged),
+            minari_episodes(minari, episodes.values()),
             data_format="hdf5",
             jpeg_encoding=False,
             observation_space=gymnasium.spaces.Box(0, 255, FRAME, np.uint8),
@@ -80,8 +71,6 @@ def export_minari(folders, out, name):
         os.rename(tmp / name, out / name)
     finally:
         shutil.rmtree(tmp)
-    for line in damaged:
-        print(f"left out: {line}")
     load = f'import minari; print(minari.load_dataset("{name}").total_steps)'
     print(f"{out / name}: {len(episodes)} episodes; MINARI_DATASETS_PATH={out} python -c '{load}'")
 
