@@ -58,9 +58,8 @@ def bench_collect(frames):
                 chunks = collect(root, folder, frames * workers, workers)
                 rate = steady_rate(chunks)
                 size = sum(c.path.stat().st_size for c in chunks) / sum(c.frames for c in chunks)
-            print(
-                f"{folder:16}{workers:8}{rate:10.0f}{rate / workers / official_rate():19.1f}{size:9.0f}"
-            )
+            ratio = rate / workers / official_rate()
+            print(f"{folder:16}{workers:8}{rate:10.0f}{ratio:19.1f}{size:9.0f}")
 
 
 def bench_loader(frames):
