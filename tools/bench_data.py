@@ -15,6 +15,8 @@ from support.cli import fail
 from support.device import tune_malloc
 from tools.bench_env import centre_line_actions
 
+FOLDERS = "data_race", "data_recovery", "data"
+
 
 def official_rate(steps=600):
     """Frames per second of the official env alone: no telemetry, nothing written."""
@@ -52,7 +54,7 @@ def steady_rate(chunks):
 def bench_collect(frames):
     """Prints frames per second of each collector, with 1 and 2 workers that write `frames` each."""
     print(f"{'collector':16}{'workers':>8}{'frames/s':>10}{'x official a core':>19}{'B/frame':>9}")
-    for folder in MADE_BY:
+    for folder in FOLDERS:
         for workers in (1, 2):
             with tempfile.TemporaryDirectory() as root:
                 chunks = collect(root, folder, frames * workers, workers)
@@ -66,7 +68,7 @@ def bench_loader(frames):
     """Prints frames per second of mixed batches of three folders of `frames` frames each."""
     tune_malloc()  # as every stage does
     with tempfile.TemporaryDirectory() as root:
-        sources = [collect(root, folder, frames, 2) for folder in MADE_BY]
+        sources = [collect(root, folder, frames, 2) for folder in FOLDERS]
         print(f"{'windows':>8}{'latents':>9}{'frames/s':>12}   episodes in a batch: least, median")
         for latents, size, batches in ((1, 256, 1500), (16, 32, 500)):
             stream = Loader(sources, size, latents).batches(labels=True)
