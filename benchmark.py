@@ -3,8 +3,8 @@
     python benchmark.py env collect loader fidelity     # 12 minutes on 2 cores
 
 env       steps per CPU second of one core, over whole episodes with their resets: the official env
-          with `preprocess`, the fast env, the same with `telemetry`, physics alone, and EnvPool's
-          where it is installed. Medians, and the median ratio to the official env of a round.
+          with `preprocess`, the fast env, the same with `telemetry`, and physics alone. Medians,
+          and the median ratio to the official env of a round.
 collect   frames per second of the three collectors as they are run, with 1 and 2 workers: policy,
           physics, picture, telemetry, compression, fsync'd file; beside the official env alone.
 loader    frames per second of mixed batches, of 256 windows of 1 latent and 32 of 16, from chunks
@@ -15,8 +15,7 @@ train     the encoder's training loop, with data and augmentation, beside the ba
           and step of the same nets on one batch; and the share of this device's rate of matrix
           products. Reads the data*/ of --root.
 plan      milliseconds of a plan as the driver makes it, encoding included: by folded products and
-          by a plain rollout, with every third latent scored and with all. Reads the models/ of
-          --root, or the weights that come with the code.
+          by a plain rollout. Reads the models/ of --root, or the weights that come with the code.
 """
 
 if __name__ == "__main__":
@@ -26,12 +25,8 @@ import os
 import platform
 from pathlib import Path
 
-import cv2
-import gymnasium
-import numpy as np
-import pygame
-
 from support.cli import Number, Parser, run
+from support.files import versions
 from tools.bench_data import bench_collect, bench_loader
 from tools.bench_env import bench_env, bench_fidelity
 from tools.bench_train import bench_plan, bench_train
@@ -41,7 +36,7 @@ BENCHMARKS = {
     "collect": lambda args: bench_collect(args.frames),
     "loader": lambda args: bench_loader(args.frames),
     "fidelity": lambda args: bench_fidelity(args.root, args.tracks),
-    "train": lambda args: bench_train(args.root, args.repeats, args.train_steps, args.laptop),
+    "train": lambda args: bench_train(args.root, args.repeats, args.train_steps),
     "plan": lambda args: bench_plan(args.root),
 }
 
@@ -56,23 +51,12 @@ def parse_args():
     p.add_argument("--frames", **number(2000, 10**8, 40_000), help="collect, loader: per worker")
     p.add_argument("--tracks", **number(2, 1000, 20), help="fidelity: how many")
     p.add_argument("--train_steps", **number(1, 10**6, 20), help="train: in each of --repeats")
-    p.add_argument("--laptop", action="store_true", help="train: the laptop's nets on a GPU too")
     return p.parse_args()
-
-
-def machine():
-    """One line: hardware and versions."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (np, cv2, gymnasium, pygame))
-    return f"{cpu}, {os.cpu_count()} cores; python {platform.python_version()}, {versions}"
 
 
 def main():
     args = parse_args()
-    print(machine())
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; {versions()}")
     for name in args.what:
         print(f"\n{name}")
         BENCHMARKS[name](args)

@@ -11,14 +11,15 @@ from report.episodes import other_episode, rows_by_source, sources_of
 from report.futures import MOVING
 from report.probes import AHEAD
 from report.statistics import bootstrap_intervals
-from support.dreams import draw_dream, dream
+from support.dreams import draw_dream, dream, load_decoder
+from support.pictures import ornament
 from support.progress import progress
 
 FAR = 30  # latents ahead to which rollouts are followed
 
 
-def evaluate_rollouts(models, samples, cfg):
-    """Part 2: {"all" or source: {row: [estimate of each step]}}, and {row: errors (n, FAR)}."""
+def evaluate_rollouts(models, samples, cfg, sheet):
+    """Part 2: {"all" or source: {row: [estimate of each step]}}. Draws some to the file `sheet`."""
     z, act = samples.z(0, FAR), samples.act(FAR)
     other = act[other_episode(samples, cfg.seed)]
     z_hat = {
@@ -36,7 +37,8 @@ def evaluate_rollouts(models, samples, cfg):
             name: bootstrap_intervals(ratio, track, (x[rows], copy), cfg)
             for name, x in error.items()
         }
-    return out, error
+    draw_rollouts(models, samples, error["this predictor"], sheet)
+    return out
 
 
 def telling_rows(samples, error, H):
@@ -56,10 +58,17 @@ def telling_rows(samples, error, H):
     return np.array(rows)
 
 
-def draw_rollouts(models, decoder, samples, error, path):
-    """Draws a window of each source: real frames above decoded ones. `error` is (n, FAR)."""
+def draw_rollouts(models, samples, error, path):
+    """Draws a window of each source: real frames above decoded ones. `error` is (n, FAR).
+
+    Without a decoder of this encoder nothing is drawn.
+    """
     H, encoder = max(AHEAD), models.encoder
+    if (decoder := load_decoder(models.folder, models.key, models.device)) is None:
+        return
     some = samples[telling_rows(samples, error[:, H - 1], H)]
     obs = some.frames(np.arange(1 - encoder.history, H + 1))
     pair = dream(encoder, models.predictor, decoder, obs, some.act(H), models.device)
-    draw_dream(*pair, list(some.source), path, encoder.repeat / FPS)
+    with ornament(path):
+        draw_dream(*pair, list(some.source), path, encoder.repeat / FPS)
+        print(f"drawn: {path}")

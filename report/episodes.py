@@ -93,7 +93,7 @@ def read_segments(sources, count, encoder, seed):
     return out
 
 
-def drive(tracks, jobs, seed, repeat):
+def drive(tracks, seed, repeat):
     """Yields a new Episode for each track; `tracks` is {kind of driving: track seeds}."""
     env = make_env("fast")
     todo = [(name, i, track) for name in tracks for i, track in enumerate(tracks[name])]
@@ -104,7 +104,7 @@ def drive(tracks, jobs, seed, repeat):
             if t % repeat == 0:
                 saved.append(save_state(env))
 
-        policy, _ = DRIVERS[name](jobs[name], i)
+        policy, _ = DRIVERS[name](JOBS[name], i)
         arrays, _ = run_episode(env, policy, track, np.random.default_rng([seed, track]), save)
         yield at_latent_rate(name, track, arrays, repeat, saved)
 
@@ -115,37 +115,18 @@ def numbered(first, count):
     return {name: range(start, start + count) for name, start in zip(DRIVERS, starts)}
 
 
-def job_of(name, chunks):
-    """The job of the policy that drove these chunks: its paces and its widest line.
-
-    JOBS supplies what the chunks do not say.
-    """
-    job, policies = dict(JOBS[name]), [c.meta["policy"] for c in chunks]
-    values = lambda key: sorted({p[key] for p in policies if isinstance(p.get(key), (int, float))})
-    if paces := values("pace"):
-        job["paces"] = paces
-    if offsets := values("max_offset"):
-        job["max_offset"] = offsets[-1]
-    return job
-
-
 def all_episodes(cfg, encoder):
     """(segments of training episodes, new episodes on tracks that nothing was fitted to)."""
-    jobs = JOBS
     if any(chunk_files(cfg.root / name) for name in JOBS):
         sources = load_sources(cfg.root, None, ZOOM_STEPS + 2, len(TELEMETRY))
-        jobs = jobs | {name: job_of(name, chunks) for name, (chunks, _) in sources.items()}
         train = read_segments(sources, cfg.train_frames, encoder, cfg.seed)
     else:
         tracks = numbered(FIRST_SEED, -(-cfg.train_frames // SEGMENT))
-        print(
-            f"{cfg.root}: no episodes there to fit probes to; drives {len(tracks['data'])} of each "
-            f"kind on tracks from {FIRST_SEED} on"
-        )
+        print(f"{cfg.root}: no episodes there to fit probes to; drives some")
         rng = np.random.default_rng([cfg.seed, 1])
-        episodes = drive(tracks, jobs, cfg.seed, encoder.repeat)
+        episodes = drive(tracks, cfg.seed, encoder.repeat)
         train = [x for e in episodes if (x := random_segment(e, rng, encoder.history))]
-    return train, list(drive(numbered(cfg.track_seed, cfg.tracks), jobs, cfg.seed, encoder.repeat))
+    return train, list(drive(numbered(cfg.track_seed, cfg.tracks), cfg.seed, encoder.repeat))
 
 
 def channels_first(frames):
@@ -227,10 +208,7 @@ def choose_samples(episodes, count, seed, behind=0, ahead=0):
             for k in range(max(x.first, behind), len(x.obs) - ahead)
         ]
         if not every:
-            fail(
-                f"{source}: no episode lasts {behind + ahead} latents after the zoom; collect "
-                "more frames there, or raise --tracks"
-            )
+            fail(f"{source}: no episode lasts {behind + ahead} latents; collect more frames there")
         rng = np.random.default_rng([seed, 2])
         parts += [every[i] for i in np.sort(rng.permutation(len(every))[:count])]
     return Samples(episodes, *np.array(parts).T)

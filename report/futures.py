@@ -25,11 +25,9 @@ from support.augment import jitter_
 from support.progress import progress
 
 SCORERS = TRAINED, UNTRAINED, "pixel error", "copy-last"
-FIGURES = "auroc", "tpr_at_1pct"
 MOVING = 5.0  # units/s, from which a film shows direction and speed
 UNLIKE = 0.5  # mean distance of two action sequences, in units of their usual size
 STEERED = 0.03  # mean |steer| from which a mirrored sequence is another one
-FALSE_ALARMS = 0.01
 CLIP_QUANTILE = 0.01  # of the squared errors: smaller ones count as that quantile
 
 FILMS = {  # the offsets that a film shows in place of the true ones, j latents after the present
@@ -61,10 +59,8 @@ def teleported(models, samples, seed):
         car = TeleportedCar(samples.episodes[place].track, rng)
         for name, guest in zip(TELEPORTS, (place, places[i - 1])):
             for row in np.flatnonzero(samples.e == guest):
-                x, jump = (
-                    samples.episodes[guest],
-                    car.random_offset(MIN_JUMP if guest == place else 0),
-                )
+                x = samples.episodes[guest]
+                jump = car.random_offset(MIN_JUMP if guest == place else 0)
                 for a, h in enumerate(AHEAD):
                     k = samples.k[row] + h
                     state = dict(zip(TELEMETRY, x.state[k].tolist()))
@@ -141,26 +137,21 @@ class Scale:
             squares = self.squares(error, a)
             least = max(np.quantile(squares, CLIP_QUANTILE), 1e-9)  # a parked car has errors of 0
             logs = np.log(squares.clip(least))
-            fit = ridge(self.features(now, z_hat[:, a]), logs, alpha=10.0)
+            fit = ridge(torch.cat([now, z_hat[:, a]], dim=1).numpy(), logs, alpha=10.0)
             self.expected.append((fit, logs.min(), logs.max()))
-
-    @staticmethod
-    def features(now, z_hat):
-        """(n, 2 D): the inputs of the expected error."""
-        return torch.cat([now, z_hat], dim=1).numpy()
 
     def squares(self, error, a):
         """(n,): mean squares of whitened errors (n, D)."""
         return (error @ self.whiten[a]).pow(2).mean(dim=1).numpy()
 
-    def expected_error(self, now, z_hat, a):
-        """(n,): the expected square, within the range seen in the fit."""
-        fit, least, most = self.expected[a]
-        return np.exp(fit.predict(self.features(now, z_hat)).clip(least, most))
-
     def __call__(self, z, now, z_hat, a):
-        """(n,): surprise of latents z (n, D), AHEAD[a] after `now`; about 1 for usual errors."""
-        return self.squares(z - z_hat, a) / self.expected_error(now, z_hat, a)
+        """(n,): surprise of latents z (n, D), AHEAD[a] after `now`; about 1 for usual errors.
+
+        The expected error stays within the range seen in the fit.
+        """
+        fit, least, most = self.expected[a]
+        logs = fit.predict(torch.cat([now, z_hat], dim=1).numpy())
+        return self.squares(z - z_hat, a) / np.exp(logs.clip(least, most))
 
 
 def fit_scales(models, train, cfg):
@@ -217,27 +208,17 @@ def surprises(models, samples, other, scales, seed):
     }
 
 
-def detection_metrics(true, violated):
-    """(AUROC, share of violations found at 1 % false alarms)."""
-    if not len(true):
-        return np.nan, np.nan
-    alarm = np.quantile(true, 1 - FALSE_ALARMS, method="higher")
-    return auc(violated, true), (violated > alarm).mean()
-
-
 def evaluate_violations(models, train, samples, cfg):
-    """Part 3: {violation: {scorer: {h: {auroc, tpr_at_1pct: estimate}}}}."""
-    other = other_episode(samples, cfg.seed)
+    """Part 3: {violation: {scorer: {h: {"auroc": estimate}}}}."""
+    other, out = other_episode(samples, cfg.seed), {}
     surprise = surprises(models, samples, other, fit_scales(models, train, cfg), cfg.seed)
-    out = {}
-    for violation, mask in progress(
-        valid_mask(samples, other).items(), desc="futures", leave=False
-    ):
+    masks = valid_mask(samples, other)
+    for violation, mask in progress(masks.items(), desc="futures", leave=False):
         out[violation] = {scorer: {} for scorer in SCORERS}
         for a, h in enumerate(AHEAD):
             rows = np.flatnonzero(mask[:, a])
             for scorer in SCORERS:
-                pair = [surprise[scorer][v][rows, a] for v in ("true", violation)]
-                found = bootstrap_intervals(detection_metrics, samples.track[rows], pair, cfg)
-                out[violation][scorer][h] = dict(zip(FIGURES, found))
+                pair = [surprise[scorer][v][rows, a] for v in (violation, "true")]
+                (auroc,) = bootstrap_intervals(auc, samples.track[rows], pair, cfg)
+                out[violation][scorer][h] = {"auroc": auroc}
     return out

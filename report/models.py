@@ -5,38 +5,28 @@ import torch
 
 from networks import Predictor
 from report.episodes import TRAINED, UNTRAINED, Samples, blocks
-from support.checkpoints import (
-    find_models,
-    fingerprint,
-    latest,
-    load_frozen,
-    pretrained_hint,
-    require_dir,
-)
-from support.cli import command
+from support.checkpoints import fingerprint, latest, load_models, require_dir
+from support.cli import fail
 from support.device import autocast
 from support.latents import encode
 from support.progress import progress
 
 
 class Models:
-    """Encoder, predictor and cost model that belong together, and their untrained counterparts.
+    """Encoder, predictor and cost model of a folder, and their untrained counterparts.
 
-    The encoder is that of `checkpoint`, or the newest of the folder. A predictor or cost model that
-    is missing, or was trained on another encoder, is None: the card leaves out what needs it.
+    A predictor or cost model that is missing, or was trained on another encoder, is None: the card
+    leaves out what needs it.
     """
 
-    def __init__(self, root, folder, checkpoint, device, dtype, seed):
-        self.root, self.device, self.dtype = require_dir(root), device, dtype
-        self.folder = (folder or root / "models") if checkpoint else find_models(root, folder)
-        self.path = checkpoint or latest(self.folder, "encoder_mixed")
-        self.encoder, _ = load_frozen(self.path, "encoder", device, "train_encoder.py")
-        self.key = fingerprint(self.encoder)
-
-        path = latest(self.folder, "predictor")
-        self.predictor, _ = self._matching(path, "predictor", "train_predictor.py")
-        path = self.folder / "cost_model_final.pth"
-        self.cost, self.cost_payload = self._matching(path, "cost", "train_cost_model.py")
+    def __init__(self, root, folder, device, dtype, seed):
+        self.device, self.dtype = device, dtype
+        nets, payloads, self.folder = load_models(require_dir(root), folder, device, optional=True)
+        if "encoder" not in nets:
+            fail(f"{self.folder}: no encoder to report on")
+        self.path, self.key = latest(self.folder, "encoder_mixed"), fingerprint(nets["encoder"])
+        self.encoder, self.predictor, self.cost = map(nets.get, ("encoder", "predictor", "cost"))
+        self.cost_payload = payloads.get("cost")
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -44,22 +34,6 @@ class Models:
             self.untrained_predictor = None
             if self.predictor:
                 self.untrained_predictor = Predictor(**self.predictor.args).to(device).eval()
-
-    def _matching(self, path, name, script):
-        """(net, payload), or (None, None) and a line that says why."""
-        if not path.exists():
-            makes = f"{command(script, self.root)} makes it{pretrained_hint(self.folder)}"
-            print(f"no {name}: {path} is not there; {makes}")
-            return None, None
-        net, payload = load_frozen(path, name, self.device, script)
-        keys = {"encoder": (self.key, self.path)}
-        if name == "cost" and self.predictor:
-            keys["predictor"] = fingerprint(self.predictor), latest(self.folder, "predictor")
-        for other, (key, its_path) in keys.items():
-            if payload.get(f"{other}_key") != key:
-                print(f"no {name}: {path} was trained on another {other} than {its_path}")
-                return None, None
-        return net, payload
 
     def pairs(self):
         """{name: (encoder, predictor)} of the trained and the untrained nets."""

@@ -117,11 +117,8 @@ def simulated_latents(models, env, episode, k, act):
 def supervised_outcome(models, train, cfg):
     """A scorer that saw the labels: predict(z (n, H, D)) -> outcomes (n,) of plans.
 
-    A ridge probe reads what each latent adds to the outcome. Without `cfg.supervised_steps` the
-    outcomes are nan.
+    A ridge probe reads what each latent adds to the outcome.
     """
-    if not cfg.supervised_steps:
-        return lambda z: np.full(len(z), np.nan)
     samples = choose_samples(train, cfg.train_frames, cfg.seed, behind=1)
     tiles = samples.state("tile_index") - samples.state("tile_index", -1)
     tiles *= np.abs(tiles) <= MAX_TILES_PER_STEP  # the last tile is followed by tile 0
@@ -137,10 +134,8 @@ def score_candidates(models, episode, k, seed, planner):
     The candidates are those of the planner's first round.
     """
     device, generator = models.device, torch.Generator(models.device)
-    cost, untrained = (
-        RolloutCost(p, models.cost, planner.energy)
-        for p in (models.predictor, models.untrained_predictor)
-    )
+    cost = RolloutCost(models.predictor, models.cost, planner.energy)
+    untrained = RolloutCost(models.untrained_predictor, models.cost, planner.energy)
     z = episode.z[TRAINED].to(device)
     last, now = Plan.none(planner.horizon, device), z[k : k + 1]
     for i in range(max(0, k - WARM_UP), k):
@@ -159,8 +154,6 @@ def choose_states(samples, cfg):
     rng, rows = np.random.default_rng([cfg.seed, 8]), []
     for source in sources_of(samples):
         own = np.flatnonzero((samples.source == source) & samples.within(IN_SIGHT))
-        if not len(own):
-            print(f"{source}: no plans, for no window has the road in sight; raise --windows")
         rows += rng.permutation(own)[: cfg.states].tolist()
     if not rows:
         fail("no window has the road in sight to drive plans from; raise --windows or --tracks")
@@ -202,7 +195,6 @@ def drive_plans(models, predict, envs, expert, episode, k, cfg, planner):
         "regret of the planner's plan": best - drive(chosen),
         "regret, untrained predictor": best - made[untrained.argmin()],
         "regret of a random plan": best - made.mean(),
-        "regret of the simulator's best": 0.0,
         STD: made.std(),
     }
     return figures, energy, untrained, made

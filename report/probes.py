@@ -65,10 +65,7 @@ def ridge(x, y, alpha=1.0):
 def fit_probe(z, labels):
     """Probes of latents z (n, D) -> predict(z) = (quantities (m, 6), off-road score (m,))."""
     if (n := labels.in_view.sum()) < MIN_FRAMES:
-        fail(
-            f"only {n} training frames have the road in view, too few for a probe; "
-            "raise --train_frames, or collect more"
-        )
+        fail(f"only {n} training frames have the road in view; raise --train_frames")
     quantities = ridge(z[labels.in_view], labels.y[labels.in_view])
     off_road = ridge(z, labels.off_road.astype(np.float32))
     return lambda z: (quantities.predict(z), off_road.predict(z))

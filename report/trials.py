@@ -10,7 +10,7 @@ behaviours  energies of lapping, and of what must cost more: standing on the roa
             same speed stands beside the wrong way.
 landscape   energies of plans that hold steering and throttle, in four situations. Axes and prints
             are actions: the steering in rad (the joint stops at 0.4), gas and brake from 0 to 1.
-            Gas above the limit of --max_gas is hatched.
+            Gas ends at the limit of --max_gas.
 
 It takes the fast env and tracks for choosing. It writes ROOT/visuals/trials.json and
 visuals/energy_landscape.png. Two minutes on a CPU with `--samples 256 --threads 1`.
@@ -24,8 +24,6 @@ if __name__ == "__main__":
 import json
 import math
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,45 +41,33 @@ from car.telemetry import (
 )
 from collect_race_data import MAX_OFFSET, RACE_PACES, Expert
 from drive_mpc import BRAKE, STEER, BaselineDriver, load_driver, planning, to_action
-from networks import stack_frames
 from report.page import print_table
 from support.checkpoints import require_dir
 from support.cli import Number, parser, run, track_number
-from support.device import autocast
 from support.files import replace_atomically, versions, writable
+from support.latents import encode
 from support.pictures import ornament, pyplot, save_figure
 from support.progress import progress
 
 KINDS = ("on the grass", "askew", "too fast", "spinning")  # of recovery starts
 WITHIN = 3.0  # s in which a car must recover
 BEND = 6  # tiles of 3.5 units from the sharpest one of a bend to its end
-BEHAVIOURS = (
-    "lapping",
-    "the same way at 45 units/s",
-    "the wrong way at 45 units/s",
-    "creeping",
-    "standing on the road",
-    "circling on the grass",
-)
+HELD = {  # speed held in units/s, and direction: 1 is the lap's
+    "the same way at 45 units/s": (45, 1),
+    "the wrong way at 45 units/s": (45, -1),
+    "creeping": (8, 1),
+}
+BEHAVIOURS = ("lapping", *HELD, "standing on the road", "circling on the grass")
 SECONDS = 3.0  # of each behaviour on each track
 ENERGIES = "density", "classifier"
 GRID = 31  # steerings, and throttles, of a landscape
-
-
-class TrialConfig(NamedTuple):
-    """The flags of the same names; `picture` is the file of the landscape."""
-
-    starts: int
-    track_seed: int
-    tracks: int
-    seed: int
-    picture: Path
+PARTS = ("recovery", "behaviours", "landscape")
 
 
 def arguments():
     p = parser(__doc__, models=True)
     count = Number(int, 1, 10**6)
-    p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to try")
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to try")
     p.add_argument("--starts", type=count, default=200, help="recovery: how many bad starts")
     p.add_argument("--track_seed", type=track_number, default=200_600, help="the first track")
     p.add_argument("--tracks", type=count, default=20, help="how many tracks")
@@ -135,12 +121,6 @@ def place_in_recovery_start(kind, env, curvature, rng):
     return place_beside(env, tile, *place), passed
 
 
-def is_back(state):
-    """Whether the car, {name: value} of its telemetry, is back on the road and moving along it."""
-    wheels, error = 4 - state["wheels_off_road"], state["heading_error"]
-    return is_recovered(wheels, error, state["forward_speed"])
-
-
 def seconds_to_recover(env, driver, frame, passed, track_seed):
     """Seconds until the car has recovered, `passed` tiles further on; None after WITHIN."""
     driver.reset(track_seed)
@@ -150,7 +130,9 @@ def seconds_to_recover(env, driver, frame, passed, track_seed):
         frame, _, ended, _, _ = env.unwrapped.step(driver.act(frame))
         state = telemetry_of(env)
         made = (state["tile_index"] - start + n / 2) % n - n / 2
-        held = held + 1 if is_back(state) and made >= passed else 0
+        wheels = 4 - state["wheels_off_road"]
+        back = is_recovered(wheels, state["heading_error"], state["forward_speed"])
+        held = held + 1 if back and made >= passed else 0
         if ended:
             return None
         if held == round(RECOVERY_HOLD * FPS):
@@ -165,18 +147,18 @@ def recovery_share(seconds):
     return {"share": share.statistic, "low": low, "high": high, "n": len(seconds)}
 
 
-def recovery(driver, cfg):
+def recovery(driver, starts, tracks, seed):
     """{driver: {kind or "all": recovery_share}}, printed as a table."""
     env, took = make_env("fast"), {}
     drivers = {
         "mpc": driver,
-        "expert": BaselineDriver(env, "expert", RACE_PACES[0], cfg.seed),
-        "random": BaselineDriver(env, "random", 0, cfg.seed),
+        "expert": BaselineDriver(env, "expert", RACE_PACES[0], seed),
+        "random": BaselineDriver(env, "random", 0, seed),
     }
-    for i in progress(range(cfg.starts), desc="recovery", unit="start", leave=False):
-        kind, track = KINDS[i % len(KINDS)], cfg.track_seed + i % cfg.tracks
+    for i in progress(range(starts), desc="recovery", unit="start", leave=False):
+        kind, track = KINDS[i % len(KINDS)], tracks[i % len(tracks)]
         for name, d in drivers.items():
-            curvature, rng = reset_past_zoom(env, track), np.random.default_rng([cfg.seed, i])
+            curvature, rng = reset_past_zoom(env, track), np.random.default_rng([seed, i])
             start = place_in_recovery_start(kind, env, curvature, rng)
             seconds = seconds_to_recover(env, d, *start, track)
             for key in (kind, "all"):
@@ -187,8 +169,8 @@ def recovery(driver, cfg):
     out = {name: {kind: recovery_share(by[kind]) for kind in kinds} for name, by in took.items()}
     text = "{share:.1%} ({low:.0%} to {high:.0%})".format
     rows = {kind: [text(**by[kind]) for by in out.values()] for kind in kinds}
-    title = f"recovered within {WITHIN:.0f} s (95 % interval), {cfg.starts} starts"
-    print_table(title, list(out), rows, 24)
+    title = f"recovered within {WITHIN:.0f} s (95 % interval), {starts} starts"
+    print_table(title, list(out), rows)
     return out
 
 
@@ -216,37 +198,33 @@ def make_policy(name, env, rng):
     if name == "standing on the road":
         place_beside(env, tile, rng.uniform(-3, 3), rng.uniform(-0.3, 0.3))
         return lambda env: np.array([0, 0, 0.8], np.float32)
-    if name == "creeping":
-        place_beside(env, tile, rng.uniform(-3, 3), speed=8)
-        return partial(hold_line, 8, 1)
-    if name.endswith("at 45 units/s"):
-        sign = -1 if "wrong" in name else 1
-        place_beside(env, tile, rng.uniform(-3, 3), math.pi * (sign < 0), speed=45)
-        return partial(hold_line, 45, sign)
+    if name in HELD:
+        speed, sign = HELD[name]
+        place_beside(env, tile, rng.uniform(-3, 3), math.pi * (sign < 0), speed)
+        return partial(hold_line, speed, sign)
     side = rng.choice((-1, 1))
     place_beside(env, tile, side * rng.uniform(12, 20), rng.uniform(-math.pi, math.pi), speed=20)
     return lambda env: np.array([0.35 * side, 0.3, 0], np.float32)
 
 
-def behaviour_energies(name, env, driver, cfg):
+def behaviour_energies(name, env, driver, tracks, seed):
     """{energy: (n,)} of the latents of a behaviour on all tracks."""
     z, encoder = [], driver.encoder
-    for i in range(cfg.tracks):
-        reset_past_zoom(env, cfg.track_seed + i)
-        act = make_policy(name, env, np.random.default_rng([cfg.seed, i]))
+    for i, track in enumerate(tracks):
+        reset_past_zoom(env, track)
+        act = make_policy(name, env, np.random.default_rng([seed, i]))
         frames = [env.unwrapped.step(act(env))[0] for _ in range(round(SECONDS * FPS))]
         obs = torch.from_numpy(np.stack(frames[:: encoder.repeat])[None]).permute(0, 1, 4, 2, 3)
-        with torch.inference_mode(), autocast(driver.device, driver.dtype):
-            z.append(encoder(stack_frames(obs.to(driver.device), encoder.history)))
+        z.append(encode(encoder, obs, driver.device, driver.dtype))
     cost = driver.nets["cost"]
     return {kind: cost.energy(torch.cat(z), kind).cpu().numpy() for kind in ENERGIES}
 
 
-def behaviours(driver, cfg):
+def behaviours(driver, tracks, seed):
     """{behaviour: {energy: [25 %, median, 75 %, share above lapping's median]}} of its frames."""
     env, energies = make_env("fast"), {}
     for name in progress(BEHAVIOURS, desc="behaviours", leave=False):
-        energies[name] = behaviour_energies(name, env, driver, cfg)
+        energies[name] = behaviour_energies(name, env, driver, tracks, seed)
     env.close()
     median = {kind: np.median(e) for kind, e in energies["lapping"].items()}
     out = {
@@ -259,7 +237,7 @@ def behaviours(driver, cfg):
     text = "{1:.2f} ({0:.2f} to {2:.2f}) {3:5.0%}".format
     rows = {name: [text(*figures) for figures in by.values()] for name, by in out.items()}
     title = "energy of a frame: median (quarters), and share above the median of lapping"
-    print_table(title, ENERGIES, rows, 34)
+    print_table(title, ENERGIES, rows)
     return out
 
 
@@ -286,28 +264,23 @@ def draw_landscape(ax, act, energy):
     """
     steer, pedals = act[:, 0, 0], act[0, :, 1] - act[0, :, 2]  # the brake below zero
     i, j = np.unravel_index(energy.argmin(), energy.shape)
-    logs = energy.min() > 0  # a classifier's energies are logits
-    ax.contourf(steer, pedals, np.log10(energy.T) if logs else energy.T, 16, cmap="viridis_r")
+    low, high = float(energy.min()), float(energy.max())
+    ax.contourf(steer, pedals, np.log10(1 + energy.T - low), 16, cmap="viridis_r")
     dot = dict(color="crimson", markersize=8, markeredgecolor="white", clip_on=False)
     ax.plot(steer[i], pedals[j], "o", label="lowest energy", **dot)
-    if pedals[-1] < 1:
-        label = f"gas above {pedals[-1]:g}: not allowed"
-        ax.axhspan(pedals[-1], 1, fc="0.95", ec="0.7", hatch="//", lw=0, label=label)
     ax.axhline(0, color="white", lw=0.5)
     ax.axvline(0, color="white", lw=0.5)
     ax.set(xlabel="steering held, rad: left to right", xlim=(-STEER, STEER))
-    ax.set(ylabel="brake (below 0), gas (above)", ylim=(-BRAKE, 1))
-    low, high = float(energy.min()), float(energy.max())
-    scale = ", log" if logs else ""
-    ax.set_title(f"energy {low:.1f} (yellow) to {high:.0f} (violet){scale}", fontsize=8)
+    ax.set(ylabel="brake (below 0), gas (above)", ylim=(-BRAKE, pedals[-1]))
+    ax.set_title(f"energy {low:.1f} (yellow) to {high:.0f} (violet), log", fontsize=8)
     best = dict(zip(("steer", "gas", "brake"), act[i, j].tolist()))
     return best | {"energy": low, "highest": high}
 
 
-def landscape(driver, cfg):
-    """Draws the picture; returns {situation: the action of lowest energy}."""
-    env, rng = make_env("fast"), np.random.default_rng(cfg.seed)
-    places = situations(env, reset_past_zoom(env, cfg.track_seed), rng)
+def landscape(driver, track, seed, path):
+    """Draws the picture `path`; returns {situation: the action of lowest energy}."""
+    env, rng = make_env("fast"), np.random.default_rng(seed)
+    places = situations(env, reset_past_zoom(env, track), rng)
     axis = lambda high: torch.linspace(-1, high, GRID)
     held = torch.stack(torch.meshgrid(axis(1), axis(driver.cfg.max_gas), indexing="ij"), dim=-1)
     u = held.reshape(-1, 1, 2).expand(-1, driver.cfg.horizon, 2).to(driver.device)
@@ -317,7 +290,7 @@ def landscape(driver, cfg):
     for (name, place), (top, bottom) in zip(places.items(), axes.T):
         # the car rolls on while the driver's history fills
         frame = place_beside(env, **place)
-        driver.reset(cfg.track_seed)
+        driver.reset(track)
         for _ in range(driver.frames.maxlen):
             driver.frames.append(frame)
             frame = env.unwrapped.step(np.array([0, 0.1, 0], np.float32))[0]
@@ -329,33 +302,32 @@ def landscape(driver, cfg):
         out[name] = draw_landscape(bottom, to_action(held).double().numpy().round(6), energy)
     env.close()
     axes[1, 0].legend(loc="lower left", fontsize=8)
-    with ornament(cfg.picture):
-        save_figure(fig, cfg.picture)
-    text = (
-        "steer {steer:+.2f} rad  gas {gas:.2f}  brake {brake:.2f}  "
-        "energy {energy:.1f} of up to {highest:.0f}"
-    )
+    with ornament(path):
+        save_figure(fig, path)
+    text = "steer {steer:+.2f} rad  gas {gas:.2f}  brake {brake:.2f}  energy {energy:.1f}"
     rows = {name: [text.format(**best)] for name, best in out.items()}
-    print_table("plans that hold steering and throttle", ["lowest energy"], rows, 0)
+    print_table("plans that hold steering and throttle", ["lowest energy"], rows)
     return out
-
-
-PARTS = {"recovery": recovery, "behaviours": behaviours, "landscape": landscape}
 
 
 def main():
     args = arguments()
     visuals = writable(require_dir(args.root) / "visuals")
     driver, _ = load_driver(args, args)
+    tracks = range(args.track_seed, args.track_seed + args.tracks)
     picture = visuals / "energy_landscape.png"
-    cfg = TrialConfig(args.starts, args.track_seed, args.tracks, args.seed, picture)
+    parts = {
+        "recovery": lambda: recovery(driver, args.starts, tracks, args.seed),
+        "behaviours": lambda: behaviours(driver, tracks, args.seed),
+        "landscape": lambda: landscape(driver, args.track_seed, args.seed, picture),
+    }
     report = {"models": driver.models, "versions": versions()}
-    report |= {"track_seed": cfg.track_seed, "tracks": cfg.tracks}
+    report |= {"track_seed": args.track_seed, "tracks": args.tracks}
     for name in (name for name in PARTS if name in args.parts):
-        report[name] = PARTS[name](driver, cfg)
+        report[name] = parts[name]()
         text = json.dumps(report, indent=1).encode()
-        replace_atomically(writable(visuals) / "trials.json", lambda f: f.write(text))
-    print(f"{visuals}/trials.json" + ", energy_landscape.png" * ("landscape" in report))
+        replace_atomically(visuals / "trials.json", lambda f: f.write(text))
+    print(f"{visuals}/trials.json")
     return 0
 
 

@@ -11,7 +11,7 @@ from conftest import script
 
 from evaluate import PARTS, main, possible
 from report.dreams import FAR
-from report.futures import FIGURES, SCORERS, VIOLATIONS
+from report.futures import SCORERS, VIOLATIONS
 from report.models import Models
 from report.plans import POOLED
 from report.probes import AHEAD, OFF_ROAD, PROBED, SUPERVISED
@@ -117,9 +117,9 @@ def test_every_violation_is_scored_by_all(card):
         for by_step in scorers.values():
             assert set(by_step) == {str(h) for h in AHEAD}
             for figures in by_step.values():
-                assert set(FIGURES) == set(figures)
+                assert set(figures) == {"auroc"}
                 if figures["auroc"]["n"]:
-                    assert all(0 <= c["value"] <= 1 for c in figures.values())
+                    sound(figures["auroc"], 0, 1)
     for blind in ("pixel error", "copy-last"):  # to actions
         for violation in ("swapped actions", "mirrored steering"):
             values = {f["auroc"]["value"] for f in found[violation][blind].values()}
@@ -134,7 +134,6 @@ def test_plans_are_driven_and_compared_with_the_best(card):
         assert set(POOLED) < set(figures)
         ranks = [name for name in figures if "regret" not in name and "std" not in name]
         assert len(ranks) == 10 and all(-1 <= sound(figures[name]) <= 1 for name in ranks)
-        assert sound(figures["regret of the simulator's best"]) == 0
         assert sound(figures["regret of the lowest energy"]) >= 0
         assert sound(figures["regret of a random plan"]) > 0
         assert sound(figures["std of the outcomes"]) > 0.01
@@ -156,24 +155,18 @@ def refused(done, *words):
     assert all(word in said[0] for word in words), said[0]
 
 
-def test_bad_checkpoints_are_refused(chain, tmp_path):
-    models = chain[0] / "models"
-    refused(
-        script("evaluate.py", "--checkpoint", models / "predictor_ep2.pth", root=chain[0]),
-        "predictor_ep2.pth",
-        "expected a net named encoder",
-    )
-    with pytest.raises(Refusal, match="none.pth: not found; .*train_encoder.py"):
-        models_of(chain[0], tmp_path / "none.pth")
-    payload = torch.load(models / "encoder_mixed_ep2.pth", weights_only=True)
+def models_of(root, folder):
+    return Models(root, folder, torch.device("cpu"), torch.float32, seed=0)
+
+
+def test_weights_that_do_not_fit_are_refused(chain, tmp_path):
+    payload = torch.load(chain[0] / "models" / "encoder_mixed_ep2.pth", weights_only=True)
     payload["nets"]["encoder"]["args"]["channels"] = 16
-    torch.save(payload, tmp_path / "wide.pth")
-    with pytest.raises(Refusal, match="wide.pth.*do not fit.*channels"):
-        models_of(chain[0], tmp_path / "wide.pth")
-
-
-def models_of(root, checkpoint):
-    return Models(root, None, checkpoint, torch.device("cpu"), torch.float32, seed=0)
+    torch.save(payload, tmp_path / "encoder_mixed_ep1.pth")
+    with pytest.raises(Refusal, match="encoder_mixed_ep1.pth.*do not fit.*channels"):
+        models_of(chain[0], tmp_path)
+    with pytest.raises(Refusal, match="no encoder_mixed_ep"):
+        models_of(chain[0], tmp_path / "none")
 
 
 def test_tracks_for_reporting_are_refused():
@@ -187,22 +180,12 @@ def test_parts_without_a_matching_predictor_are_left_out(chain, tmp_path, monkey
         (tmp_path / name).symlink_to(root / name)
     models = tmp_path / "models"
     shutil.copytree(root / "models", models)
-    monkeypatch.setattr(
-        "sys.argv",
-        [
-            "evaluate.py",
-            *TINY,
-            "--supervised_steps",
-            "0",
-            "--root",
-            str(tmp_path),
-            "--checkpoint",
-            str(models / "encoder_mixed_ep1.pth"),
-        ],
-    )
+    (models / "encoder_mixed_ep2.pth").unlink()  # what predictor and cost model were trained on
+    flags = [*TINY, "--supervised_steps", "0", "--root", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *flags])
     assert main() == 0
     said = capsys.readouterr().out
-    assert "trained on another encoder" in said
+    assert "belongs to another encoder" in said
     assert all(f"left out: {part}" in said for part in ("dreams", "futures", "plans"))
     report = json.loads((tmp_path / "visuals" / "report_only_probes.json").read_text())
     assert report["checkpoint"].endswith("ep1.pth") and set(report["parts"]) == {"probes"}
@@ -213,4 +196,4 @@ def test_parts_without_a_matching_predictor_are_left_out(chain, tmp_path, monkey
     }
     assert cv2.imread(str(tmp_path / "visuals" / "report_only_probes.png")).std() > 5
     with pytest.raises(Refusal, match="--parts plans"):
-        possible(models_of(root, models / "encoder_mixed_ep1.pth"), ["plans"])
+        possible(models_of(tmp_path, None), ["plans"])

@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from importlib.util import find_spec
 
 import cv2
 import numpy as np
@@ -11,10 +10,11 @@ from car import FPS
 from car.env import make_env, observe
 from car.physics import PLAYFIELD
 from car.telemetry import TELEMETRY, place_car, telemetry
+from support.files import writable
+from support.pictures import pyplot, save_figure
 
 OFFICIAL = "official env + preprocess"
 WARM_UP_EPISODES = 4  # before anything is timed: they fill the caches of sprites
-SCALE, LEFT, TOP, GAP = 3, 90, 28, 4  # of the contact sheet: screen pixels
 
 
 def follow(state, speed=50.0):
@@ -58,20 +58,16 @@ def bench_env(repeats, steps):
         "fast env + telemetry": (make_env("fast"), lambda env, obs: telemetry(env)),
         "physics alone": (make_env("physics"), nothing),
     }
-    if envpool := find_spec("envpool") and EnvPool():
-        contenders["EnvPool, C++"] = envpool, nothing
     for seed in range(90, 90 + WARM_UP_EPISODES):
         actions = centre_line_actions(seed, steps)
         for env, read in contenders.values():
             steps_per_second(env, actions, seed, read)
 
-    # rounds of one episode each, begun by another env each time
+    # rounds of one episode each
     rates = {name: [] for name in contenders}
     for seed in range(repeats):
-        actions, names = centre_line_actions(seed, steps), list(contenders)
-        first = seed % len(names)
-        for name in names[first:] + names[:first]:
-            env, read = contenders[name]
+        actions = centre_line_actions(seed, steps)
+        for name, (env, read) in contenders.items():
             rates[name].append(steps_per_second(env, actions, seed, read))
 
     print(f"{'env':28}{'steps/s':>10}{'us/step':>10}{'x official':>12}")
@@ -79,21 +75,6 @@ def bench_env(repeats, steps):
         ratio = statistics.median(a / b for a, b in zip(rate, rates[OFFICIAL]))
         median = statistics.median(rate)
         print(f"{name:28}{median:10.0f}{1e6 / median:10.1f}{ratio:12.1f}")
-
-
-class EnvPool:
-    """EnvPool's CarRacing as an env of one. It takes a seed only when it is made."""
-
-    def __init__(self):
-        import envpool
-
-        self.env = envpool.make_gymnasium("CarRacing-v3", num_envs=1, num_threads=1)
-
-    def reset(self, seed):
-        return self.env.reset()
-
-    def step(self, action):
-        return self.env.step(action[None])
 
 
 # ------------------------------------------------------------------ fidelity
@@ -143,26 +124,18 @@ def compare_renderers(tracks):
 
 def contact_sheet(frames, path):
     """Draws the worst frame of each situation: official, fast, and eight times their difference."""
-    side = 64 * SCALE
-    size = TOP + 3 * (side + GAP), LEFT + len(frames) * (side + GAP), 3
-    sheet = np.full(size, 255, np.uint8)
-    write = lambda text, x, y: cv2.putText(
-        sheet, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA
-    )
-    for row, text in enumerate(("official", "fast", "8 x diff")):
-        write(text, 4, TOP + row * (side + GAP) + side // 2)
-
-    # a column for each situation
-    for column, (name, rows) in enumerate(frames.items()):
+    size = dict(figsize=(1.9 * len(frames), 6), layout="constrained", squeeze=False)
+    fig, axes = pyplot().subplots(3, len(frames), **size)
+    for column, (name, rows) in zip(axes.T, frames.items()):
         error, official, fast = max(rows, key=lambda row: row[0])
         difference = cv2.convertScaleAbs(cv2.absdiff(official, fast), alpha=8)
-        x = LEFT + column * (side + GAP)
-        write(f"{name}: {error:.2f}", x + 4, TOP - 8)
-        for row, picture in enumerate((official, fast, difference)):
-            y = TOP + row * (side + GAP)
-            sheet[y : y + side, x : x + side] = picture.repeat(SCALE, 0).repeat(SCALE, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+        for ax, picture in zip(column, (official, fast, difference)):
+            ax.imshow(picture, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+        column[0].set_title(f"{name}: {error:.2f}")
+    for ax, text in zip(axes[:, 0], ("official", "fast", "8 x difference")):
+        ax.set_ylabel(text)
+    save_figure(fig, path)
 
 
 def bench_fidelity(root, tracks):
@@ -173,6 +146,6 @@ def bench_fidelity(root, tracks):
     for name, rows in (frames | everything).items():
         errors = [row[0] for row in rows]
         print(f"{name:12}{len(errors):8}{np.mean(errors):8.3f}{np.max(errors):8.3f}")
-    path = root / "visuals" / "fidelity.png"
+    path = writable(root / "visuals") / "fidelity.png"
     contact_sheet(frames, path)
     print(f"worst frame of each: {path}")

@@ -1,6 +1,5 @@
 """Speed of training and of planning."""
 
-import argparse
 import time
 
 import numpy as np
@@ -12,9 +11,9 @@ from buffer import PREFETCH, load_sources
 from car import ZOOM_STEPS
 from car.env import make_env
 from car.telemetry import telemetry
-from drive_mpc import RolloutCost, load_driver, planning
-from networks import scored_steps
+from drive_mpc import load_driver
 from support.device import autocast, set_up
+from support.plan_config import PlanConfig
 from support.run import optimise
 from tools.bench_env import follow
 
@@ -45,9 +44,12 @@ def matrix_rate(device, dtype, side=4096, repeats=5):
     return 2 * side**3 * count / min([timed(work, device) for _ in range(repeats + 1)][1:])
 
 
-def bench_train(root, repeats, steps, laptop):
-    """Prints the speed of the encoder's training loop and of its nets alone, taking turns."""
-    flags = LAPTOP if laptop or not torch.cuda.is_available() else []
+def bench_train(root, repeats, steps):
+    """Prints the speed of the encoder's training loop and of its nets alone, taking turns.
+
+    The nets are those of full size on a GPU, those of a laptop elsewhere.
+    """
+    flags = [] if torch.cuda.is_available() else LAPTOP
     cfg = train_encoder.arguments(["--root", str(root), *flags])
     device, dtype = set_up(cfg)
     sources = load_sources(cfg.root, cfg.data)
@@ -55,7 +57,6 @@ def bench_train(root, repeats, steps, laptop):
     pinned = device.type == "cuda"
     loader = train_encoder.make_loader(cfg, sources, 0, cfg.batch_size, cfg.seed, pinned=pinned)
     batches = train_encoder.training_batches(loader, cfg, device)
-
     objective = train_encoder.Objective.of(cfg)
 
     def step(batch):
@@ -93,38 +94,17 @@ def bench_train(root, repeats, steps, laptop):
 # ------------------------------------------------------------------ plan
 
 
-class PlainRolloutCost:
-    """What `RolloutCost` computes on the road, by the nets' own methods, step by step."""
-
-    def __init__(self, predictor, cost, kind, scored):
-        self.predictor, self.cost, self.kind, self.scored = predictor, cost, kind, scored
+def bench_plan(root):
+    """Prints milliseconds of a plan, by the driver's folded products and by the nets' methods."""
+    cfg = PlanConfig()
+    driver, _ = load_driver(train_encoder.arguments(["--root", str(root)]), cfg)
+    predictor, cost = driver.nets["predictor"], driver.nets["cost"]
 
     @torch.inference_mode()
-    def __call__(self, z, act):
-        N, H, _ = act.shape
-        h, scored = self.predictor.to_state(z), self.scored(H)
-        residual, h = self.predictor.residual(z, h, H)[0], h.expand(N, -1)
-        total = torch.zeros(N, device=z.device)
-        for t in range(H):
-            h = self.predictor.transition(h, act[:, t])
-            if t in scored:
-                total += self.cost.energy(self.predictor.to_latent(h) + residual[t], self.kind)
-        return H / len(scored) * total
+    def plain(z, act):
+        return cost.rollout_cost(z, predictor.rollout(z.expand(len(act), -1), act), cfg.energy)
 
-
-def bench_plan(root):
-    """Prints milliseconds of a plan, for two ways to compute its cost and two sets of latents."""
-    parser = argparse.ArgumentParser()
-    planning(parser)
-    cfg = parser.parse_args([])
-    driver, _ = load_driver(train_encoder.arguments(["--root", str(root)]), cfg)
-    nets = driver.nets["predictor"], driver.nets["cost"], cfg.energy
-    costs = {
-        "plain rollout, all scored": PlainRolloutCost(*nets, range),
-        "plain rollout, every third scored": PlainRolloutCost(*nets, scored_steps),
-        "folded products, all scored": RolloutCost(*nets, range),
-        "folded products, every third scored": RolloutCost(*nets, scored_steps),
-    }
+    costs = {"plain rollout": plain, "folded products": driver.rollout_cost}
 
     # drive along the centre line; at each step every cost makes a plan, in turns
     env, took = make_env("fast"), {name: [] for name in costs}
@@ -132,8 +112,7 @@ def bench_plan(root):
     driver.reset(TUNING_TRACK)
     for step in range(ZOOM_STEPS + WARM_UP_PLANS + PLANS):
         driver.frames.append(env.step(follow(telemetry(env)))[0])
-        first = step % len(costs)
-        for name in [*costs][first:] + [*costs][:first] if step >= ZOOM_STEPS else ():
+        for name in costs if step >= ZOOM_STEPS else ():
             driver.rollout_cost = costs[name]
             start = time.perf_counter()
             driver.replan()
@@ -142,6 +121,6 @@ def bench_plan(root):
 
     size = f"{cfg.samples} candidates of {cfg.horizon} latents, {driver.encoder.repeat} steps each"
     print(f"{size}; {driver.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'ms of a plan':40}{'p50':>8}{'p99':>8}   (the last row is the driver's)")
+    print(f"{'ms of a plan':18}{'p50':>8}{'p99':>8}")
     for name, ms in took.items():
-        print("{:40}{:8.1f}{:8.1f}".format(name, *np.percentile(ms[WARM_UP_PLANS:], (50, 99))))
+        print("{:18}{:8.1f}{:8.1f}".format(name, *np.percentile(ms[WARM_UP_PLANS:], (50, 99))))

@@ -1,6 +1,6 @@
 """Episodes for other programs.
 
-python -m tools.export --format minari
+python -m tools.export    # the dataset of Minari (minari.farama.org)
 """
 
 import json
@@ -9,21 +9,19 @@ import re
 import shutil
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 
-from buffer import FRAME, MADE_BY, episode_key, index, read_chunk
-from support.cli import Parser, Refusal, fail, optional, run
+from buffer import FRAME, MADE_BY, episode_key, index, read_ahead
+from support.cli import Parser, fail, optional, run
 from support.files import writable
 from support.progress import progress
 
 
-def minari_episodes(minari, chunks, damaged):
-    """Minari's EpisodeBuffer of each Chunk; reasons of damaged ones are added to `damaged`."""
-    for chunk in progress(chunks, desc="export", unit="episode"):
-        try:
-            data = read_chunk(chunk.path)
-        except Refusal as e:
-            damaged.append(str(e))
+def minari_episodes(minari, chunks):
+    """Minari's EpisodeBuffer of each Chunk; a line names the folders of damaged ones."""
+    for chunk, data in read_ahead(progress(chunks, desc="export", unit="episode")):
+        if data is None:
             continue
         yield minari.data_collector.EpisodeBuffer(
             seed=chunk.meta["track_seed"],
@@ -45,20 +43,15 @@ def export_minari(folders, out, name):
     a bad name, no whole chunk, a dataset that is there, or a missing package.
     """
     out = out.resolve()  # Minari writes relative to a folder of its own
-    if not re.fullmatch(r"([\w-]+/)*[\w.-]*\w-v\d+", name):
+    if not re.fullmatch(r"[\w.-]*\w-v\d+", name):
         fail(f"--name {name}: expected a name that ends in a version, such as carracing-v0")
-    minari, gymnasium = optional("minari", "minari>=0.5.4"), optional("gymnasium", "gymnasium")
+    minari = optional("minari", "minari>=0.5.4")
     optional("h5py", "h5py")
 
     # an episode that is in two folders counts once
-    found = [index(folder) for folder in folders]
-    episodes = {}
-    for chunk in (c for chunks, *_ in found for c in chunks):
-        episodes.setdefault(episode_key(chunk.meta), chunk)
-    damaged = list(dict.fromkeys(line for _, lines, _ in found for line in lines))
+    episodes = {episode_key(c.meta): c for folder in folders for c in index(folder)[0]}
     if not episodes:
-        places = ", ".join(map(str, folders))
-        fail(f"{places}: no whole chunk there; `python collect_race_data.py` makes some")
+        fail("no episodes in these folders; `python collect_race_data.py` makes some")
     if (out / name).exists():
         fail(f"{out / name}: exists already; choose another --name or --out")
 
@@ -67,7 +60,7 @@ def export_minari(folders, out, name):
     try:
         minari.create_dataset_from_buffers(
             name,
-            minari_episodes(minari, episodes.values(), damaged),
+            minari_episodes(minari, episodes.values()),
             data_format="hdf5",
             jpeg_encoding=False,
             observation_space=gymnasium.spaces.Box(0, 255, FRAME, np.uint8),
@@ -75,12 +68,9 @@ def export_minari(folders, out, name):
             description="gymnasium's CarRacing-v3 in 64x64 pixels, collected by TinyJEPA",
             requirements=["gymnasium[box2d]"],
         )
-        (out / name).parent.mkdir(parents=True, exist_ok=True)  # a name may have a namespace
         os.rename(tmp / name, out / name)
     finally:
         shutil.rmtree(tmp)
-    for line in damaged:
-        print(f"left out: {line}")
     load = f'import minari; print(minari.load_dataset("{name}").total_steps)'
     print(f"{out / name}: {len(episodes)} episodes; MINARI_DATASETS_PATH={out} python -c '{load}'")
 
@@ -89,7 +79,6 @@ def main():
     p = Parser(description="episodes for other programs")
     folders = dict(nargs="*", type=Path, default=[Path(name) for name in MADE_BY])
     p.add_argument("folders", **folders, help=f"of chunks (default: {' '.join(MADE_BY)})")
-    p.add_argument("--format", choices=["minari"], default="minari", help="HDF5 as Minari reads it")
     p.add_argument("--out", type=Path, default=Path("minari"), help="where datasets are kept")
     p.add_argument("--name", default="carracing-v0", help="Minari's dataset id, ends in a version")
     args = p.parse_args()
