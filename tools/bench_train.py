@@ -11,7 +11,7 @@ from buffer import PREFETCH, load_sources
 from car import ZOOM_STEPS
 from car.env import make_env
 from car.telemetry import telemetry
-from drive_mpc import load_driver
+from drive_mpc import RolloutCost, load_driver
 from support.device import autocast, set_up
 from support.plan_config import PlanConfig
 from support.run import optimise
@@ -95,16 +95,19 @@ def bench_train(root, repeats, steps):
 
 
 def bench_plan(root):
-    """Prints milliseconds of a plan, by the driver's folded products and by the nets' methods."""
+    """Prints milliseconds of a plan: the nets' own methods against folded products, and scoring all
+    latents of a rollout against every third."""
     cfg = PlanConfig()
     driver, _ = load_driver(train_encoder.arguments(["--root", str(root)]), cfg)
     predictor, cost = driver.nets["predictor"], driver.nets["cost"]
 
-    @torch.inference_mode()
-    def plain(z, act):
-        return cost.rollout_cost(z, predictor.rollout(z.expand(len(act), -1), act), cfg.energy)
-
-    costs = {"plain rollout": plain, "folded products": driver.rollout_cost}
+    rollout = lambda z, act: predictor.rollout(z.expand(len(act), -1), act)
+    costs = {
+        "plain, all scored": lambda z, act: cost.energy(rollout(z, act)).sum(dim=1),
+        "plain, every third": lambda z, act: cost.rollout_cost(z, rollout(z, act), cfg.energy),
+        "folded, all scored": RolloutCost(predictor, cost, cfg.energy, range),
+        "folded, every third": driver.rollout_cost,
+    }
 
     # drive along the centre line; at each step every cost makes a plan, in turns
     env, took = make_env("fast"), {name: [] for name in costs}
@@ -121,6 +124,6 @@ def bench_plan(root):
 
     size = f"{cfg.samples} candidates of {cfg.horizon} latents, {driver.encoder.repeat} steps each"
     print(f"{size}; {driver.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'ms of a plan':18}{'p50':>8}{'p99':>8}")
+    print(f"{'ms of a plan':20}{'p50':>8}{'p99':>8}")
     for name, ms in took.items():
-        print("{:18}{:8.1f}{:8.1f}".format(name, *np.percentile(ms[WARM_UP_PLANS:], (50, 99))))
+        print("{:20}{:8.1f}{:8.1f}".format(name, *np.percentile(ms[WARM_UP_PLANS:], (50, 99))))
