@@ -22,9 +22,8 @@ from collect_race_data import Expert, pace_of
 from support.cli import run
 from support.workers import collect, collector_parser
 
-IN_BENDS = ("understeer", "oversteer", "late_braking", "wrong_throttle")
-ANYWHERE = ("swerve", "noise_burst", "random_burst")
-MISTAKES = IN_BENDS + ANYWHERE
+ANYWHERE = ("swerve", "noise_burst", "random_burst")  # the others wait for a bend
+MISTAKES = ("understeer", "oversteer", "late_braking", "wrong_throttle", *ANYWHERE)
 RECOVERY_PACES = [0.1, 0.3, 0.6, 1.0]  # of --pace: the predictor learns what too fast leads to
 PAUSE = (1.0, 4.0)  # s, mean pause before a mistake, drawn once per episode
 LENGTH = (0.1, 1.2)  # s, a mistake
@@ -120,20 +119,22 @@ class FaultyExpert:
         self.strength, self.sign = rng.random(), rng.choice((-1, 1))
         while not self._matters(kind):
             yield None
-        steps = rng.uniform(*(RANDOM_BURST if kind == "random_burst" else LENGTH)) * FPS
+        length = RANDOM_BURST if kind == "random_burst" else LENGTH
+        steps = math.ceil(rng.uniform(*length) * FPS)
         if kind == "oversteer":
             self.sign = math.copysign(1, self.action[0])
         self.explorer.reset(env, rng)
         self.mistakes[kind][0] += 1
-        for _ in range(math.ceil(steps)):
+        for _ in range(steps):
             yield kind
         yield None
         return kind
 
     def _recover(self, env, kind):
-        """Yields None until the car has recovered or RECOVERY_TIME is over; draws the next pause."""
-        car, held = env.unwrapped.car, 0
+        """Yields None until the car has recovered or time is over; draws the next pause."""
+        held = 0
         for left in reversed(range(int(RECOVERY_TIME * FPS))):
+            car = env.unwrapped.car
             wheels = sum([1 for w in car.wheels if w.tiles])
             error, speed = self.expert.heading_error(env), car.hull.linearVelocity.length
             held = held + 1 if is_recovered(wheels, error, speed) else 0

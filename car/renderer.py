@@ -30,9 +30,9 @@ BATCH = 16  # frames drawn together
 FRAC = 8  # fractional bits of polygon vertices
 
 
-# All of an env's state that its frame depends on: zoom in window px a unit; the car's place (units),
-# angle (rad), speed (units/s) and yaw rate (rad/s); (spin in rad/s, turn in rad, steering in rad)
-# of each wheel; tiles first touched since the last RenderState.
+# All of an env's state that its frame depends on: zoom (window px a unit); the car's place (units),
+# angle (rad), speed (units/s), yaw rate (rad/s); (spin in rad/s, turn in rad, steering in rad) of
+# each wheel; tiles first touched since the last RenderState.
 RenderState = namedtuple("RenderState", "zoom x y angle speed yaw_rate wheels fresh")
 
 
