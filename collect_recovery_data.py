@@ -105,7 +105,7 @@ class FaultyExpert:
         return np.clip((steer, gas, brake), (-1, 0, 0), 1).astype(np.float32)
 
     def _phases(self, env, kind=None):
-        """Yields the mistake of each step, or None, endlessly; `kind` is one just made."""
+        """Yields the mistake of each step, or None, endlessly; `kind` was made before the first."""
         while True:
             if kind:
                 yield from self._recover(env, kind)
@@ -114,7 +114,7 @@ class FaultyExpert:
             kind = yield from self._err(env)
 
     def _err(self, env):
-        """Draws a mistake, yields None until it matters, then the mistake -> the mistake."""
+        """Draws a mistake; yields None until it matters, then its name in each of its steps."""
         rng, kind = self.rng, MISTAKES[self.rng.integers(len(MISTAKES))]
         self.strength, self.sign = rng.random(), rng.choice((-1, 1))
         while not self._matters(kind):
@@ -127,7 +127,7 @@ class FaultyExpert:
         self.mistakes[kind][0] += 1
         for _ in range(steps):
             yield kind
-        yield None
+        yield None  # `_recover` looks from the next step on
         return kind
 
     def _recover(self, env, kind):
