@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from support.cli import Parser, Refusal, command, fail, run
 from support.files import replace_atomically
@@ -35,6 +36,7 @@ from support.npz import FRAME, SCHEMA, array_specs, check_finite, check_meta, op
 from support.progress import progress
 
 HELD_OUT_MOD = 10  # tracks whose seed is divisible by this are held out of training
+MAX_DAMAGED = 0.01  # share of unreadable chunks above which training refuses to start
 OPEN_EPISODES = 84  # open at a time, of all sources together: 1 GB where all are whole
 PREFETCH = 8  # batches planned before they are due: threads read their files meanwhile
 DEFAULT_FOLDERS = "data_race", "data_recovery", "data"  # what the training stages learn from
@@ -44,6 +46,7 @@ MADE_BY = {
     "data_recovery": "collect_recovery_data.py",
     "data_mpc": "drive_mpc.py --save_data --track_seed 10000000",
 }
+HINT = "copy it again, or delete it and collect more; move files of another project away"
 
 
 # ------------------------------------------------------------------ one chunk
@@ -61,9 +64,10 @@ def write_chunk(folder, meta, **arrays):
     check_meta(meta)
     check_finite(arrays)
     specs = array_specs(meta["frames"], arrays["telemetry"].shape[-1])
-    found = {name: (arrays[name].dtype, arrays[name].shape) for name in specs}
-    if found != specs:
-        raise ValueError(f"{meta['uid']}: found {found}, expected {specs}")
+    for name, spec in specs.items():
+        found = arrays[name].dtype, arrays[name].shape
+        if found != spec:
+            raise ValueError(f"{meta['uid']}: {name} is {found}, expected {spec}")
     path = Path(folder) / f"{meta['uid']}.npz"
     if path.exists():
         raise ValueError(f"{path}: exists already; an episode is written once")
@@ -90,7 +94,32 @@ def read_chunk(path, *names):
         return arrays
 
 
-# ------------------------------------------------------------------ folders
+def read_or_skip(chunk, *names):
+    """The arrays of a Chunk as `read_chunk` reads them; None for a damaged one, which counts."""
+    try:
+        return read_chunk(chunk.path, *names)
+    except Refusal as e:
+        skip_damaged(chunk.path.parent, e)
+
+
+damaged_files = {}  # folder: {reason: None} of the damaged files that this process met
+
+
+def skip_damaged(folder, *reasons):
+    """Counts damaged files of a folder, names each once; Refusal above MAX_DAMAGED of its files."""
+    known, total = damaged_files.setdefault(folder, {}), len(chunk_files(folder))
+    new = [line for line in map(str, reasons) if line not in known]
+    known |= dict.fromkeys(new)
+    if len(known) > MAX_DAMAGED * total:
+        check = command("buffer.py", flags=shlex.quote(str(folder)))
+        fail(
+            f"{folder}: {len(known)} of {total} chunks are unreadable, over {MAX_DAMAGED:.0%}, "
+            f"first {next(iter(known))}; {check} names each: {HINT}; {made_by(folder)}"
+        )
+    for line in new:
+        tqdm.write(f"skipped {line}; damaged so far: {len(known)} of {total}")
+
+
 # ------------------------------------------------------------------ folders
 
 
@@ -119,7 +148,10 @@ def episode_key(meta):
 
 def chunk_files(folder):
     """Paths of the folder's .npz files, in no order. A name with a dot is still being written."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     return [Path(folder) / n for n in names if n.endswith(".npz") and not n.startswith(".")]
 
 
@@ -137,11 +169,12 @@ def index(folder):
             damaged.append(str(e))
     for path, meta in sorted(found, key=lambda f: (f[0].stem != f[1]["uid"], f[0].name)):
         keys = meta["uid"], episode_key(meta)
-        if first := next((seen[k] for k in keys if k in seen), None):
+        first = next((seen[k] for k in keys if k in seen), None)
+        if first is not None:
             duplicates.append(f"{path}: the same episode as {first.name}")
-        else:
-            seen |= dict.fromkeys(keys, path)
-            chunks.append(Chunk(path, meta))
+            continue
+        seen |= dict.fromkeys(keys, path)
+        chunks.append(Chunk(path, meta))
     return chunks, sorted(damaged), duplicates
 
 
@@ -173,11 +206,9 @@ def load_folder(folder, steps=1, columns=0):
     """(train chunks, held-out chunks) of one folder; see `load_sources`."""
     require_chunks(folder)
     chunks, damaged, duplicates = index(folder)
-    if damaged:
-        check = command("buffer.py", flags=shlex.quote(str(folder)))
-        fail(f"{damaged[0]}; {len(damaged)} unreadable there: {check} names each")
     for line in duplicates:
         print(f"not counted: {line}")
+    skip_damaged(folder, *damaged)
     for c in chunks:
         found = c.meta["columns"]
         if columns and found != columns:
@@ -236,7 +267,7 @@ class Loader:
 
     A batch holds windows of `latents` latents, `repeat` steps apart, with the `history` frames of
     the first one. `latents=2, history=1, repeat=1` serves triplets. Every file is inflated once per
-    pass.
+    pass. The next episode is the fallback episode of a damaged one.
     """
 
     sources: list  # of lists of Chunk
@@ -254,7 +285,7 @@ class Loader:
         self.counts = shares_of(self.sources, self.batch_size, self.shares).tolist()
         width = -(-OPEN_EPISODES // sum(n > 0 for n in self.counts))
         self.streams = [
-            Stream([max(0, c.frames + 1 - self.span) for c in chunks], n, width, (self.seed, s))
+            Stream([self._windows(c) for c in chunks], n, width, (self.seed, s))
             for s, (chunks, n) in enumerate(zip(self.sources, self.counts))
         ]
         self.windows = sum(stream.total for stream in self.streams)
@@ -263,8 +294,19 @@ class Loader:
                 folder, longest = chunks[0].path.parent, max(c.frames for c in chunks)
                 fail(f"{folder}: no episode has {self.span} steps, the longest has {longest}")
 
+    def _windows(self, chunk):
+        return max(0, chunk.frames + 1 - self.span)
+
+    def _read(self, s, number):
+        """(Chunk, its arrays) of an episode, or of the next one that is whole."""
+        chunks = self.sources[s]
+        for chunk in chunks[number:] + chunks[:number]:
+            if self._windows(chunk) and (data := read_or_skip(chunk, "obs", "act")):
+                return chunk, data
+
     def _fill(self, data, starts, places, obs, act):
         """Copies the windows that begin at `starts` to `places` of obs (B,L,64,64,3) and act."""
+        starts = starts % (len(data["act"]) + 1 - self.span)  # a fallback episode may be shorter
         rows = starts[:, None] + self.repeat * np.arange(1 - self.history, self.latents)
         for place, row in zip(places, np.maximum(rows, 0)):  # twice as fast as in one go
             np.take(data["obs"], row, axis=0, out=obs[place], mode="clip")
@@ -274,16 +316,14 @@ class Loader:
             act[places] = actions.mean(axis=2)
 
     def _planned(self, start, pool):
-        """Endless (step, [(source, Chunk, future of its arrays, windows)])."""
+        """Endless (step, [(source, future of `_read`, windows)])."""
         plans = [(s, self.streams[s].batches(start)) for s, n in enumerate(self.counts) if n]
         for step in itertools.count(start):
             batch = []
             for s, plan in plans:
                 for episode, windows in next(plan):
-                    chunk = self.sources[s][episode.number]
-                    if not episode.file:
-                        episode.file = pool.submit(read_chunk, chunk.path, "obs", "act")
-                    batch.append((s, chunk, episode.file, windows))
+                    episode.file = episode.file or pool.submit(self._read, s, episode.number)
+                    batch.append((s, episode.file, windows))
             yield step, batch
 
     def batches(self, start=0, labels=False):
@@ -304,9 +344,9 @@ class Loader:
                 places = np.random.default_rng([self.seed, step]).permutation(B)
                 origins = [None] * B
                 # all windows of one file together, at random places of the batch
-                for s, chunk, file, windows in batch:
-                    here = places[: len(windows)]
-                    self._fill(file.result(), windows, here, obs.numpy(), act.numpy())
+                for s, file, windows in batch:
+                    (chunk, data), here = file.result(), places[: len(windows)]
+                    self._fill(data, windows, here, obs.numpy(), act.numpy())
                     for i in here:
                         origins[i] = s, chunk
                     places = places[len(windows) :]
@@ -319,7 +359,7 @@ def sample_frames(chunks, history, repeat, count, seed=0, skip=0):
     """A fixed sample for probes and pictures: obs (count, history, 3, 64, 64), states (count, K).
 
     Frames are spread evenly over the chunks, in their order, without those before `skip` (the
-    zoom).
+    zoom). Damaged chunks leave fewer than `count`.
     """
     import torch  # here, so that a machine that only collects needs none
 
@@ -328,8 +368,7 @@ def sample_frames(chunks, history, repeat, count, seed=0, skip=0):
     shares = np.diff(np.linspace(0, count, len(chunks) + 1).astype(int))
     obs, states = [], []
     for chunk, n in zip(chunks, shares):
-        if n:
-            data = read_chunk(chunk.path, "obs", "telemetry")
+        if n and (data := read_or_skip(chunk, "obs", "telemetry")):
             t = np.sort(rng.integers(skip, chunk.frames, size=n))
             back = repeat * np.arange(1 - history, 1)
             obs.append(data["obs"][np.maximum(t[:, None] + back, 0)])
@@ -338,9 +377,9 @@ def sample_frames(chunks, history, repeat, count, seed=0, skip=0):
 
 
 def read_ahead(chunks, *names, threads=4):
-    """(chunk, its `read_chunk`) of each, read by threads meanwhile."""
+    """(chunk, its `read_chunk`, or None where it is damaged) of each, read by threads meanwhile."""
     with ThreadPoolExecutor(threads) as pool:
-        files = ((chunk, pool.submit(read_chunk, chunk.path, *names)) for chunk in chunks)
+        files = ((chunk, pool.submit(read_or_skip, chunk, *names)) for chunk in chunks)
         for chunk, file in prefetch(files, 2 * threads):
             yield chunk, file.result()
 
@@ -377,6 +416,8 @@ def main():
     p = Parser(__doc__)
     p.add_argument("folders", nargs="+", type=Path, help="folders of chunks")
     damaged = sum([describe(folder) for folder in p.parse_args().folders])
+    if damaged:
+        print(f"{damaged} damaged: training skips them, refuses above {MAX_DAMAGED:.0%}; {HINT}")
     return 1 if damaged else 0
 
 

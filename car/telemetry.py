@@ -6,32 +6,28 @@ import numpy as np
 from gymnasium.envs.box2d import car_dynamics as cd
 from gymnasium.envs.box2d import car_racing as cr
 
-# The columns of `telemetry`; right and left as the driver sees them
-#   speed            units/s
-#   forward_speed    units/s along the car
-#   side_speed       units/s across the car, + to its right
-#   yaw_rate         rad/s, + to the left
-#   lateral_offset   units from the centre line, + on its right; the road ends at 6.67
-#   heading_error    rad, -pi..pi, the road's direction minus the car's, + to the left
-#   curvature_10     1/units, of the track 10 units ahead, + to the left
-#   curvature_20     1/units, 20 units ahead
-#   curvature_35     1/units, 35 units ahead
-#   wheels_off_road  wheels that touch no tile, 0..4
-#   tile_index       index of the nearest tile of the track
-#   tiles_visited    fraction of the track's tiles, 0..1
-#   steer_angle      rad, of the front left wheel, + to the left
-#   wheel_spin_fl    rad/s, + forward
-#   wheel_spin_fr    rad/s
-#   wheel_spin_rl    rad/s
-#   wheel_spin_rr    rad/s
-#   x                units
-#   y                units
-#   hull_angle       rad, 0 faces +y, not wrapped
-TELEMETRY = (
-    "speed forward_speed side_speed yaw_rate lateral_offset heading_error curvature_10 "
-    "curvature_20 curvature_35 wheels_off_road tile_index tiles_visited steer_angle "
-    "wheel_spin_fl wheel_spin_fr wheel_spin_rl wheel_spin_rr x y hull_angle"
-).split()
+TELEMETRY = {  # name -> unit; right and left as the driver sees them
+    "speed": "units/s",
+    "forward_speed": "units/s along the car",
+    "side_speed": "units/s across the car, + to its right",
+    "yaw_rate": "rad/s, + to the left",
+    "lateral_offset": "units from the centre line, + on its right; the road ends at 6.67",
+    "heading_error": "rad, -pi..pi, the road's direction minus the car's, + to the left",
+    "curvature_10": "1/units, of the track 10 units ahead, + to the left",
+    "curvature_20": "1/units, 20 units ahead",
+    "curvature_35": "1/units, 35 units ahead",
+    "wheels_off_road": "wheels that touch no tile, 0..4",
+    "tile_index": "index of the nearest tile of the track",
+    "tiles_visited": "fraction of the track's tiles, 0..1",
+    "steer_angle": "rad, of the front left wheel, + to the left",
+    "wheel_spin_fl": "rad/s, + forward",
+    "wheel_spin_fr": "rad/s",
+    "wheel_spin_rl": "rad/s",
+    "wheel_spin_rr": "rad/s",
+    "x": "units",
+    "y": "units",
+    "hull_angle": "rad, 0 faces +y, not wrapped",
+}
 TRACK_SEARCH = 12.0  # units off the centre line beyond which another part may be nearer
 LOOK_AHEAD = (3, 6, 10)  # tiles of 3.5 units: about 10, 20 and 35 units
 RECOVERY_HOLD = 0.2  # s for which `is_recovered` must stay true

@@ -12,22 +12,24 @@ import struct
 import zipfile
 import zlib
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from isal import isal_zlib
 
 from support.cli import fail
 
-SCHEMA = 1  # of chunks; another one is refused
+SCHEMA = 1  # of chunks; another one is skipped and named
 MAX_STEPS = 2_000  # no episode is longer: a file that says so is damaged or a zip bomb
-MAX_COLUMNS = 1000  # of telemetry
+MAX_META_BYTES, MAX_COLUMNS = 1 << 20, 1000
 FRAME = (64, 64, 3)
 META = dict(schema=int, source=str, track_seed=int, uid=str, policy=dict, preprocess=int)
 META |= dict(frames=int, return_=float)  # name: type; collectors add more of their own
 DEFLATE_LEVEL = 1  # isal: 13 us a frame, and 1,439 bytes; zlib's level 2: 59 us, 1,499 bytes
 NPY_HEADER = 128  # bytes before the values of every array that `write_npz` writes
 READ_ERRORS = (ValueError, LookupError, TypeError, OSError, EOFError, RuntimeError, OverflowError)
-READ_ERRORS += (AttributeError, zipfile.BadZipFile, isal_zlib.error, struct.error)
+READ_ERRORS += (zipfile.BadZipFile, isal_zlib.error, struct.error)  # by damaged or hostile files
+DAMAGE_ERRNOS = (None, errno.EINVAL, errno.ENOENT)  # a seek out of the file; a file that is gone
 
 
 def npy_header(dtype, shape):
@@ -92,6 +94,8 @@ class NpzReader:
 
 def check_meta(meta):
     """ValueError unless a meta describes an episode of this project in this SCHEMA."""
+    if not isinstance(meta, dict):
+        raise ValueError("meta is no dict")
     for k, kind in META.items():
         if type(meta.get(k)) is not kind:
             raise ValueError(f"meta: expected {k} to be {kind.__name__}, found {meta.get(k)!r:.40}")
@@ -129,19 +133,24 @@ def open_chunk(path):
     OSError of the system (permission, a failing disk) passes: the file may be whole.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("not a file")  # a pipe or a device would never end
         with open(path, "rb") as f:
             npz = NpzReader(f)
             meta, specs = read_directory(npz)
             yield npz, meta, specs
     except READ_ERRORS as e:
-        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):  # EINVAL: a bad seek
+        if isinstance(e, OSError) and e.errno not in DAMAGE_ERRNOS:
             raise OSError(e.errno, os.strerror(e.errno), str(path)) from None
-        why = e or type(e).__name__
-        fail(f"{path}: damaged, cut off or foreign ({why}); copy it again, or move it away")
+        fail(f"{path}: damaged, cut off or foreign ({e or type(e).__name__})")
 
 
 def read_directory(npz):
     """(meta, array_specs) of an episode. ValueError where the sizes of its arrays do not fit."""
+    if "meta.npy" not in npz.zip.namelist():
+        raise ValueError("no episode; move it away, or write it with `buffer.write_chunk`")
+    if npz.nbytes("meta") > MAX_META_BYTES:
+        raise ValueError("meta is over 1 MiB")
     meta = json.loads(str(npz.array("meta", f"<U{npz.nbytes('meta') // 4}", ())))
     check_meta(meta)
     columns = npz.nbytes("telemetry") // (4 * meta["frames"] + 4)

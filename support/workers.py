@@ -46,6 +46,8 @@ def collect(args, source, make_policy):
     for line in damaged + duplicates:
         print(f"not counted: {line}")
     print(f"{folder}: {have:,} frames in {len(chunks)} episodes, target {args.frames:,}")
+    for line in other_flags(chunks, args):
+        print(f"{folder}: keeps {line}")
     if have >= args.frames:
         print("nothing to do: the target is reached")
         return 0
@@ -71,6 +73,15 @@ def remove_stale_tmp(folder, stem):
     """Removes what killed workers, whose names begin so, left half written."""
     for tmp in folder.glob(f".{stem}*.npz.*.tmp"):
         tmp.unlink(missing_ok=True)
+
+
+def other_flags(chunks, args):
+    """Lines that count the episodes driven with other values of --pace and --max_offset."""
+    for flag in ("pace", "max_offset"):
+        then = [c.meta["policy"].get(flag) for c in chunks] if hasattr(args, flag) else []
+        others = [x for x in then if x is not None and x not in np.ravel(getattr(args, flag))]
+        if others:
+            yield f"{len(others)} episodes of --{flag} {' '.join(map(str, sorted(set(others))))}"
 
 
 def chunk_provenance(source, env_kind):

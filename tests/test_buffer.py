@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import tempfile
 import threading
@@ -149,6 +150,7 @@ def ruins(tmp_path):
     broken = npy(np.array(json.dumps(meta)))
     rewritten(whole, "header.npz", meta=broken.replace(b"{'descr'", b"{'descr("))
     rewritten(whole, "deep.npz", meta=npy(np.array("[" * 50_000)))
+    os.mkfifo(folder / "pipe.npz")
     rewritten(whole, "bomb.npz", obs=bytes(10**8))
     rewritten(whole, "shape.npz", obs=npy(np.zeros((51, 32, 128, 3), np.uint8)))
     return folder, {
@@ -166,6 +168,7 @@ def ruins(tmp_path):
         "nothing": "preprocess",
         "header": "meta",
         "deep": "recursion",
+        "pipe": "not a file",
         "bomb": "obs holds",
         "shape": "obs",
     }
@@ -179,7 +182,9 @@ def test_each_damage_is_named_with_its_reason(ruins):
     for name, reason in reasons.items():
         said = [line for line in lines if f"{name}.npz" in line]
         assert len(said) == 1 and reason in said[0], (name, said)
-    assert len(lines) == len(reasons) and f"damaged: {len(reasons)}" in done.stdout
+    assert len(lines) == len(reasons) and f"{len(reasons)} damaged" in done.stdout
+    quick = script("buffer.py", "--quick", folder)
+    assert quick.returncode == 1 and "truncated" in quick.stdout and "flipped" not in quick.stdout
 
 
 def test_a_zip_bomb_never_unfolds(tmp_path):
@@ -281,15 +286,41 @@ def test_labels_say_where_each_window_is_from_and_change_nothing(folders, seed):
     plain.close(), labelled.close()
 
 
-def test_a_fixed_sample_is_spread_over_the_chunks(tmp_path):
-    for i in range(8):
+def test_a_window_of_a_fallback_episode_bears_its_own_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(buffer, "MAX_DAMAGED", 1)
+    for i in range(4):
         make(tmp_path / "a", f"a{i}", 20, i)
     chunks = index(tmp_path / "a")[0]
-    obs, states = sample_frames(chunks, 2, 1, 16, skip=5)
-    episode, step = where(obs)
-    assert episode[:, 0].tolist() == [*np.repeat(range(8), 2)] and len(states) == 16
-    assert torch.equal(step[:, 0] + 1, step[:, 1]) and step[:, 1].min() >= 5
-    assert torch.equal(obs, sample_frames(chunks, 2, 1, 16, skip=5)[0])
+    for i in (0, 2):  # damaged after the index was made
+        whole = chunks[i].path.read_bytes()
+        chunks[i].path.write_bytes(whole[:400] + bytes(40) + whole[440:])
+    loader = Loader([chunks], 5, latents=2)
+    stream = loader.batches(labels=True)
+    seen = set()
+    for _ in range(12):
+        obs, _, labels = next(stream)
+        for n, (source, chunk) in zip(where(obs)[0][:, 0].tolist(), labels):
+            assert (source, chunk.meta["uid"]) == (0, f"a{n}")
+            seen.add(n)
+    stream.close()
+    assert seen == {1, 3}
+
+
+def test_frames_of_a_damaged_chunk_come_from_the_next_and_the_folder_is_named(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(buffer, "MAX_DAMAGED", 1)
+    for name, first in (("a", 0), ("b", 10)):
+        for i in range(4):
+            make(tmp_path / name, f"{name}{i}", 20, first + i)
+    chunks = [c for name in "ab" for c in index(tmp_path / name)[0]]
+    whole = chunks[5].path.read_bytes()
+    chunks[5].path.write_bytes(whole[:400] + bytes(40) + whole[440:])
+    obs, rows = sample_frames(chunks, 2, 1, 16)
+    assert where(obs)[0][:, 0].tolist() == [*np.repeat([0, 1, 2, 3, 10, 12, 12, 13], 2)]
+    assert len(rows["telemetry"]) == 16
+    assert len(buffer.damaged_files[tmp_path / "b"]) == 1
+    assert tmp_path / "a" not in buffer.damaged_files
 
 
 def test_a_closed_loader_leaves_no_thread(folders):
@@ -315,18 +346,27 @@ def test_a_source_without_held_out_tracks_is_refused(tmp_path, folders):
         load_sources(tmp_path, ["a"])
 
 
-def test_damage_ends_a_training_in_a_line_that_names_the_file(tmp_path):
-    for i in range(20):
-        make(tmp_path / "a", f"a{i:02d}", 6, number=i, track_seed=i)
+def test_the_loader_skips_and_counts_damage_and_refuses_much_of_it(tmp_path, capsys):
+    for i in range(300):
+        make(tmp_path / "a", f"a{i:03d}", 6, number=i)
     chunks = index(tmp_path / "a")[0]
-    flip(chunks[7].path, back=100)
-    train, _ = load_sources(tmp_path, ["a"])["a"]  # from outside it looks whole
-    stream = Loader([train], 50, latents=2).batches()
-    with pytest.raises(Refusal, match=f"{chunks[7].path.name}: damaged.*move it away"):
-        next(stream)
-    (tmp_path / "a" / "text.npz").write_text("this is not a chunk")
-    with pytest.raises(Refusal, match="text.npz: damaged.* 1 unreadable.*buffer.py"):
-        load_sources(tmp_path, ["a"])
+    for i in (7, 8, 250):
+        flip(chunks[i].path, back=100)
+    assert len(index(tmp_path / "a")[0]) == 300  # from outside they look whole
+    loader = Loader([chunks], 50, latents=2)
+    stream = loader.batches()
+    for _ in range(loader.windows // 50):
+        obs, act = next(stream)
+        assert (where(obs)[0] == where(obs)[0][:, :1]).all() and torch.isfinite(act).all()
+    stream.close()
+    assert len(buffer.damaged_files[tmp_path / "a"]) == 3
+    said = capsys.readouterr().out
+    assert all(said.count(chunks[i].path.name) == 1 for i in (7, 8, 250))
+    flip(chunks[100].path, back=100)
+    stream = Loader([chunks], 50, latents=2).batches()
+    with pytest.raises(Refusal, match="4 of 300 chunks are unreadable"):
+        for _ in range(loader.windows // 50):
+            next(stream)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
