@@ -194,10 +194,12 @@ def require_chunks(folder):
 def folders_there(root):
     """Those DEFAULT_FOLDERS under root that hold chunks (all where none does); names the others."""
     there = [name for name in DEFAULT_FOLDERS if chunk_files(root / name)]
-    for name in DEFAULT_FOLDERS if there else ():
+    if not there:
+        return DEFAULT_FOLDERS
+    for name in DEFAULT_FOLDERS:
         if name not in there:
             print(f"goes on without {root / name}, where no episode is; {made_by(root / name)}")
-    return there or list(DEFAULT_FOLDERS)
+    return there
 
 
 def load_folder(folder, steps=1, columns=0):
@@ -216,10 +218,8 @@ def load_folder(folder, steps=1, columns=0):
     for part, name in zip(split, ("training", "held-out")):
         longest = max((c.frames for c in part), default=0)
         if longest < steps:
-            fail(
-                f"{folder}: no episode of {steps} steps on a {name} track, the longest of "
-                f"{len(part)} has {longest}; 20,000 frames are enough to start: {made_by(folder)}"
-            )
+            lacking = f"no episode of {steps} steps on a {name} track, the longest has {longest}"
+            fail(f"{folder}: {lacking}; 20,000 frames are enough to start: {made_by(folder)}")
     return split
 
 
@@ -231,14 +231,12 @@ def load_sources(root, data=None, steps=1, columns=0, shares=None, batch_size=0)
     folder with a share needs a window in a batch. Refusal for data that cannot be learned from.
     """
     names = data or folders_there(root)
-    if len(set(names)) < len(names):
-        fail(f"--data {' '.join(names)}: a folder is named twice; --shares weights the folders")
     out = {name: load_folder(root / name, steps, columns) for name in names}
     versions = {c.meta["preprocess"] for split in out.values() for part in split for c in part}
     if len(versions) > 1:
         fail(f"{root}: chunks of preprocessing versions {versions}; collect {' '.join(names)} anew")
     if batch_size:
-        shares_of(out, batch_size, shares, each=True)
+        shares_of(out, batch_size, shares)
     return out
 
 
@@ -357,31 +355,25 @@ class Loader:
             pool.shutdown(cancel_futures=True)
 
 
-def sample_frames(chunks, history, repeat, count, seed=0, fields=("telemetry",), skip=0):
-    """A fixed sample for probes and pictures: (obs (count, history, 3, 64, 64), {field: rows}).
+def sample_frames(chunks, history, repeat, count, seed=0, skip=0):
+    """A fixed sample for probes and pictures: obs (count, history, 3, 64, 64), states (count, K).
 
     Frames are spread evenly over the chunks, in their order, without those before `skip` (the
-    zoom). The next chunk stands in for a damaged one; damaged last ones leave fewer than `count`.
+    zoom). Damaged chunks leave fewer than `count`.
     """
     import torch  # here, so that a machine that only collects needs none
 
     rng = np.random.default_rng([seed, 7])
     chunks = [c for c in chunks if c.frames > skip + 1]
-    obs, rows, n = [], {k: [] for k in fields}, 0
-    for chunk, share in zip(chunks, np.diff(np.linspace(0, count, len(chunks) + 1).astype(int))):
-        n += share
-        if n == 0:
-            continue
-        data = read_or_skip(chunk, "obs", *fields)
-        if data is None:
-            continue
-        t, n = np.sort(rng.integers(skip, chunk.frames, size=n)), 0
-        back = repeat * np.arange(1 - history, 1)
-        obs.append(data["obs"][np.maximum(t[:, None] + back, 0)])
-        for k in fields:
-            rows[k].append(data[k][t])
-    obs = torch.from_numpy(np.concatenate(obs)).permute(0, 1, 4, 2, 3)
-    return obs, {k: np.concatenate(v) for k, v in rows.items()}
+    shares = np.diff(np.linspace(0, count, len(chunks) + 1).astype(int))
+    obs, states = [], []
+    for chunk, n in zip(chunks, shares):
+        if n and (data := read_or_skip(chunk, "obs", "telemetry")):
+            t = np.sort(rng.integers(skip, chunk.frames, size=n))
+            back = repeat * np.arange(1 - history, 1)
+            obs.append(data["obs"][np.maximum(t[:, None] + back, 0)])
+            states.append(data["telemetry"][t])
+    return torch.from_numpy(np.concatenate(obs)).permute(0, 1, 4, 2, 3), np.concatenate(states)
 
 
 def read_ahead(chunks, *names, threads=4):
@@ -395,33 +387,25 @@ def read_ahead(chunks, *names, threads=4):
 # ------------------------------------------------------------------ inspection
 
 
-def verify(chunks):
-    """(whole chunks, reasons of the damaged ones): every byte is inflated, every CRC checked."""
-    whole, damaged = [], []
+def describe(folder):
+    """Reads every byte of a folder, prints its counts and its bad files -> number of damaged."""
+    require_chunks(folder)
+    chunks, damaged, duplicates = index(folder)
+    whole = []
     for chunk in progress(chunks, desc="verify", unit="chunk", leave=False):
         try:
             read_chunk(chunk.path)
             whole.append(chunk)
         except Refusal as e:
             damaged.append(str(e))
-    return whole, damaged
 
-
-def describe(folder, quick):
-    """Prints a folder's row of the table and a line for each bad file -> number of damaged ones."""
-    chunks, damaged, duplicates = index(folder)
-    if not quick:
-        chunks, inside = verify(chunks)
-        damaged += inside
-    files = len(chunks) + len(damaged) + len(duplicates)
-    held_out, frames = sum(c.held_out for c in chunks), sum(c.frames for c in chunks)
-    size = sum(c.path.stat().st_size for c in chunks)
-    returns = [c.meta["return_"] for c in chunks]
-    mean = f"{np.mean(returns):8.1f} ± {np.std(returns):4.0f}" if chunks else f"{'-':>15}"
-    laps = sum(bool(c.meta.get("lap_finished")) for c in chunks)
+    held_out, frames = sum(c.held_out for c in whole), sum(c.frames for c in whole)
+    laps = sum(bool(c.meta.get("lap_finished")) for c in whole)
+    returns = [c.meta["return_"] for c in whole] or [0.0]
     print(
-        f"{str(folder):24} {files:7} {len(chunks):8} {held_out:8} {frames:10,} {size / 1e6:8.1f} "
-        f"{size / max(1, frames):7.0f} {mean} {laps:5} {len(duplicates):5} {len(damaged):7}"
+        f"{folder}: {len(whole)} episodes, {held_out} held out, {laps} laps, {frames:,} frames, "
+        f"return {np.mean(returns):.1f} ± {np.std(returns):.1f}; "
+        f"twice: {len(duplicates)}, damaged: {len(damaged)}"
     )
     for line in duplicates + damaged:
         print(f"  {line}")
@@ -431,15 +415,7 @@ def describe(folder, quick):
 def main():
     p = Parser(__doc__)
     p.add_argument("folders", nargs="+", type=Path, help="folders of chunks")
-    how = p.add_mutually_exclusive_group()
-    how.add_argument("--verify", action="store_true", help="inflate all, check CRCs (the default)")
-    how.add_argument("--quick", action="store_true", help="look at sizes and descriptions only")
-    args = p.parse_args()
-    for folder in args.folders:
-        require_chunks(folder)
-    print(f"{'folder':24}  chunks episodes held out     frames       MB B/frame ", end="")
-    print("         return  laps twice damaged")
-    damaged = sum(describe(folder, args.quick) for folder in args.folders)
+    damaged = sum([describe(folder) for folder in p.parse_args().folders])
     if damaged:
         print(f"{damaged} damaged: training skips them, refuses above {MAX_DAMAGED:.0%}; {HINT}")
     return 1 if damaged else 0

@@ -51,7 +51,7 @@ class RandomDriver:
         return np.clip(self.action, (-1, 0, 0), 1).astype(np.float32)
 
 
-def make_random(job, number):
+def make_random(number):
     return RandomDriver(), {"name": "random"}
 
 

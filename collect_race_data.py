@@ -15,6 +15,7 @@ if __name__ == "__main__":
     import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import math
+from functools import partial
 
 import numpy as np
 
@@ -33,32 +34,6 @@ MIN_SPEED = 5.0  # units/s below which the direction of travel means nothing
 
 RACE_PACES = [0.65]  # of --pace: the driver aims at what the expert does; full pace asks too much
 MAX_OFFSET = 1.5  # of --max_offset: the driver misses its teacher's line by a unit or two
-PACED = {  # differs between pace 0 and pace 1; paces between blend them
-    #              calm   full
-    "v_max": (64, 108),  # units/s; Box2D stops at 100
-    "lateral": (90, 253),  # units/s^2, the line's in its bends
-    "max_offset": (3.0, 4.75),  # units the line may leave the middle; half width 6.67
-}
-SHARED = {  # is the same at all paces
-    "sharp": 0.437,  # exponent of a bend's weight in the line, over its curvature
-    "braking": 79.1,  # units/s^2 the line asks for before its bends
-    "circle": 272,  # units/s^2 of lateral acceleration that leave no braking
-    "lead": 0.0683,  # s the target speed is read ahead of the car
-    "look": 11.8,  # units, the lookahead at rest
-    "look_v": 0.0998,  # s, the lookahead's growth with speed
-    "slip_aim": 0.809,  # 0: the arc leaves along the nose; 1: along the travel
-    "yaw_gain": 0.0371,  # s, steering against the error of the yaw rate
-    "counter": 0.79,  # radians of steering into a slide, per radian of slip
-    "catch": 6.28,  # units/s of rear slide at which the wheels turn into it
-    "catch_range": 5.52,  # units/s from there to turned fully
-    "arc_limit": 1.59,  # `lateral` the pursuit's own arc may ask for, over the line's
-    "gas_gain": 0.113,  # gas per unit/s too slow
-    "gas_cap": 2.06,  # gas on the straight, over what fills the rear friction circle
-    "gas_slide": 7.15,  # units/s of rear slide that leave no room for gas
-    "brake_gain": 0.0274,  # brake per unit/s too fast
-    "brake_cap": 0.275,  # brake on the straight; 0.18 fills the friction circle
-    "brake_floor": 0.413,  # share of `brake_cap` always left
-}
 
 
 def road_middle(track):
@@ -137,11 +112,35 @@ def pursuit_arc(dx, dy, course):
 
 
 class Expert:
-    """Follows the racing line; `pace` from 0 (calm) to 1 (as fast as it scores best)."""
+    """Follows the racing line; `pace` from 0 (calm) to 1 (as fast as it scores best).
 
-    def __init__(self, pace=1.0, **changes):
-        blend = {k: calm + pace * (full - calm) for k, (calm, full) in PACED.items()}
-        self.__dict__.update(blend | SHARED | changes)
+    max_offset: units the line may leave the middle of the road, whose half width is 6.67.
+    """
+
+    sharp = 0.437  # exponent of a bend's weight in the line, over its curvature
+    braking = 79.1  # units/s^2 the line asks for before its bends
+    circle = 272  # units/s^2 of lateral acceleration that leave no braking
+    lead = 0.0683  # s the target speed is read ahead of the car
+    look = 11.8  # units, the lookahead at rest
+    look_v = 0.0998  # s, the lookahead's growth with speed
+    slip_aim = 0.809  # 0: the arc leaves along the nose; 1: along the travel
+    yaw_gain = 0.0371  # s, steering against the error of the yaw rate
+    counter = 0.79  # radians of steering into a slide, per radian of slip
+    catch = 6.28  # units/s of rear slide at which the wheels turn into it
+    catch_range = 5.52  # units/s from there to turned fully
+    arc_limit = 1.59  # `lateral` the pursuit's own arc may ask for, over the line's
+    gas_gain = 0.113  # gas per unit/s too slow
+    gas_cap = 2.06  # gas on the straight, over what fills the rear friction circle
+    gas_slide = 7.15  # units/s of rear slide that leave no room for gas
+    brake_gain = 0.0274  # brake per unit/s too fast
+    brake_cap = 0.275  # brake on the straight; 0.18 fills the friction circle
+    brake_floor = 0.413  # share of `brake_cap` always left
+
+    def __init__(self, pace=1.0, max_offset=None):
+        blend = lambda calm, full: calm + pace * (full - calm)
+        self.v_max = blend(64, 108)  # units/s; Box2D stops at 100
+        self.lateral = blend(90, 253)  # units/s^2, the line's in its bends
+        self.max_offset = blend(3.0, 4.75) if max_offset is None else max_offset
 
     def reset(self, env, rng=None):
         """Plans the line and its speeds for env's track; nothing here is random."""
@@ -202,15 +201,15 @@ class Expert:
         return wrap_angle(env.unwrapped.car.hull.angle - line)
 
 
-def pace_of(job, number):
-    """The paces of --pace take turns; held-out tracks (every tenth episode) get all of them too."""
-    return job["paces"][(number + number // HELD_OUT_MOD) % len(job["paces"])]
+def pace_of(paces, number):
+    """The paces take turns; held-out tracks (every tenth episode) get all of them too."""
+    return paces[(number + number // HELD_OUT_MOD) % len(paces)]
 
 
-def make_expert(job, number):
-    pace, max_offset = pace_of(job, number), job.get("max_offset", MAX_OFFSET)
-    options = {"name": "expert", "pace": pace, "max_offset": max_offset}
-    return Expert(pace, max_offset=max_offset), options
+def make_expert(number, paces=RACE_PACES, max_offset=MAX_OFFSET):
+    pace = pace_of(paces, number)
+    policy = Expert(pace, max_offset=max_offset)
+    return policy, {"name": "expert", "pace": pace, "max_offset": max_offset}
 
 
 def main():
@@ -218,7 +217,9 @@ def main():
     width = Number(float, 0, 6.67, above=True)
     text = "units the line may leave the middle of the road, whose half is 6.67"
     p.add_argument("--max_offset", type=width, default=MAX_OFFSET, help=text)
-    return collect(p.parse_args(), "data_race", make_expert)
+    args = p.parse_args()
+    make_policy = partial(make_expert, paces=args.pace, max_offset=args.max_offset)
+    return collect(args, "data_race", make_policy)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ if __name__ == "__main__":
     import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import math
+from functools import partial
 
 import numpy as np
 
@@ -21,9 +22,8 @@ from collect_race_data import Expert, pace_of
 from support.cli import run
 from support.workers import collect, collector_parser
 
-IN_BENDS = ("understeer", "oversteer", "late_braking", "wrong_throttle")
-ANYWHERE = ("swerve", "noise_burst", "random_burst")
-MISTAKES = IN_BENDS + ANYWHERE
+ANYWHERE = ("swerve", "noise_burst", "random_burst")  # the others wait for a bend
+MISTAKES = ("understeer", "oversteer", "late_braking", "wrong_throttle", *ANYWHERE)
 RECOVERY_PACES = [0.1, 0.3, 0.6, 1.0]  # of --pace: the predictor learns what too fast leads to
 PAUSE = (1.0, 4.0)  # s, mean pause before a mistake, drawn once per episode
 LENGTH = (0.1, 1.2)  # s, a mistake
@@ -59,18 +59,17 @@ class FaultyExpert:
     `rng` given to `reset` decides everything random. Call `start` after `reset`, or not at all.
     """
 
-    def __init__(self, pace=1.0, **changes):
-        self.expert = Expert(pace, **changes)
-        self.explorer = RandomDriver()
+    def __init__(self, pace=1.0):
+        self.expert, self.explorer = Expert(pace), RandomDriver()
 
     def reset(self, env, rng):
         """Plans the line; draws this episode's rate of mistakes and the first pause."""
         self.expert.reset(env, rng)
-        self.rng = rng
+        self.rng, self.noise = rng, (0.0, 0.0)
         self.mean_pause = rng.uniform(*PAUSE) * FPS
-        self.noise = (0.0, 0.0)
+        self.pause = rng.exponential(self.mean_pause) - 1  # steps until the next mistake
         self.mistakes = {kind: [0, 0] for kind in (*MISTAKES, "start")}
-        self._drive_on()
+        self.phases = self._phases(env)
 
     def start(self, env, rng):
         """Places the car off line, askew and moving, in START_SHARE of the episodes; True if so."""
@@ -80,23 +79,22 @@ class FaultyExpert:
         offset, askew, yaw_rate = rng.normal(0, (OFFSET, ASKEW, SPIN))
         place_beside(env, tile, offset, askew, speed=rng.uniform(0, 60), yaw_rate=yaw_rate)
         self.mistakes["start"][0] += 1
-        self._evaluate("start")
+        self.phases = self._phases(env, "start")
         return True
 
     def act(self, env):
         """The action (3,) float32 for now, noise and mistakes included."""
-        action = self.expert.controls(env)
-        self._advance(env, action)
-        kind = self.kind if self.state == "active" else None
+        self.action = self.expert.controls(env)
+        kind = next(self.phases)
         if kind == "random_burst":
             return self.explorer.act(env)
+        steer, gas, brake = self.action
         if kind:
-            action = perturb_action(kind, self.strength, self.sign, action)
+            steer, gas, brake = perturb_action(kind, self.strength, self.sign, self.action)
 
         # AR(1) noise, louder and on both pedals in a burst
         fresh = self.rng.normal(0, ACTION_NOISE * math.sqrt(1 - NOISE_MEMORY**2), 2).tolist()
         self.noise = [NOISE_MEMORY * old + new for old, new in zip(self.noise, fresh)]
-        steer, gas, brake = action
         if kind == "noise_burst":
             steer = steer + NOISE_BURST * self.noise[0]
             throttle = gas - brake + NOISE_BURST * self.noise[1]
@@ -106,50 +104,60 @@ class FaultyExpert:
             gas = gas + self.noise[1] if gas > 0 else 0.0
         return np.clip((steer, gas, brake), (-1, 0, 0), 1).astype(np.float32)
 
-    def _advance(self, env, action):
-        """driving -> pending -> active -> evaluating -> driving; one of them a step."""
-        self.clock -= 1
-        if self.state == "driving" and self.clock <= 0:
-            self.state, self.kind = "pending", MISTAKES[self.rng.integers(len(MISTAKES))]
-            self.strength, self.sign = self.rng.random(), self.rng.choice((-1, 1))
-        if self.state == "pending" and self._matters(action):
-            length = RANDOM_BURST if self.kind == "random_burst" else LENGTH
-            self.state, self.clock = "active", self.rng.uniform(*length) * FPS
-            self.explorer.reset(env, self.rng)
-            self.mistakes[self.kind][0] += 1
-            self.sign = math.copysign(1, action[0]) if self.kind == "oversteer" else self.sign
-        elif self.state == "active" and self.clock <= 0:
-            self._evaluate(self.kind)
-        elif self.state == "evaluating":
+    def _phases(self, env, kind=None):
+        """Yields the mistake of each step, or None, endlessly; `kind` was made before the first."""
+        while True:
+            if kind:
+                yield from self._recover(env, kind)
+            for _ in range(math.ceil(self.pause)):
+                yield None
+            kind = yield from self._err(env)
+
+    def _err(self, env):
+        """Draws a mistake; yields None until it matters, then its name in each of its steps."""
+        rng, kind = self.rng, MISTAKES[self.rng.integers(len(MISTAKES))]
+        self.strength, self.sign = rng.random(), rng.choice((-1, 1))
+        while not self._matters(kind):
+            yield None
+        length = RANDOM_BURST if kind == "random_burst" else LENGTH
+        steps = math.ceil(rng.uniform(*length) * FPS)
+        if kind == "oversteer":
+            self.sign = math.copysign(1, self.action[0])
+        self.explorer.reset(env, rng)
+        self.mistakes[kind][0] += 1
+        for _ in range(steps):
+            yield kind
+        yield None  # `_recover` looks from the next step on
+        return kind
+
+    def _recover(self, env, kind):
+        """Yields None until the car has recovered or time is over; draws the next pause."""
+        held = 0
+        for left in reversed(range(int(RECOVERY_TIME * FPS))):
             car = env.unwrapped.car
             wheels = sum([1 for w in car.wheels if w.tiles])
             error, speed = self.expert.heading_error(env), car.hull.linearVelocity.length
-            self.held = self.held + 1 if is_recovered(wheels, error, speed) else 0
-            if self.held >= RECOVERY_HOLD * FPS or self.clock <= 0:
-                self.mistakes[self.kind][1] += int(self.clock > 0)
-                self._drive_on()
+            held = held + 1 if is_recovered(wheels, error, speed) else 0
+            if held >= RECOVERY_HOLD * FPS or left == 0:
+                break
+            yield None
+        self.mistakes[kind][1] += int(left > 0)
+        self.pause = self.rng.exponential(self.mean_pause)
 
-    def _matters(self, action):
-        """Whether the mistake would change anything now: most wait for a bend."""
-        if self.kind == "late_braking":
-            return action[2] > 0
-        return self.kind in ANYWHERE or abs(action[0]) > BEND_STEER
-
-    def _drive_on(self):
-        self.state, self.clock = "driving", self.rng.exponential(self.mean_pause)
-
-    def _evaluate(self, kind):
-        self.state, self.kind, self.clock, self.held = "evaluating", kind, RECOVERY_TIME * FPS, 0
+    def _matters(self, kind):
+        """Whether a mistake would change anything now: most wait for a bend."""
+        steer, _, brake = self.action
+        return brake > 0 if kind == "late_braking" else kind in ANYWHERE or abs(steer) > BEND_STEER
 
 
-def make_faulty(job, number):
-    pace = pace_of(job, number)
+def make_faulty(number, paces=RECOVERY_PACES):
+    pace = pace_of(paces, number)
     return FaultyExpert(pace), {"name": "faulty expert", "pace": pace}
 
 
 def main():
     args = collector_parser(__doc__, 2_400_000, RECOVERY_PACES).parse_args()
-    return collect(args, "data_recovery", make_faulty)
+    return collect(args, "data_recovery", partial(make_faulty, paces=args.pace))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from gymnasium.envs.box2d import car_racing as cr
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
 from car import ENV_ID, MAX_STEPS, OBS_SIZE, SCENE_H
-from car.physics import PhysicsCarRacing
 from car.renderer import FastCarRacing
 
 DIGIT_COLS = 8  # the score covers 12 of 96 columns: 8 of 64
@@ -28,15 +27,12 @@ cv2.setNumThreads(0)  # pictures this small gain nothing from threads, which spi
 def make_env(kind="fast", **kw):
     """CarRacing, 1000 steps an episode; `kw` goes to the env (render_mode, domain_randomize...).
 
-    kind: "official" (obs (96, 96, 3)), "fast" (obs (64, 64, 3), same physics, rewards, seeds) or
-    "physics" (nothing drawn, obs zeros (64, 64, 3)). ValueError for another kind.
+    kind: "official" (obs (96, 96, 3)) or "fast" (obs (64, 64, 3), same physics, rewards, seeds).
     """
+    assert kind in ("official", "fast"), kind
     if kind == "official":
         return gym.make(ENV_ID, disable_env_checker=True, **kw)
-    kinds = {"fast": FastCarRacing, "physics": PhysicsCarRacing}
-    if kind not in kinds:
-        raise ValueError(f"kind of env: expected official, fast or physics, found {kind!r}")
-    return TimeLimit(OrderEnforcing(kinds[kind](**kw)), MAX_STEPS)
+    return TimeLimit(OrderEnforcing(FastCarRacing(**kw)), MAX_STEPS)
 
 
 def preprocess(frame):
@@ -53,5 +49,5 @@ def preprocess(frame):
 
 
 def observe(env, obs):
-    """The driver's frame (64, 64, 3) uint8 of an obs of any kind of env."""
+    """The driver's frame (64, 64, 3) uint8 of an obs of either kind of env."""
     return obs if obs.shape == (OBS_SIZE, OBS_SIZE, 3) else preprocess(obs)

@@ -1,11 +1,8 @@
-"""Recording an episode; saving and restoring the simulator's state."""
-
-from typing import NamedTuple
+"""Recording an episode."""
 
 import numpy as np
 
-from car.env import observe
-from car.telemetry import place_car, telemetry
+from car.telemetry import telemetry
 
 
 class EpisodeRecorder:
@@ -39,7 +36,7 @@ class EpisodeRecorder:
 
 
 def run_episode(env, policy, track_seed, rng, on_step=None):
-    """Drives one whole episode -> (arrays of a chunk, {"lap_finished": bool}).
+    """Drives one whole episode of a fast env -> (arrays of a chunk, {"lap_finished": bool}).
 
     policy: `reset(env, rng)` and `act(env)`, which read the simulator and no frames; optionally
     `start(env, rng)`, which may place the car elsewhere and then returns True, and `max_steps`.
@@ -51,10 +48,8 @@ def run_episode(env, policy, track_seed, rng, on_step=None):
     if hasattr(policy, "start") and policy.start(env, rng):
         obs, *_ = env.step(np.zeros(3, np.float32))  # the frame of the new place
     recorder = EpisodeRecorder()
-    recorder.add(observe(env, obs), telemetry(env))
-    deferred = hasattr(env.unwrapped, "defer")
-    if deferred:
-        env.unwrapped.defer()  # frames drawn together cost half
+    recorder.add(obs, telemetry(env))
+    env.unwrapped.defer()  # frames drawn together cost half
 
     # one action a step
     t, limit, ended = 0, getattr(policy, "max_steps", float("inf")), False
@@ -62,49 +57,11 @@ def run_episode(env, policy, track_seed, rng, on_step=None):
         if on_step:
             on_step(env, t)
         action, t = policy.act(env), t + 1
-        obs, reward, terminated, truncated, info = env.step(action)
+        _, reward, terminated, truncated, info = env.step(action)
         truncated = truncated or t >= limit
         ended = terminated or truncated
-        frame = None if deferred else observe(env, obs)
-        recorder.add(frame, telemetry(env), action, reward)
+        recorder.add(None, telemetry(env), action, reward)
 
-    if deferred:
-        recorder.frames[1:] = env.unwrapped.deferred_frames()
+    recorder.frames[1:] = env.unwrapped.deferred_frames()
     end = {"lap_finished": bool(info.get("lap_finished", False))}
     return recorder.arrays(terminated, truncated), end
-
-
-class SimulatorState(NamedTuple):
-    """All of a simulator's state that its next steps depend on, the track apart."""
-
-    bodies: list  # of hull and wheels: (x, y, angle, vx, vy, angular velocity)
-    wheels: list  # (gas, brake, steer, spin, phase, indices of the tiles touched)
-
-
-def save_state(env):
-    """The SimulatorState of any kind of env."""
-    car = env.unwrapped.car
-    bodies = [
-        (*b.position, b.angle, *b.linearVelocity, b.angularVelocity)
-        for b in (car.hull, *car.wheels)
-    ]
-    wheels = [
-        (w.gas, w.brake, w.steer, w.omega, w.phase, [t.idx for t in w.tiles]) for w in car.wheels
-    ]
-    return SimulatorState(bodies, wheels)
-
-
-def restore_state(env, state):
-    """Puts a new car into env, on the same track, in a SimulatorState.
-
-    Box2D never reports the end of the contacts restored: after the first step the caller sets the
-    wheels' `tiles` to those that they touch.
-    """
-    env = env.unwrapped
-    place_car(env, *state.bodies[0][:3])
-    for body, (x, y, angle, vx, vy, yaw_rate) in zip((env.car.hull, *env.car.wheels), state.bodies):
-        body.transform = (x, y), angle
-        body.linearVelocity, body.angularVelocity = (vx, vy), yaw_rate
-    for w, (gas, brake, steer, spin, phase, tiles) in zip(env.car.wheels, state.wheels):
-        w.gas, w.brake, w.steer, w.omega, w.phase = gas, brake, steer, spin, phase
-        w.tiles = {env.road[i] for i in tiles}

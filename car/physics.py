@@ -6,12 +6,8 @@ same order on Python floats. Skid marks, which only `render()` shows, are left o
 
 import math
 
-import gymnasium as gym
-import numpy as np
 from gymnasium.envs.box2d import car_dynamics as cd
 from gymnasium.envs.box2d import car_racing as cr
-
-from car import OBS_SIZE
 
 PLAYFIELD = cr.PLAYFIELD  # units from the centre to the edge: crossing it ends the episode
 GRIP = 205000 * cd.SIZE * cd.SIZE  # force per unit/s of slip, below the friction limit
@@ -88,29 +84,3 @@ class TouchListener(cr.FrictionDetector):
             env.tile_visited_count += 1
             lap = env.tile_visited_count / len(env.track) > self.lap_complete_percent
             env.new_lap = env.new_lap or (tile.idx == 0 and lap)
-
-
-class PhysicsCarRacing(cr.CarRacing):
-    """CarRacing that draws no observation (zeros): for tuning drivers that read `telemetry`."""
-
-    def __init__(self, *args, **kw):
-        super().__init__(*args, **kw)
-        self.touched, self.fresh = set(), []  # tiles touched so far, and since the last frame
-        self.observation_space = gym.spaces.Box(0, 255, (OBS_SIZE, OBS_SIZE, 3), np.uint8)
-
-    def step(self, action):
-        self.car.__class__ = FloatCar  # `reset` and `place_car` make official ones
-        return super().step(action)
-
-    def _create_track(self):
-        if not super()._create_track():
-            return False
-        self.touched, self.fresh = set(), []
-        listener = TouchListener(self, self.lap_complete_percent)
-        self.world.contactListener_bug_workaround = self.world.contactListener = listener
-        return True
-
-    def _render(self, mode):
-        if mode != "state_pixels":
-            return super()._render(mode)
-        return np.zeros((OBS_SIZE, OBS_SIZE, 3), np.uint8)

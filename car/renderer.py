@@ -6,16 +6,17 @@ bars of the HUD are axis-aligned, so their areas are arithmetic. `FastCarRacing`
 """
 
 import math
+from collections import namedtuple
 from functools import lru_cache
-from typing import NamedTuple
 
 import cv2
+import gymnasium as gym
 import numpy as np
 import pygame
 from gymnasium.envs.box2d import car_racing as cr
 
 from car import OBS_SIZE, SCENE_H
-from car.physics import PLAYFIELD, PhysicsCarRacing
+from car.physics import PLAYFIELD, FloatCar, TouchListener
 from car.sprites import CAR_COLS, CAR_ROWS, Hud, car_sprite
 from car.window import CAR_X, CAR_Y, FULL_ZOOM, HUD_Y, displayed, smoothscale_lut
 
@@ -29,17 +30,10 @@ BATCH = 16  # frames drawn together
 FRAC = 8  # fractional bits of polygon vertices
 
 
-class RenderState(NamedTuple):
-    """All of an env's state that its frame depends on, in numbers."""
-
-    zoom: float  # window px a unit
-    x: float  # units
-    y: float
-    angle: float  # rad
-    speed: float  # units/s
-    yaw_rate: float  # rad/s
-    wheels: list  # of (spin in rad/s, turn in rad, steering in rad)
-    fresh: list  # tiles first touched since the last RenderState
+# All of an env's state that its frame depends on: zoom (window px a unit); the car's place (units),
+# angle (rad), speed (units/s), yaw rate (rad/s); (spin in rad/s, turn in rad, steering in rad) of
+# each wheel; tiles first touched since the last RenderState.
+RenderState = namedtuple("RenderState", "zoom x y angle speed yaw_rate wheels fresh")
 
 
 def render_state(env):
@@ -195,7 +189,7 @@ class Renderer:
         cv2.warpAffine(self.track.textures[level], self.matrix, size, out, flags)
 
 
-class FastCarRacing(PhysicsCarRacing):
+class FastCarRacing(cr.CarRacing):
     """CarRacing whose obs (64, 64, 3) uint8 is `preprocess` of the official, off by 0.1 levels.
 
     A driver that reads no frames can have them drawn later, in one go, at half the cost: after
@@ -204,11 +198,16 @@ class FastCarRacing(PhysicsCarRacing):
 
     def __init__(self, *args, **kw):
         super().__init__(*args, **kw)
-        self.renderer = None  # its textures are drawn at the first reset
+        self.observation_space = gym.spaces.Box(0, 255, (OBS_SIZE, OBS_SIZE, 3), np.uint8)
+        self.renderer = Renderer()
         self.deferred = None  # RenderStates to be drawn later
 
+    def step(self, action):
+        self.car.__class__ = FloatCar  # `reset` and `place_car` make official ones
+        return super().step(action)
+
     def defer(self):
-        """From now on nothing is drawn, until `deferred_frames()`."""
+        """From now on nothing is drawn. The frames since an earlier call are forgotten."""
         self.deferred = []
 
     def deferred_frames(self):
@@ -219,7 +218,9 @@ class FastCarRacing(PhysicsCarRacing):
     def _create_track(self):
         if not super()._create_track():
             return False
-        self.renderer = self.renderer or Renderer()
+        self.touched, self.fresh = set(), []  # tiles touched so far, and since the last frame
+        listener = TouchListener(self, self.lap_complete_percent)
+        self.world.contactListener_bug_workaround = self.world.contactListener = listener
         self.renderer.track.draw(self)
         return True
 
@@ -235,7 +236,7 @@ class FastCarRacing(PhysicsCarRacing):
 def picture(env, size):
     """The car from above as `render()` shows it, (h, w, 3) uint8 of size (w, h), from what the last
     step has drawn, in a sixth of `render()`'s time. Skid marks are missing; w : h should be 5 : 4,
-    or all is squashed. Any kind of env but "physics".
+    or all is squashed. Any kind of env.
     """
     env, (w, h) = env.unwrapped, size
     pixels = np.zeros((h, w, 4), np.uint8)

@@ -117,11 +117,6 @@ class CentreLine:
         dy = y - self.y[i] - t * (self.y[j] - self.y[i])
         return i, sign * t, beta, dx * math.cos(beta) + dy * math.sin(beta)
 
-    def along(self, x, y):
-        """How far along the line (x, y) is, in tiles."""
-        i, t, *_ = self.place(x, y)
-        return i + t
-
     def curvature_at(self, s):
         """1/units, + to the left, at tile s, a float: interpolated between two tiles."""
         i, n = math.floor(s), len(self.x)

@@ -10,20 +10,20 @@ import numpy as np
 from support.cli import fail
 
 
-def shares_of(sources, batch_size, shares=None, each=False):
+def shares_of(sources, batch_size, shares=None):
     """Windows of each source in a batch: exact, adding up to batch_size (largest remainders).
 
-    `each` refuses a batch too small to hold a window of every source with a share.
+    Refusal for bad shares, and for a batch too small to hold a window of each source with a share.
     """
-    shares = np.ones(len(sources)) if shares is None else np.array(shares, float)
     names = list(sources) if isinstance(sources, dict) else range(len(sources))
-    if len(shares) != len(sources) or (shares < 0).any() or shares.sum() == 0:
+    shares = np.ones(len(names)) if shares is None else np.array(shares, float)
+    if len(shares) != len(names) or (shares < 0).any() or shares.sum() == 0:
         given, those = " ".join(f"{s:g}" for s in shares), " ".join(map(str, names))
-        fail(f"--shares {given}: expected {len(sources)} numbers >= 0 ({those}), and not all 0")
+        fail(f"--shares {given}: expected {len(names)} numbers >= 0 ({those}), and not all 0")
     exact = batch_size * shares / shares.sum()
     count = np.floor(exact).astype(int)
     count[np.argsort(count - exact, kind="stable")[: batch_size - count.sum()]] += 1
-    for name, n, share in zip(names, count if each else (), shares):
+    for name, n, share in zip(names, count, shares):
         if share and not n:
             fail(f"--batch_size {batch_size}: too small for the share of {name}; raise it")
     return count

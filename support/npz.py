@@ -74,43 +74,22 @@ class NpzReader:
     def array(self, name, dtype, shape):
         """One array, read-only. ValueError unless its CRC, dtype and shape are as expected.
 
-        The header is compared, never parsed, so that a pickled object is never loaded.
+        Never more bytes than the directory promises are inflated: no zip bomb unfolds. The header
+        is compared, never parsed, so that a pickled object is never loaded.
         """
-        raw = self._inflate(name)
-        if raw[:NPY_HEADER] != npy_header(dtype, shape):
-            raise ValueError(f"{name}: expected {np.dtype(dtype)} {shape}, found another array")
-        return np.frombuffer(raw, dtype, math.prod(shape), NPY_HEADER).reshape(shape)
-
-    def _inflate(self, name):
-        """The bytes of a member, never more than the directory promises: no zip bomb unfolds."""
         info = self.info(name)
         self.file.seek(info.header_offset)
         local_header = self.file.read(30)  # ends with the lengths of a name and an extra field
         self.file.seek(sum(struct.unpack("<26x2H", local_header)), os.SEEK_CUR)
-
         raw = self.file.read(info.compress_size)
         if info.compress_type == zipfile.ZIP_DEFLATED:
             raw = isal_zlib.decompressobj(-15).decompress(raw, info.file_size + 1)
+
         if len(raw) != info.file_size or isal_zlib.crc32(raw) != info.CRC:
             raise ValueError(f"{name}: its bytes are not those that were written (CRC)")
-        return raw
-
-
-@contextmanager
-def open_npz(path):
-    """An NpzReader of a file. Whatever damage raises in the `with` block becomes one Refusal.
-
-    An OSError of the system (permission, a failing disk) passes: the file may be whole.
-    """
-    try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise ValueError("not a file")  # a pipe or a device would never end
-        with open(path, "rb") as f:
-            yield NpzReader(f)
-    except READ_ERRORS as e:
-        if isinstance(e, OSError) and e.errno not in DAMAGE_ERRNOS:
-            raise OSError(e.errno, os.strerror(e.errno), str(path)) from None
-        fail(f"{path}: damaged, cut off or foreign ({e or type(e).__name__})")
+        if raw[:NPY_HEADER] != npy_header(dtype, shape):
+            raise ValueError(f"{name}: expected {np.dtype(dtype)} {shape}, found another array")
+        return np.frombuffer(raw, dtype, math.prod(shape), NPY_HEADER).reshape(shape)
 
 
 def check_meta(meta):
@@ -150,19 +129,34 @@ def check_finite(arrays):
 def open_chunk(path):
     """(NpzReader, meta, array_specs) of an episode file whose sizes are those that its meta says.
 
-    Only the meta is inflated. Errors as in `open_npz`.
+    Only the meta is inflated. Whatever damage raises in the `with` block becomes one Refusal. An
+    OSError of the system (permission, a failing disk) passes: the file may be whole.
     """
-    with open_npz(path) as npz:
-        if "meta.npy" not in npz.zip.namelist():
-            raise ValueError("no episode; move it away, or write it with `buffer.write_chunk`")
-        if npz.nbytes("meta") > MAX_META_BYTES:
-            raise ValueError("meta is over 1 MiB")
-        meta = json.loads(str(npz.array("meta", f"<U{npz.nbytes('meta') // 4}", ())))
-        check_meta(meta)
-        columns = npz.nbytes("telemetry") // (4 * meta["frames"] + 4)
-        specs = array_specs(meta["frames"], min(columns, MAX_COLUMNS))
-        for name, (dtype, shape) in specs.items():
-            expected = math.prod(shape) * np.dtype(dtype).itemsize
-            if npz.nbytes(name) != expected:
-                raise ValueError(f"{name} holds {npz.nbytes(name)} bytes, expected {expected}")
-        yield npz, meta, specs
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("not a file")  # a pipe or a device would never end
+        with open(path, "rb") as f:
+            npz = NpzReader(f)
+            meta, specs = read_directory(npz)
+            yield npz, meta, specs
+    except READ_ERRORS as e:
+        if isinstance(e, OSError) and e.errno not in DAMAGE_ERRNOS:
+            raise OSError(e.errno, os.strerror(e.errno), str(path)) from None
+        fail(f"{path}: damaged, cut off or foreign ({e or type(e).__name__})")
+
+
+def read_directory(npz):
+    """(meta, array_specs) of an episode. ValueError where the sizes of its arrays do not fit."""
+    if "meta.npy" not in npz.zip.namelist():
+        raise ValueError("no episode; move it away, or write it with `buffer.write_chunk`")
+    if npz.nbytes("meta") > MAX_META_BYTES:
+        raise ValueError("meta is over 1 MiB")
+    meta = json.loads(str(npz.array("meta", f"<U{npz.nbytes('meta') // 4}", ())))
+    check_meta(meta)
+    columns = npz.nbytes("telemetry") // (4 * meta["frames"] + 4)
+    specs = array_specs(meta["frames"], min(columns, MAX_COLUMNS))
+    for name, (dtype, shape) in specs.items():
+        expected = math.prod(shape) * np.dtype(dtype).itemsize
+        if npz.nbytes(name) != expected:
+            raise ValueError(f"{name} holds {npz.nbytes(name)} bytes, expected {expected}")
+    return meta, specs

@@ -8,7 +8,6 @@ import multiprocessing as mp
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import threading
@@ -30,15 +29,14 @@ from support.progress import progress
 HOST = socket.gethostname()
 FIRST_SEED = 10_000_000  # tracks below are for choosing and for evaluation, never collected
 EPISODES_PER_WORKER = 300  # then it is replaced: Box2D leaks on create and destroy
-MIN_FREE = 512  # MiB of disk to be left over; where there will be less, nothing is started
-BYTES_A_FRAME = 1600  # on disk, about
 RETRIES = 20  # deaths of workers without one finished episode between them, then it gives up
-OFF_ROAD = list(TELEMETRY).index("wheels_off_road")
 
 
 def collect(args, source, make_policy):
-    """Fills ROOT/<source> up to args.frames -> exit code. `make_policy(job, number)` returns the
-    policy of an episode and {its name and options}; a job is the dict of `make_job`."""
+    """Fills ROOT/<source> up to args.frames -> exit code.
+
+    `make_policy(number)` returns the policy of an episode and {its name and options}.
+    """
     folder = writable(args.root / source)
     busy = f"{folder}: another collector of machine {args.machine_id} runs; choose a --machine_id"
     lock_file(folder / f".machine-{args.machine_id}.lock", busy)  # so its .tmp files are stale
@@ -53,7 +51,6 @@ def collect(args, source, make_policy):
     if have >= args.frames:
         print("nothing to do: the target is reached")
         return 0
-    need_room(folder, args.frames - have)
 
     # drive until the target is reached or a stop is requested
     pool, stop, done = WorkerPool(make_job(args, source, folder, make_policy)), Stop(), []
@@ -61,14 +58,14 @@ def collect(args, source, make_policy):
     bar = progress(total=args.frames, initial=have, unit="frame", unit_scale=True, desc=source)
     try:
         while have < args.frames and not stop:
-            for summary in pool.finished():
-                done.append(summary)
-                have += summary["frames"]
-                bar.update(summary["frames"])
+            for meta in pool.finished():
+                done.append(meta)
+                have += meta["frames"]
+                bar.update(meta["frames"])
     finally:
         bar.close()
         pool.terminate()
-        report(done, time.monotonic() - start)
+        print(summary(done, time.monotonic() - start))
     return 130 if stop else 0
 
 
@@ -85,14 +82,6 @@ def other_flags(chunks, args):
         others = [x for x in then if x is not None and x not in np.ravel(getattr(args, flag))]
         if others:
             yield f"{len(others)} episodes of --{flag} {' '.join(map(str, sorted(set(others))))}"
-
-
-def need_room(folder, frames):
-    """Refuses to start where so many frames would leave less than MIN_FREE of the disk."""
-    free = shutil.disk_usage(folder).free >> 20
-    need = MIN_FREE + (frames * BYTES_A_FRAME >> 20)
-    if free < need:
-        fail(f"{folder}: expected {need:,} MiB free, found {free:,}; make room or lower --frames")
 
 
 def chunk_provenance(source, env_kind):
@@ -118,9 +107,8 @@ def make_job(args, source, folder, make_policy):
         folder=folder,
         make_policy=make_policy,
         run=run,
-        paces=getattr(args, "pace", None),
         stem=f"{source}-{HOST}-{run_name}",
-        meta=chunk_provenance(source, args.env) | {"run": run},
+        meta=chunk_provenance(source, "fast") | {"run": run},
     )
 
 
@@ -135,15 +123,15 @@ class WorkerPool:
         self.next_episode = [0] * job["workers"]
         self.deaths = 0  # since an episode was finished
 
-    def finished(self, timeout=0.5):
-        """Replaces workers that are gone; yields the summaries of the episodes that have ended.
+    def finished(self):
+        """Replaces workers that are gone; yields the metas of the episodes that have ended.
         Raises the OSError of a worker that could not write."""
         for worker in set(range(self.job["workers"])) - {w for _, w in self.running.values()}:
             self._spawn(worker)
-        for pipe in wait(list(self.running), timeout):
+        for pipe in wait(list(self.running), timeout=0.5):
             process, worker = self.running[pipe]
             try:
-                summary = pipe.recv()
+                meta = pipe.recv()
             except (EOFError, OSError):  # retired, or killed
                 del self.running[pipe]
                 process.join(1)
@@ -153,11 +141,11 @@ class WorkerPool:
                 if self.deaths > RETRIES:
                     fail(f"{self.job['folder']}: workers die at once (exit {process.exitcode})")
                 continue
-            if isinstance(summary, OSError):
-                raise summary
+            if isinstance(meta, OSError):
+                raise meta
             self.deaths = 0
             self.next_episode[worker] += 1
-            yield summary
+            yield meta
 
     def _spawn(self, worker):
         ours, theirs = self.context.Pipe(duplex=False)
@@ -180,9 +168,9 @@ class WorkerPool:
 
 
 def work(conn, job, worker, first):
-    """A worker: drives episodes from `first` on, and sends their summaries, or an OSError."""
+    """A worker: drives episodes from `first` on, and sends their metas, or an OSError."""
     threading.Thread(target=exit_with_parent, daemon=True).start()
-    env = make_env(job["env"])
+    env = make_env("fast")
     for episode in range(first, first + EPISODES_PER_WORKER):
         try:
             conn.send(record(env, job, worker, episode))
@@ -197,9 +185,9 @@ def exit_with_parent():
 
 
 def record(env, job, worker, episode):
-    """Drives one episode, writes its chunk -> its summary: the meta, frames, return and grass."""
+    """Drives one episode, writes its chunk -> its meta, with frames and return."""
     track_seed, rng = seeds_of(job, worker, episode)
-    policy, options = job["make_policy"](job, episode_number(job, worker, episode))
+    policy, options = job["make_policy"](episode_number(job, worker, episode))
     arrays, end = run_episode(env, policy, track_seed, rng)
     meta = {
         **job["meta"],
@@ -211,9 +199,7 @@ def record(env, job, worker, episode):
         "mistakes": getattr(policy, "mistakes", {}),
     }
     write_chunk(job["folder"], meta, **arrays)
-    on_grass = arrays["telemetry"][1:, OFF_ROAD] > 0
-    total = float(arrays["reward"].sum())
-    return meta | {"frames": len(on_grass), "return": total, "grass": int(on_grass.sum())}
+    return meta | {"frames": len(arrays["act"]), "return": float(arrays["reward"].sum())}
 
 
 def seeds_of(job, worker, episode):
@@ -236,24 +222,17 @@ def episode_number(job, worker, episode):
     return episode * job["workers"] + worker
 
 
-def report(done, seconds):
-    """Prints what a run collected, from the summaries of its episodes."""
-    if not done:
-        print("no episode was added")
-        return
-    keys = ("frames", "return", "lap_finished", "grass")
-    frames, returns, laps, grass = (np.array([d[key] for d in done]) for key in keys)
-    n = frames.sum()
-    print(
-        f"{len(done)} episodes, {n:,} frames, {n / seconds:,.0f} frames/s, return "
-        f"{returns.mean():.1f} ± {returns.std():.1f}, laps {laps.sum()}, "
-        f"frames on grass {grass.sum() / n:.1%}"
-    )
-    if kinds := list(done[0]["mistakes"]):
-        counts = np.sum([list(d["mistakes"].values()) for d in done], axis=0)  # (kinds, 2)
-        made, recovered = counts.sum(axis=0)
-        each = ", ".join(f"{kind} {b}/{a}" for kind, (a, b) in sorted(zip(kinds, counts.tolist())))
-        print(f"mistakes {made}, recovered {recovered} ({recovered / max(1, made):.0%}): {each}")
+def summary(done, seconds):
+    """One line about what a run collected, from the metas of its episodes."""
+    returns = np.array([meta["return"] for meta in done] or [0.0])
+    frames, laps = (sum(meta[key] for meta in done) for key in ("frames", "lap_finished"))
+    line = f"{len(done)} episodes, {frames:,} frames, {frames / seconds:,.0f} frames/s, {laps} laps"
+    line += f", return {returns.mean():.1f} ± {returns.std():.1f}"
+    counts = [count for meta in done for count in meta["mistakes"].values()]
+    if counts:
+        made, recovered = np.sum(counts, axis=0)
+        line += f", recovered from {recovered} of {made} mistakes ({recovered / max(1, made):.0%})"
+    return line
 
 
 def collector_parser(doc, frames, paces=None):
@@ -261,7 +240,6 @@ def collector_parser(doc, frames, paces=None):
     p = parser(doc, device=False)
     add, count = p.add_argument, Number(int, 1, 10**15)
     add("--frames", type=count, default=frames, help="frames in the folder at the end")
-    add("--env", default="fast", choices=["fast", "official"], help="official: 25 times slower")
     add("--workers", type=Number(int, 1, 1024), default=cores(), help="default: a core each")
     add("--machine_id", type=nonnegative_int, default=0, help="its own number on each machine")
     if paces:
