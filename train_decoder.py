@@ -182,10 +182,7 @@ def reconstruct(encoder, decoder, obs, device, dtype):
 def held_out_frames(sources, encoder):
     """PICTURES frames of each source: obs (N, history, 3, 64, 64), and the source of each."""
     window = encoder.history, encoder.repeat, PICTURES, 3
-    shown = {
-        name: sample_frames(s[1], *window, fields=(), skip=ZOOM_STEPS)[0]
-        for name, s in sources.items()
-    }
+    shown = {name: sample_frames(s[1], *window, skip=ZOOM_STEPS)[0] for name, s in sources.items()}
     return torch.cat(list(shown.values())), [name for name, own in shown.items() for _ in own]
 
 

@@ -288,8 +288,7 @@ class Probe:
         for part in (0, 1):
             chunks = [c for split in sources.values() for c in split[part]]
             window = args.history, args.repeat, count, args.seed
-            obs, rows = sample_frames(chunks, *window, skip=ZOOM_STEPS)
-            state = rows["telemetry"]
+            obs, state = sample_frames(chunks, *window, skip=ZOOM_STEPS)
             off, askew = (abs(state[:, column(k)]) for k in ("lateral_offset", "heading_error"))
             in_view = (off < IN_VIEW[0]) & (askew < IN_VIEW[1])
             self.parts.append((obs, in_view, state[:, [column(k) for k in PROBED]]))
@@ -360,7 +359,7 @@ def main():
     nets, optim, scaler = make_nets(args, device, dtype)
     encoder, images = nets["encoder"], args.batch_size * len(objective.offsets)
     per_epoch = args.steps_per_epoch or max(1, RANKS * loader.windows // images)
-    counts = shares_of(sources, size, args.shares, each=True)
+    counts = shares_of(sources, size, args.shares)
     frames = dict(zip(sources, RANKS * len(objective.offsets) * counts))
     data = provenance(sources)
     run = Run(args, "encoder", nets, optim, scaler, per_epoch, OUTPUTS, frames, data)

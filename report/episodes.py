@@ -13,11 +13,12 @@ import torch
 from buffer import chunk_files, load_sources, read_ahead
 from car import ZOOM_STEPS
 from car.env import make_env
-from car.episode import run_episode, save_state
+from car.episode import run_episode
 from car.telemetry import TELEMETRY
 from collect_data import make_random
 from collect_race_data import RACE_PACES, make_expert
 from collect_recovery_data import RECOVERY_PACES, make_faulty
+from report.simulator import save_state
 from support.cli import fail
 from support.progress import progress
 from support.workers import FIRST_SEED
@@ -104,7 +105,7 @@ def drive(tracks, seed, repeat):
             if t % repeat == 0:
                 saved.append(save_state(env))
 
-        policy, _ = DRIVERS[name](JOBS[name], i)
+        policy, _ = DRIVERS[name](i, **JOBS[name])
         arrays, _ = run_episode(env, policy, track, np.random.default_rng([seed, track]), save)
         yield at_latent_rate(name, track, arrays, repeat, saved)
 

@@ -22,13 +22,13 @@ import torch
 
 from car import FPS
 from car.env import make_env
-from car.episode import restore_state
 from car.physics import is_tile
 from car.telemetry import centre_line
 from collect_race_data import Expert
 from drive_mpc import Plan, RolloutCost, draw_plans, plan, to_action
 from report.episodes import TRAINED, channels_first, choose_samples, rows_by_source, sources_of
 from report.probes import ridge
+from report.simulator import restore_state
 from report.statistics import bootstrap_intervals, spearman
 from support.cli import fail
 from support.progress import progress
@@ -59,7 +59,8 @@ def play(env, actions):
 def along(env):
     """(how far along the track the car is, in tiles; the track's number of tiles)."""
     line, at = centre_line(env.unwrapped), env.unwrapped.car.hull.position
-    return line.along(at.x, at.y), len(line.x)
+    i, t, *_ = line.place(at.x, at.y)
+    return i + t, len(line.x)
 
 
 def track_progress(before, now, n):
@@ -77,6 +78,7 @@ def outcome(env, saved, actions, off_road, expert=None):
         expert.nearest.last = None  # it comes from where another plan ended
         actions = chain(actions, (expert.act(env) for _ in range(AFTER * FPS)))
     restore_state(env, saved)
+    env.unwrapped.defer()  # draws nothing
     before, n = along(env)
     made = off = 0
     for car in play(env, actions):
@@ -202,7 +204,7 @@ def drive_plans(models, predict, envs, expert, episode, k, cfg, planner):
 
 def evaluate_plans(models, train, samples, cfg, planner):
     """Part 4: {"all" or source: {figure: estimate}}."""
-    states, envs = choose_states(samples, cfg), (make_env("physics"), make_env("fast"))
+    states, envs = choose_states(samples, cfg), (make_env("fast"), make_env("fast"))
     predict, expert = supervised_outcome(models, train, cfg), Expert(PACE)
     track, results = None, []
     for episode, k in progress(list(states), desc="plans", unit="state", leave=False):

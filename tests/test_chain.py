@@ -37,11 +37,11 @@ def test_collectors_reach_their_targets_and_say_so(chain):
         ("collect_recovery_data.py", "data_recovery", 2500),
         ("collect_data.py", "data", 3200),
     ):
-        assert "frames/s" in said[name] and "on grass" in said[name]
-        done = script("buffer.py", root / folder, "--verify")
+        assert "frames/s" in said[name]
+        done = script("buffer.py", root / folder)
         assert done.returncode == 0, done.stdout
-        row = done.stdout.splitlines()[1].split()
-        assert int(row[4].replace(",", "")) >= frames and int(row[3]) >= 1
+        counts = re.search(r"(\d+) held out, \d+ laps, ([\d,]+) frames", done.stdout)
+        assert int(counts[2].replace(",", "")) >= frames and int(counts[1]) >= 1
     assert "recovered" in said["collect_recovery_data.py"]
     again = script("collect_data.py", *CHAIN["collect_data.py"], root=root)
     assert "target is reached" in again.stdout

@@ -1,6 +1,7 @@
 """Collectors: killed, stopped, out of disk, merged from two machines; their seeds and mistakes."""
 
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -119,14 +120,13 @@ def test_two_hundred_kills(tmp_path):
     print(storm(tmp_path, kills=200, seed=1))
 
 
-def test_orphans_do_not_finish_their_episode(tmp_path):
-    process = start(tmp_path, 5000, 1, "collect_race_data.py", more=["--env", "official"])
-    wait_for(lambda: alive(workers_of(process.pid)), 30)
-    time.sleep(2)  # into an episode of six seconds
+def test_workers_end_with_their_parent(tmp_path):
+    process = start(tmp_path, 10**6, 1, "collect_race_data.py")
+    folder = tmp_path / "data_race"
+    wait_for(lambda: list(folder.glob("*.npz")), 30)
     family = descendants(process.pid)
     process.kill()
     wait_for(lambda: not alive(family), 2)
-    assert not list((tmp_path / "data_race").glob("*.npz"))
 
 
 def test_two_collectors_of_one_machine_do_not_drive_the_same(tmp_path):
@@ -199,17 +199,9 @@ def test_a_full_disk_ends_the_run_in_one_line(small_disk):
     assert "No space left" in errors[0] and "free some space" in errors[0]
     have = whole(folder)
     assert not list(folder.glob(".*"))
-    short = script("collect_data.py", "--frames", "30000", root=small_disk)
-    assert short.returncode == 2 and "MiB free" in short.stderr
     (small_disk / "filler").unlink()
     goes_on = script("collect_data.py", "--frames", have + 900, "--workers", "2", root=small_disk)
     assert goes_on.returncode == 0, goes_on.stderr
-
-
-def test_no_start_without_room_for_the_target(tmp_path):
-    done = script("collect_data.py", "--frames", 10**12, root=tmp_path)
-    assert done.returncode == 2 and "MiB free" in done.stderr and "--frames" in done.stderr
-    assert not list((tmp_path / "data").iterdir())
 
 
 def all_seeds(machines, workers, episodes):
@@ -245,13 +237,12 @@ def test_no_seed_comes_twice_in_six_million_episodes():
 
 def test_a_tenth_of_the_tracks_is_held_out_on_every_machine():
     job = {"seed": 0, "machine_id": 3, "source": "data", "run": 2, "workers": 4}
-    job["paces"] = [0.1, 0.3, 0.6, 1.0]
-    paces = Counter()
+    paces, counts = [0.1, 0.3, 0.6, 1.0], Counter()
     for worker in range(4):
         for episode in range(100):
             if seeds_of(job, worker, episode)[0] % 10 == 0:
-                paces[pace_of(job, episode_number(job, worker, episode))] += 1
-    assert paces == dict.fromkeys(job["paces"], 10)  # and all paces are
+                counts[pace_of(paces, episode_number(job, worker, episode))] += 1
+    assert counts == dict.fromkeys(paces, 10)  # and all paces are
 
 
 @pytest.mark.slow
@@ -289,13 +280,12 @@ def test_two_machines_are_merged_by_copying(tmp_path):
 
 
 def test_a_noise_burst_is_as_random_as_a_planner_and_never_gas_with_brake():
-    env, driver = make_env("physics"), FaultyExpert(0.2)
+    env, driver = make_env("fast"), FaultyExpert(0.2)
     env.reset(seed=FIRST_SEED)
     driver.reset(env, np.random.default_rng(0))
     driver.strength = driver.sign = 1.0  # which a burst does not use
-    noise = []
+    driver.phases, noise = itertools.repeat("noise_burst"), []
     for _ in range(600):
-        driver.state, driver.kind, driver.clock = "active", "noise_burst", 50
         action = driver.act(env)
         noise.append(action - np.array(driver.expert.controls(env)))
         assert action[1] * action[2] == 0 and abs(action[0]) <= 1 and action[1:].min() >= 0

@@ -9,7 +9,7 @@ import torch
 
 from car import FPS
 from car.env import make_env
-from car.episode import restore_state, run_episode, save_state
+from car.episode import run_episode
 from car.telemetry import TELEMETRY, centre_line, place_car
 from collect_race_data import Expert
 from collect_recovery_data import FaultyExpert
@@ -23,13 +23,14 @@ from report.plans import (
     supervised_outcome,
     track_progress,
 )
+from report.simulator import restore_state, save_state
 from report.statistics import spearman
 from support.workers import FIRST_SEED
 
 
 def test_a_restored_state_goes_on_as_the_first_one_did():
     """The same positions after 30 steps, in another env that drove other plans before."""
-    env, other, rng = make_env("physics"), make_env("physics"), np.random.default_rng(0)
+    env, other, rng = make_env("fast"), make_env("fast"), np.random.default_rng(0)
     driver = FaultyExpert(1.0)
     env.reset(seed=200_003), other.reset(seed=200_003)
     driver.reset(env, rng)
@@ -78,7 +79,7 @@ def test_simulated_frames_are_those_of_the_episode():
 
 
 def test_outcomes_tell_driving_from_standing_and_from_the_grass():
-    env = make_env("physics")
+    env = make_env("fast")
     env.reset(seed=200_000)
     _, beta, x, y = env.unwrapped.track[10]
     place_car(env, x, y, beta, speed=40)
@@ -93,7 +94,7 @@ def test_outcomes_tell_driving_from_standing_and_from_the_grass():
 
 
 def test_an_expert_goes_on_from_where_a_plan_ended():
-    env, expert, given = make_env("physics"), Expert(0.5), []
+    env, expert, given = make_env("fast"), Expert(0.5), []
     env.reset(seed=200_000)
     expert.reset(env)
     _, beta, x, y = env.unwrapped.track[10]
@@ -118,7 +119,7 @@ def test_a_probe_that_saw_the_labels_tells_the_outcome():
         arrays, _ = run_episode(env, FaultyExpert(1.0), track, np.random.default_rng(track))
         parts.append(at_latent_rate("data_recovery", track, arrays, 2))
         state, line = parts[-1].state, centre_line(env.unwrapped)
-        at = [line.along(*xy) for xy in state[:, [column("x"), column("y")]].tolist()]
+        at = [sum(line.place(*xy)[:2]) for xy in state[:, [column("x"), column("y")]].tolist()]
         n = len(env.unwrapped.track)
         made = [0] + [track_progress(*step, n) for step in zip(at, at[1:])]
         z = torch.tensor(np.c_[made, state[:, column("wheels_off_road")]]).float()
@@ -134,7 +135,7 @@ def test_a_probe_that_saw_the_labels_tells_the_outcome():
 
 def test_a_shortcut_over_the_grass_makes_no_tiles():
     """From one part of the track over to another, dozens of tiles further along or back."""
-    env = make_env("physics")
+    env = make_env("fast")
     env.reset(seed=200_000)
     track, line = env.unwrapped.track, centre_line(env.unwrapped)
     for _, beta, x, y in track:
