@@ -48,17 +48,17 @@ PARTS = {  # part: the nets that it needs beside the encoder, and its table
 }
 
 SIZES = {  # flag: least, most, default, help
-    "track_seed": (CHOOSING, CHOOSING + 90_000, CHOOSING, "first of the new tracks"),
-    "tracks": (2, 3333, 16, "new tracks of each kind of driving"),
-    "train_frames": (200, 10**7, 3000, "latents of each folder that probes are fitted to"),
-    "frames": (60, 10**7, 2400, "frames of each kind of driving that probes are tested on"),
-    "windows": (2, 10**6, 200, "windows of each kind that are rolled out and violated"),
-    "states": (1, 10**6, 12, "states of each kind from which plans are driven"),
-    "replayed_plans": (2, 10**6, 24, "plans of a state that are also rendered as driven"),
-    "supervised_steps": (0, 10**9, 600, "training steps of the rows that see labels; 0: no rows"),
-    "supervised_batch": (1, 10**6, 96, "frames in such a step"),
-    "bootstrap": (2, 10**5, 200, "resamples of the tracks behind each interval"),
-    "off_road": (0, 10**6, 17, "tiles that a second off the road costs; an expert makes 17"),
+    "--track_seed": (CHOOSING, CHOOSING + 90_000, CHOOSING, "first of the new tracks"),
+    "--tracks": (2, 3333, 16, "new tracks of each kind of driving"),
+    "--train_frames": (200, 10**7, 3000, "latents of each folder that probes are fitted to"),
+    "--frames": (60, 10**7, 2400, "frames of each kind of driving that probes are tested on"),
+    "--windows": (2, 10**6, 200, "windows of each kind that are rolled out and violated"),
+    "--states": (1, 10**6, 12, "states of each kind from which plans are driven"),
+    "--replayed_plans": (2, 10**6, 24, "plans of a state that are also rendered as driven"),
+    "--supervised_steps": (0, 10**9, 600, "training steps of the rows that see labels; 0: no rows"),
+    "--supervised_batch": (1, 10**6, 96, "frames in such a step"),
+    "--bootstrap": (2, 10**5, 200, "resamples of the tracks behind each interval"),
+    "--off_road": (0, 10**6, 17, "tiles that a second off the road costs; an expert makes 17"),
 }
 
 
@@ -68,7 +68,7 @@ def arguments():
     p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help=text)
     g = p.add_argument_group("sizes")
     for name, (low, high, default, text) in SIZES.items():
-        g.add_argument(f"--{name}", type=Number(int, low, high), default=default, help=text)
+        g.add_argument(name, type=Number(int, low, high), default=default, help=text)
     planning(p)
     p.set_defaults(samples=256)
     return p.parse_args()
@@ -117,7 +117,7 @@ def main():
     if models.cost:
         take_gas(args, models.cost_payload)
     visuals, parts = writable(args.root / "visuals"), possible(models, args.parts)
-    sizes = {name: getattr(args, name) for name in SIZES}
+    sizes = {name: getattr(args, name) for name in (flag[2:] for flag in SIZES)}
     cfg = SimpleNamespace(root=args.root, seed=args.seed, **sizes)
 
     # episodes and their latents

@@ -65,6 +65,8 @@ def flags_of(path):
     """All flags of a script: its own, and those of the modules whose flag builders it imports."""
     text = path.read_text()
     flags = set(re.findall(r'"(--\w+)"', text)) | {"--help"}
+    if re.search(r"\bcli\.parser\(", text):
+        flags |= flags_of(REPO / "support" / "cli.py")
     for module, names in re.findall(r"^from (\S+) import (\([^)]*\)|.*)", text, re.M):
         shared = REPO / (module.replace(".", "/") + ".py")
         if BUILDERS & set(re.findall(r"\w+", names)) and shared.exists():
