@@ -21,7 +21,6 @@ from sklearn.metrics import roc_auc_score
 
 from car import FPS, MAX_STEPS, ZOOM_STEPS
 from car.env import make_env, observe
-from car.renderer import picture
 from car.telemetry import TELEMETRY, place_beside, telemetry
 from drive_mpc import BaselineDriver, load_driver, planning
 from networks import stack_frames
@@ -30,12 +29,15 @@ from support.checkpoints import find_models, latest, load_models, require_dir
 from support.cli import Number, Stop, command, fail, parser, run, track_number
 from support.device import autocast, set_up
 from support.files import writable
-from support.lap_view import VIDEO_FPS
+from support.lap_view import VIDEO_FPS, draw_car, show_end
 from support.pictures import VideoRecorder, ornament, pyplot, save_figure
 from support.progress import progress
 
-FUTURES = {"true": (90, 200, 120), "teleported": ui.WARM, "random": (240, 90, 90)}  # colours
-WHERE = {"true": "what comes", "teleported": "same track", "random": "another track"}
+FUTURES = {  # name: (what it is, colour)
+    "true": ("what comes", (90, 200, 120)),
+    "teleported": ("same track", ui.WARM),
+    "random": ("another track", (240, 90, 90)),
+}
 MIN_JUMP = 15  # tiles between the car and where it is teleported to, so that places differ
 SMALL = 136  # px of a small picture
 TRACE = 150  # futures that the graph shows
@@ -113,34 +115,28 @@ class FutureEnergy:
         return error(z_hat), error(self.z[0])
 
 
-def compose(env, pictures, trace, line, ahead_s):
+def compose(env, pictures, trace, line, ahead_s, zoom):
     """One picture (H, W, 3) uint8: the car, the three proposed futures, the curve of energies.
 
     pictures: {name: frame}, {} before the first; trace: the energies so far, (n, 3); line: text.
     """
-    canvas, (w, h) = ui.blank(), ui.VIEW
-    canvas[:h, :w] = picture(env, ui.VIEW)
-    ui.write(canvas, line, 12, h + 10)
-
-    # the proposed futures
+    canvas, (w, h) = draw_car(env, line, zoom), ui.VIEW
     ui.write(canvas, f"proposed futures, {ahead_s:.2f} s ahead,", w + 14, 10)
     ui.write(canvas, "and their energy", w + 14, 32)
     for i, (name, frame) in enumerate(pictures.items()):
-        x, y = w + SMALL + 30, 62 + i * (SMALL + 6)
+        (what, color), x, y = FUTURES[name], w + SMALL + 30, 62 + i * (SMALL + 6)
         ui.paste(canvas, frame, w + 14, y, SMALL)
-        ui.write(canvas, name, x, y + 8, FUTURES[name], 32)
-        ui.write(canvas, WHERE[name], x, y + 38, ui.DIM)
+        ui.write(canvas, name, x, y + 8, color, 32)
+        ui.write(canvas, what, x, y + 38, ui.DIM)
         if trace:
             ui.write(canvas, f"{trace[-1][i]:.3f}", x, y + 72, ui.INK, 44)
 
-    # the curve
     if len(trace) > 1:
-        box, energy = (76, h + 64, w + 250, 118), np.array(trace)
         x = ui.write(canvas, "energy, the newest at the right:", 12, h + 36, ui.DIM)
-        for name, color in FUTURES.items():
+        for name, (_, color) in FUTURES.items():
             x = ui.write(canvas, name, x + 12, h + 36, color)
-        low, high = ui.log_axis(canvas, box, energy)
-        ui.plot(canvas, box, np.log10(energy).T, FUTURES.values(), low, high, TRACE)
+        box, colors = (76, h + 64, w + 250, 118), [color for _, color in FUTURES.values()]
+        ui.plot_with_axis(canvas, box, np.array(trace), colors, TRACE)
     return canvas
 
 
@@ -157,13 +153,11 @@ def draw_summary(energy, seconds, path, ahead_s):
     size = dict(figsize=(11, 3.4), layout="constrained", width_ratios=[2, 1])
     fig, (left, right) = pyplot().subplots(1, 2, **size)
     edges = np.geomspace(energy.min(), energy.max(), 50)
-    for i, (name, color) in enumerate(FUTURES.items()):
+    for (name, (what, color)), values in zip(FUTURES.items(), energy.T):
         color = np.array(color) / 255 * 0.85
-        left.semilogy(seconds, energy[:, i], color=color, lw=0.9, label=f"{name}: {WHERE[name]}")
-        right.hist(energy[:, i], edges, color=color, alpha=0.6)
+        left.semilogy(seconds, values, color=color, lw=0.9, label=f"{name}: {what}")
+        right.hist(values, edges, color=color, alpha=0.6)
     right.set(xscale="log", xlabel="energy", ylabel="futures")
-    right.tick_params(axis="x", which="both", labelsize=7, rotation=45)
-    right.yaxis.get_major_locator().set_params(integer=True)
     title = f"distance of proposed futures from the rollout {ahead_s:.2f} s ahead"
     left.set(xlabel="time, s", ylabel="energy", title=title)
     left.legend(fontsize=8)
@@ -181,13 +175,6 @@ class Demo:
         self.seconds, self.energy, self.copied = [], [], []  # of all tracks, one after the other
         self.returns = []
 
-    def show(self, canvas, seconds, hold=0.0):
-        if self.window.recording and hold:
-            self.film.hold(canvas, hold)
-        elif self.window.recording:
-            self.film.add(canvas)
-        return self.window.show(canvas, seconds + hold)
-
     def propose(self, recent, actions, same, other):
         """{name: the last frames of a proposed future}; recent: the true frames."""
         state = dict(zip(TELEMETRY, telemetry(self.env).tolist()))  # for the false futures only
@@ -199,9 +186,8 @@ class Demo:
         }
 
     def drive(self, track, steps):
-        """Drives one track, so many steps at most -> the key that ended it, "next" or "quit", or
-        ""."""
-        env, e, future_energy = self.env, self.encoder, self.future_energy
+        """Drives one track, so many steps at most -> the key that ended it, or ""."""
+        env, e, future_energy, window = self.env, self.encoder, self.future_energy, self.window
         need = (e.history - 1) * e.repeat + 1  # consecutive frames that a latent looks back on
         recent, actions = deque(maxlen=need), deque(maxlen=2 * need)
         twins = TeleportedCar(track, self.rng), TeleportedCar(track + 1, self.rng)
@@ -211,14 +197,12 @@ class Demo:
         self.driver.reset(track)
         total, step, ended, key, pictures, trace = 0.0, 0, False, "", {}, deque(maxlen=TRACE)
         bar = progress(total=steps, desc="drive", unit="step", leave=False)
-        while step < steps and not (ended or key or self.window.over):
+        while step < steps and not (ended or key or window.over):
             recent.append(observe(env, obs))
-            action = self.driver.act(recent[-1])
+            action, zoom = self.driver.act(recent[-1]), step < ZOOM_STEPS
 
-            # propose futures, and their energies
-            zoom = step < ZOOM_STEPS
-            since = step if zoom else step - ZOOM_STEPS
-            if since % e.repeat == 0:
+            # propose futures, and show their energies
+            if (step - ZOOM_STEPS) % e.repeat == 0:
                 if not zoom:
                     stacks = self.propose(recent, actions, *twins)
                     pictures = {name: frames[-1] for name, frames in stacks.items()}
@@ -230,13 +214,11 @@ class Demo:
                         self.copied.append(energies[1])
                         trace.append(energies[0])
                     future_energy.act.append(action)
-
-                # show them
                 line = f"track {track}   step {step}   return {total:.1f}"
-                canvas = compose(env, pictures, trace, line, self.ahead_s)
-                if zoom:
-                    ui.banner(canvas, "waiting for the zoom")
-                key = self.show(canvas, step / FPS)
+                canvas = compose(env, pictures, trace, line, self.ahead_s, zoom)
+                if window.recording:
+                    self.film.add(canvas)
+                key = window.show(canvas, step / FPS)
 
             actions.append(action)
             obs, reward, terminated, truncated, info = env.step(action)
@@ -246,19 +228,20 @@ class Demo:
 
         # how it ended
         self.returns.append(total)
-        if key or self.window.over:
+        if key or window.over:
             return key
         end = "lap finished" if info.get("lap_finished") else "left the field"
         end = end if terminated else f"stopped after {step} steps"
-        ui.banner(canvas, end, f"return {total:.1f}   {step / FPS:.1f} s")
-        return self.show(canvas, step / FPS, ui.END_S)
+        score = f"return {total:.1f}   {step / FPS:.1f} s"
+        return show_end(window, self.film, canvas, step / FPS, end, score)
 
     def report(self):
         """Prints how well true and false futures separate, by the rollout and by the old latent."""
         for what, energy in (("rollout", self.energy), ("copy-last", self.copied)):
-            rows = separation(np.array(energy)).items()
-            words = "{}: AUROC {:.4f}, costs more than the true one in {:.1%}"
-            print(f"{what:10} " + "   ".join(words.format(name, *row) for name, row in rows))
+            line = f"{what:10}"
+            for name, (auroc, share) in separation(np.array(energy)).items():
+                line += f" {name}: AUROC {auroc:.4f}, costs more than the true one in {share:.1%}  "
+            print(line)
         returns = ", ".join(f"{total:.1f}" for total in self.returns)
         print(f"{len(self.energy)} futures {self.ahead_s:.2f} s ahead, return {returns}")
 
@@ -271,10 +254,8 @@ def load(args, env):
         return driver, driver.nets, driver.device, driver.dtype
     device, dtype = set_up(args)
     nets, _, _ = load_models(args.root, args.models, device, ("encoder", "predictor"))
-    print(
-        f"{models}: no cost model there, so the expert drives, who sees track and state; "
-        f"{command('train_cost_model.py', args.root)} makes it"
-    )
+    how = command("train_cost_model.py", args.root)
+    print(f"{models}: no cost model, so the expert drives, who sees the state; {how} makes it")
     return BaselineDriver(env, "expert", 0.0, args.seed), nets, device, dtype
 
 
