@@ -20,18 +20,17 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from car import FPS, MAX_STEPS, ZOOM_STEPS
-from car.env import make_env, observe
+from car.env import make_env
 from car.telemetry import TELEMETRY, place_beside, telemetry
-from drive_mpc import BaselineDriver, load_driver, planning
+from drive_mpc import BaselineDriver, drive, load_driver, planning
 from networks import stack_frames
 from support import window as ui
 from support.checkpoints import find_models, latest, load_models, require_dir
 from support.cli import Number, Stop, command, fail, parser, run, track_number
 from support.device import autocast, set_up
 from support.files import writable
-from support.lap_view import VIDEO_FPS, draw_car, show_end
+from support.lap_view import VIDEO_FPS, LapView
 from support.pictures import VideoRecorder, ornament, pyplot, save_figure
-from support.progress import progress
 
 FUTURES = {  # name: (what it is, colour)
     "true": ("what comes", (90, 200, 120)),
@@ -115,29 +114,93 @@ class FutureEnergy:
         return error(z_hat), error(self.z[0])
 
 
-def compose(env, pictures, trace, line, ahead_s, zoom):
-    """One picture (H, W, 3) uint8: the car, the three proposed futures, the curve of energies.
+class EnergyDriver:
+    """Drives as `driver` does, and keeps the energies of futures that it proposes on the way."""
 
-    pictures: {name: frame}, {} before the first; trace: the energies so far, (n, 3); line: text.
-    """
-    canvas, (w, h) = draw_car(env, line, zoom), ui.VIEW
-    ui.write(canvas, f"proposed futures, {ahead_s:.2f} s ahead,", w + 14, 10)
-    ui.write(canvas, "and their energy", w + 14, 32)
-    for i, (name, frame) in enumerate(pictures.items()):
-        (what, color), x, y = FUTURES[name], w + SMALL + 30, 62 + i * (SMALL + 6)
-        ui.paste(canvas, frame, w + 14, y, SMALL)
-        ui.write(canvas, name, x, y + 8, color, 32)
-        ui.write(canvas, what, x, y + 38, ui.DIM)
-        if trace:
-            ui.write(canvas, f"{trace[-1][i]:.3f}", x, y + 72, ui.INK, 44)
+    def __init__(self, env, driver, future_energy, seed):
+        self.env, self.driver, self.future_energy = env, driver, future_energy
+        self.rng, self.ms = np.random.default_rng(seed), []
+        self.seconds, self.energy, self.copied = [], [], []  # of all tracks, one after the other
+        e = future_energy.nets["encoder"]
+        self.repeat, self.ahead_s = e.repeat, future_energy.ahead * e.repeat / FPS
+        self.frames = (
+            e.history - 1
+        ) * e.repeat + 1  # consecutive ones, that a latent looks back on
 
-    if len(trace) > 1:
-        x = ui.write(canvas, "energy, the newest at the right:", 12, h + 36, ui.DIM)
-        for name, (_, color) in FUTURES.items():
-            x = ui.write(canvas, name, x + 12, h + 36, color)
-        box, colors = (76, h + 64, w + 250, 118), [color for _, color in FUTURES.values()]
-        ui.plot_with_axis(canvas, box, np.array(trace), colors, TRACE)
-    return canvas
+    def reset(self, track_seed):
+        """Begins a drive."""
+        self.recent, self.actions = deque(maxlen=self.frames), deque(maxlen=2 * self.frames)
+        self.twins = TeleportedCar(track_seed, self.rng), TeleportedCar(track_seed + 1, self.rng)
+        self.began, self.t = self.seconds[-1] if self.seconds else 0.0, -ZOOM_STEPS
+        self.pictures, self.trace = {}, deque(maxlen=TRACE)  # {name: frame}; energies (n, 3)
+        self.future_energy.reset()
+        self.driver.reset(track_seed)
+
+    def act(self, frame):
+        """frame (64, 64, 3) uint8 -> action (3,) float32; proposes futures every `repeat` steps."""
+        self.recent.append(frame)
+        action = self.driver.act(frame)
+        if self.t >= 0 and self.t % self.repeat == 0:
+            stacks = self.propose()
+            self.pictures = {name: frames[-1] for name, frames in stacks.items()}
+            latents = self.future_energy.encode(stacks)
+            self.future_energy.z.append(latents["true"])
+            if energies := self.future_energy.energies(latents):
+                self.seconds.append(self.began + (self.t + ZOOM_STEPS) / FPS)
+                self.energy.append(energies[0])
+                self.copied.append(energies[1])
+                self.trace.append(energies[0])
+            self.future_energy.act.append(action)
+        self.t += 1
+        self.actions.append(action)
+        return action
+
+    def propose(self):
+        """{name: the last frames of a proposed future}."""
+        state = dict(zip(TELEMETRY, telemetry(self.env).tolist()))  # for the false futures only
+        same, other = self.twins
+        near, far = same.random_offset(MIN_JUMP), other.random_offset()
+        return {
+            "true": np.stack(self.recent),
+            "teleported": same.frames(state, self.actions, self.frames, near),
+            "random": other.frames(state, self.actions, self.frames, far),
+        }
+
+    def report(self, returns):
+        """Prints how well true and false futures separate, by the rollout and by the old latent."""
+        for what, energy in (("rollout", self.energy), ("copy-last", self.copied)):
+            line = f"{what:10}"
+            for name, (auroc, share) in separation(np.array(energy)).items():
+                line += f" {name}: AUROC {auroc:.4f}, costs more than the true one in {share:.1%}  "
+            print(line)
+        returns = ", ".join(f"{total:.1f}" for total in returns)
+        print(f"{len(self.energy)} futures {self.ahead_s:.2f} s ahead, return {returns}")
+
+
+class EnergyView(LapView):
+    """Shows the car, the three proposed futures and the curve of their energies."""
+
+    def compose(self, env, frame, driver):
+        """The picture (H, W, 3) uint8 of a step."""
+        canvas, (w, h) = self.draw_car(env, "", self.step <= ZOOM_STEPS), ui.VIEW
+        ui.write(canvas, f"proposed futures, {driver.ahead_s:.2f} s ahead,", w + 14, 10)
+        ui.write(canvas, "and their energy", w + 14, 32)
+        for i, (name, frame) in enumerate(driver.pictures.items()):
+            (what, color), x, y = FUTURES[name], w + SMALL + 30, 62 + i * (SMALL + 6)
+            ui.paste(canvas, frame, w + 14, y, SMALL)
+            ui.write(canvas, name, x, y + 8, color, 32)
+            ui.write(canvas, what, x, y + 38, ui.DIM)
+            if driver.trace:
+                ui.write(canvas, f"{driver.trace[-1][i]:.3f}", x, y + 72, ui.INK, 44)
+
+        # the curve
+        if len(driver.trace) > 1:
+            x = ui.write(canvas, "energy, the newest at the right:", 12, h + 36, ui.DIM)
+            for name, (_, color) in FUTURES.items():
+                x = ui.write(canvas, name, x + 12, h + 36, color)
+            box, colors = (76, h + 64, w + 250, 118), [color for _, color in FUTURES.values()]
+            ui.plot_with_axis(canvas, box, np.array(driver.trace), colors, TRACE)
+        return canvas
 
 
 def separation(energy):
@@ -164,88 +227,6 @@ def draw_summary(energy, seconds, path, ahead_s):
     save_figure(fig, path)
 
 
-class Demo:
-    """The drives, their film, and what they show: a row of energies for each step with futures."""
-
-    def __init__(self, env, driver, future_energy, film, window, seed):
-        self.env, self.driver, self.future_energy = env, driver, future_energy
-        self.film, self.window, self.rng = film, window, np.random.default_rng(seed)
-        self.encoder = future_energy.nets["encoder"]
-        self.ahead_s = future_energy.ahead * self.encoder.repeat / FPS
-        self.seconds, self.energy, self.copied = [], [], []  # of all tracks, one after the other
-        self.returns = []
-
-    def propose(self, recent, actions, same, other):
-        """{name: the last frames of a proposed future}; recent: the true frames."""
-        state = dict(zip(TELEMETRY, telemetry(self.env).tolist()))  # for the false futures only
-        near, far = same.random_offset(MIN_JUMP), other.random_offset()
-        return {
-            "true": np.stack(recent),
-            "teleported": same.frames(state, actions, recent.maxlen, near),
-            "random": other.frames(state, actions, recent.maxlen, far),
-        }
-
-    def drive(self, track, steps):
-        """Drives one track, so many steps at most -> the key that ended it, or ""."""
-        env, e, future_energy, window = self.env, self.encoder, self.future_energy, self.window
-        need = (e.history - 1) * e.repeat + 1  # consecutive frames that a latent looks back on
-        recent, actions = deque(maxlen=need), deque(maxlen=2 * need)
-        twins = TeleportedCar(track, self.rng), TeleportedCar(track + 1, self.rng)
-        future_energy.reset()
-        before = self.seconds[-1] if self.seconds else 0.0
-        obs, _ = env.reset(seed=track)
-        self.driver.reset(track)
-        total, step, ended, key, pictures, trace = 0.0, 0, False, "", {}, deque(maxlen=TRACE)
-        bar = progress(total=steps, desc="drive", unit="step", leave=False)
-        while step < steps and not (ended or key or window.over):
-            recent.append(observe(env, obs))
-            action, zoom = self.driver.act(recent[-1]), step < ZOOM_STEPS
-
-            # propose futures, and show their energies
-            if (step - ZOOM_STEPS) % e.repeat == 0:
-                if not zoom:
-                    stacks = self.propose(recent, actions, *twins)
-                    pictures = {name: frames[-1] for name, frames in stacks.items()}
-                    latents = future_energy.encode(stacks)
-                    future_energy.z.append(latents["true"])
-                    if energies := future_energy.energies(latents):
-                        self.seconds.append(before + step / FPS)
-                        self.energy.append(energies[0])
-                        self.copied.append(energies[1])
-                        trace.append(energies[0])
-                    future_energy.act.append(action)
-                line = f"track {track}   step {step}   return {total:.1f}"
-                canvas = compose(env, pictures, trace, line, self.ahead_s, zoom)
-                if window.recording:
-                    self.film.add(canvas)
-                key = window.show(canvas, step / FPS)
-
-            actions.append(action)
-            obs, reward, terminated, truncated, info = env.step(action)
-            total, step, ended = total + reward, step + 1, terminated or truncated
-            bar.update()
-        bar.close()
-
-        # how it ended
-        self.returns.append(total)
-        if key or window.over:
-            return key
-        end = "lap finished" if info.get("lap_finished") else "left the field"
-        end = end if terminated else f"stopped after {step} steps"
-        score = f"return {total:.1f}   {step / FPS:.1f} s"
-        return show_end(window, self.film, canvas, step / FPS, end, score)
-
-    def report(self):
-        """Prints how well true and false futures separate, by the rollout and by the old latent."""
-        for what, energy in (("rollout", self.energy), ("copy-last", self.copied)):
-            line = f"{what:10}"
-            for name, (auroc, share) in separation(np.array(energy)).items():
-                line += f" {name}: AUROC {auroc:.4f}, costs more than the true one in {share:.1%}  "
-            print(line)
-        returns = ", ".join(f"{total:.1f}" for total in self.returns)
-        print(f"{len(self.energy)} futures {self.ahead_s:.2f} s ahead, return {returns}")
-
-
 def load(args, env):
     """(driver, nets, device, dtype): the planner drives, or without a cost model the expert."""
     models = find_models(args.root, args.models, say=lambda line: None)  # load_models says it
@@ -260,17 +241,22 @@ def load(args, env):
 
 
 def run_demo(args, film, window):
-    """Loads the nets and drives, tracks in turn as long as the user asks for them -> the Demo."""
+    """Drives tracks in turn while the user asks for the next -> (EnergyDriver, their returns)."""
     env = make_env("fast")  # 1 ms a step, and the false futures come from the same renderer
     driver, nets, device, dtype = load(args, env)
     least = ZOOM_STEPS + args.ahead * nets["encoder"].repeat + 1
     if args.steps < least:
         fail(f"--steps {args.steps}, --ahead {args.ahead}: the first future comes in step {least}")
-    demo = Demo(env, driver, FutureEnergy(nets, args.ahead, device, dtype), film, window, args.seed)
-    track = args.track_seed
-    while demo.drive(track, args.steps) == "next":
-        track += 1
-    return demo
+    driver = EnergyDriver(env, driver, FutureEnergy(nets, args.ahead, device, dtype), args.seed)
+    view, returns, following = EnergyView(window, film, "demo"), [], True
+    while following:
+        track = args.track_seed + len(returns)
+        view.reset(track)
+        row = drive(env, driver, track, lambda *seen: view(*seen) and view.step < args.steps)
+        returns.append(view.total)
+        ended = row or view.step >= args.steps
+        following = view.finish(row) if ended else not window.over
+    return driver, returns
 
 
 def main():
@@ -279,17 +265,16 @@ def main():
     stop, stem = Stop(), writable(args.root / "visuals") / "demo_energy"
     film = VideoRecorder(VIDEO_FPS)
     window = ui.NoWindow() if args.headless else ui.open_window("TinyJEPA: the energy of futures")
-    demo = window.run(lambda: run_demo(args, film, window))
+    driver, returns = window.run(lambda: run_demo(args, film, window))
 
     files = film.save(stem)
-    if demo.energy:
-        demo.report()
+    if driver.energy:
+        driver.report(returns)
+        with ornament(png := stem.with_suffix(".png")):
+            draw_summary(np.array(driver.energy), np.array(driver.seconds), png, driver.ahead_s)
+            files.append(png)
     else:
         print("ended before the first future")
-    if len(demo.energy) > 1:
-        with ornament(png := stem.with_suffix(".png")):
-            draw_summary(np.array(demo.energy), np.array(demo.seconds), png, demo.ahead_s)
-            files.append(png)
     if files:
         print(", ".join(map(str, files)))
     return 130 if stop else 0

@@ -16,27 +16,6 @@ PLANS = 250  # plans that the curve of costs shows
 LOW = ui.VIEW[1] + 36  # px, the top of curve and plan
 
 
-def draw_car(env, line, zoom):
-    """A new picture (H, W, 3) uint8: the car from above, and a line of text below it.
-
-    zoom: whether to say that the driver waits for the zoom.
-    """
-    canvas, (w, h) = ui.blank(), ui.VIEW
-    canvas[:h, :w] = picture(env, ui.VIEW)
-    ui.write(canvas, line, 12, h + 10)
-    if zoom:
-        ui.banner(canvas, "waiting for the zoom")
-    return canvas
-
-
-def show_end(window, film, canvas, seconds, *lines):
-    """Writes on the last picture of a lap how it ended, and shows it for a while."""
-    ui.banner(canvas, *lines)
-    if window.recording:
-        film.hold(canvas, ui.END_S)
-    return window.show(canvas, seconds + ui.END_S)
-
-
 class LapView:
     """Shows the car, what the driver sees, its plan with the rollout, and the candidates' costs.
 
@@ -49,37 +28,59 @@ class LapView:
 
     def reset(self, track_seed, filmed=True):
         """Begins a lap, which goes to the film where the user says nothing else."""
-        self.track, self.step, self.picture = track_seed, 0, None
+        self.track, self.step, self.total, self.picture = track_seed, 0, 0.0, None
         self.costs, self.thumbnails = deque(maxlen=PLANS), {}
         self.window.record(filmed and self.film is not None)
 
     def __call__(self, env, frame, driver, total):
         """Sees a step; False where the user leaves the lap, or a stop is requested."""
-        self.step += 1
+        self.step, self.total = self.step + 1, total
         if self.step % 2 or not (self.window.recording or self.window.visible):
             return not self.window.over
-        self.picture = self.compose(env, frame, driver, total)
+        self.picture = self.compose(env, frame, driver)
         if self.window.recording:
             self.film.add(self.picture)
         return not (self.window.show(self.picture, self.step / FPS) or self.window.over)
 
-    def finish(self, row):
-        """Shows for a while how the lap ended, on the last picture; row: of the report."""
-        if self.picture is None:
-            return
-        end = "time is up" if row["steps"] >= MAX_STEPS else "left the field"
-        end = "lap finished" if row["lap_finished"] else end
-        score = f"return {row['return']:.1f}   {row['steps'] / FPS:.1f} s"
-        score += f"   {row['tiles_missed']} tiles missed"
-        show_end(self.window, self.film, self.picture, self.step / FPS, end, score)
+    def finish(self, row=None):
+        """Shows for a while how the lap ended, on the last picture.
 
-    def compose(self, env, frame, driver, total):
+        row: of the report; None where the drive was stopped. -> True where the user goes on early.
+        """
+        if self.picture is None:
+            return False
+        end = f"stopped after {self.step} steps"
+        score = f"return {self.total:.1f}   {self.step / FPS:.1f} s"
+        if row:
+            end = "time is up" if row["steps"] >= MAX_STEPS else "left the field"
+            end = "lap finished" if row["lap_finished"] else end
+            score += f"   {row['tiles_missed']} tiles missed"
+        ui.banner(self.picture, end, score)
+        if self.window.recording:
+            self.film.hold(self.picture, ui.END_S)
+        return self.window.show(self.picture, self.step / FPS + ui.END_S) == "next"
+
+    def draw_car(self, env, line, zoom):
+        """A new picture (H, W, 3) uint8: the car from above, and below it numbers and `line`.
+
+        zoom: whether to say that the driver waits for the zoom.
+        """
+        canvas, (w, h) = ui.blank(), ui.VIEW
+        canvas[:h, :w] = picture(env, ui.VIEW)
+        line = (
+            f"{self.name}   track {self.track}   step {self.step}   return {self.total:.1f}{line}"
+        )
+        ui.write(canvas, line, 12, h + 10)
+        if zoom:
+            ui.banner(canvas, "waiting for the zoom")
+        return canvas
+
+    def compose(self, env, frame, driver):
         """The picture (H, W, 3) uint8 of a step."""
         plans, zoom = hasattr(driver, "u"), self.step <= ZOOM_STEPS
         speed = env.unwrapped.car.hull.linearVelocity.length
-        text = f"{self.name}   track {self.track}   step {self.step}   return {total:.1f}"
-        text += f"   speed {speed:.0f}" + (f"   plan {driver.ms[-1]:.0f} ms" if driver.ms else "")
-        canvas = draw_car(env, text, plans and zoom)
+        line = f"   speed {speed:.0f}" + (f"   plan {driver.ms[-1]:.0f} ms" if driver.ms else "")
+        canvas = self.draw_car(env, line, plans and zoom)
 
         # what the driver sees and plans, and the costs of its candidates
         costs = getattr(driver, "costs", None)
