@@ -83,88 +83,74 @@ class TeleportedCar:
         return np.stack([self.env.unwrapped.step(a)[0] for a in actions][-count:])
 
 
-class FutureEnergy:
-    """Keeps latents and actions of the drive; gives the energies of proposed futures."""
-
-    def __init__(self, nets, ahead, device, dtype):
-        self.nets, self.ahead, self.device, self.dtype = nets, ahead, device, dtype
-
-    def reset(self):
-        """Begins a drive: nothing is remembered."""
-        self.z, self.act = deque(maxlen=self.ahead + 1), deque(maxlen=self.ahead)
-
-    @torch.inference_mode()
-    def encode(self, stacks):
-        """{name: z (1, D)} of {name: consecutive frames, every step}; the last is the present."""
-        e = self.nets["encoder"]
-        frames = np.stack([x[::-1][:: e.repeat][: e.history][::-1] for x in stacks.values()])
-        obs = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).to(self.device)
-        with autocast(self.device, self.dtype):
-            return dict(zip(stacks, e(stack_frames(obs, e.history)).split(1)))
-
-    @torch.inference_mode()
-    def energies(self, proposals):
-        """Two lists for {name: z (1, D)}: energy against the rollout, and against the old latent.
-        None until the latent of `ahead` ago is there."""
-        if len(self.z) <= self.ahead:
-            return None
-        act = torch.from_numpy(np.stack(self.act))[None].to(self.device)
-        z_hat = self.nets["predictor"].rollout(self.z[0], act)[:, -1]
-        error = lambda to: [float((z - to).pow(2).mean()) for z in proposals.values()]
-        return error(z_hat), error(self.z[0])
-
-
 class EnergyDriver:
     """Drives as `driver` does, and keeps the energies of futures that it proposes on the way."""
 
-    def __init__(self, env, driver, future_energy, seed):
-        self.env, self.driver, self.future_energy = env, driver, future_energy
-        self.rng, self.ms = np.random.default_rng(seed), []
+    def __init__(self, env, driver, nets, ahead, device, dtype, seed):
+        self.env, self.driver, self.nets, self.device, self.dtype = env, driver, nets, device, dtype
+        self.ahead, self.encoder, self.ms = ahead, nets["encoder"], []
+        self.rng = np.random.default_rng(seed)
         self.seconds, self.energy, self.copied = [], [], []  # of all tracks, one after the other
-        e = future_energy.nets["encoder"]
-        self.repeat, self.ahead_s = e.repeat, future_energy.ahead * e.repeat / FPS
-        self.frames = (
-            e.history - 1
-        ) * e.repeat + 1  # consecutive ones, that a latent looks back on
+        self.ahead_s = ahead * self.encoder.repeat / FPS
 
     def reset(self, track_seed):
-        """Begins a drive."""
-        self.recent, self.actions = deque(maxlen=self.frames), deque(maxlen=2 * self.frames)
+        """Begins a drive: nothing is remembered but the energies."""
+        need = (
+            self.encoder.history - 1
+        ) * self.encoder.repeat + 1  # frames in which a latent looks
+        self.frames, self.actions = deque(maxlen=need), deque(maxlen=2 * need)  # every step
+        self.z, self.z_actions = deque(maxlen=self.ahead + 1), deque(maxlen=self.ahead)
         self.twins = TeleportedCar(track_seed, self.rng), TeleportedCar(track_seed + 1, self.rng)
         self.began, self.t = self.seconds[-1] if self.seconds else 0.0, -ZOOM_STEPS
         self.pictures, self.trace = {}, deque(maxlen=TRACE)  # {name: frame}; energies (n, 3)
-        self.future_energy.reset()
         self.driver.reset(track_seed)
 
     def act(self, frame):
         """frame (64, 64, 3) uint8 -> action (3,) float32; proposes futures every `repeat` steps."""
-        self.recent.append(frame)
+        self.frames.append(frame)
         action = self.driver.act(frame)
-        if self.t >= 0 and self.t % self.repeat == 0:
+        if self.t >= 0 and self.t % self.encoder.repeat == 0:
             stacks = self.propose()
             self.pictures = {name: frames[-1] for name, frames in stacks.items()}
-            latents = self.future_energy.encode(stacks)
-            self.future_energy.z.append(latents["true"])
-            if energies := self.future_energy.energies(latents):
-                self.seconds.append(self.began + (self.t + ZOOM_STEPS) / FPS)
-                self.energy.append(energies[0])
-                self.copied.append(energies[1])
-                self.trace.append(energies[0])
-            self.future_energy.act.append(action)
+            latents = self.encode(stacks.values())
+            self.z.append(latents[:1])
+            if len(self.z) > self.ahead:
+                self.measure(latents)
+            self.z_actions.append(action)
         self.t += 1
         self.actions.append(action)
         return action
 
     def propose(self):
-        """{name: the last frames of a proposed future}."""
+        """{name: the last frames of a proposed future}, the true one first."""
         state = dict(zip(TELEMETRY, telemetry(self.env).tolist()))  # for the false futures only
         same, other = self.twins
         near, far = same.random_offset(MIN_JUMP), other.random_offset()
         return {
-            "true": np.stack(self.recent),
-            "teleported": same.frames(state, self.actions, self.frames, near),
-            "random": other.frames(state, self.actions, self.frames, far),
+            "true": np.stack(self.frames),
+            "teleported": same.frames(state, self.actions, len(self.frames), near),
+            "random": other.frames(state, self.actions, len(self.frames), far),
         }
+
+    @torch.inference_mode()
+    def encode(self, stacks):
+        """Latents (n, D) of n stacks of consecutive frames, every step; the last is the present."""
+        e = self.encoder
+        frames = np.stack([x[::-1][:: e.repeat][: e.history][::-1] for x in stacks])
+        obs = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).to(self.device)
+        with autocast(self.device, self.dtype):
+            return e(stack_frames(obs, e.history))
+
+    @torch.inference_mode()
+    def measure(self, latents):
+        """Keeps the energies of latents (3, D): against the rollout, and against the old latent."""
+        act = torch.from_numpy(np.stack(self.z_actions))[None].to(self.device)
+        z_hat = self.nets["predictor"].rollout(self.z[0], act)[:, -1]
+        error = lambda to: [float((z - to).pow(2).mean()) for z in latents.split(1)]
+        self.energy.append(error(z_hat))
+        self.copied.append(error(self.z[0]))
+        self.seconds.append(self.began + (self.t + ZOOM_STEPS) / FPS)
+        self.trace.append(self.energy[-1])
 
     def report(self, returns):
         """Prints how well true and false futures separate, by the rollout and by the old latent."""
@@ -247,7 +233,7 @@ def run_demo(args, film, window):
     least = ZOOM_STEPS + args.ahead * nets["encoder"].repeat + 1
     if args.steps < least:
         fail(f"--steps {args.steps}, --ahead {args.ahead}: the first future comes in step {least}")
-    driver = EnergyDriver(env, driver, FutureEnergy(nets, args.ahead, device, dtype), args.seed)
+    driver = EnergyDriver(env, driver, nets, args.ahead, device, dtype, args.seed)
     view, returns, following = EnergyView(window, film, "demo"), [], True
     while following:
         track = args.track_seed + len(returns)
