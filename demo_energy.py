@@ -155,10 +155,9 @@ class EnergyDriver:
     def report(self, returns):
         """Prints how well true and false futures separate, by the rollout and by the old latent."""
         for what, energy in (("rollout", self.energy), ("copy-last", self.copied)):
-            line = f"{what:10}"
-            for name, (auroc, share) in separation(np.array(energy)).items():
-                line += f" {name}: AUROC {auroc:.4f}, costs more than the true one in {share:.1%}  "
-            print(line)
+            rows = separation(np.array(energy)).items()
+            words = "{}: AUROC {:.4f}, costs more than the true one in {:.1%}"
+            print(f"{what:10} " + "   ".join(words.format(name, *row) for name, row in rows))
         returns = ", ".join(f"{total:.1f}" for total in returns)
         print(f"{len(self.energy)} futures {self.ahead_s:.2f} s ahead, return {returns}")
 

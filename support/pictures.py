@@ -88,11 +88,12 @@ class VideoRecorder:
         if self.stream is None:
             # superfast: 12 ms of one core a frame of 960x680, 3 MB a lap; veryfast: 18 ms, 2 MB
             options = {"preset": "superfast", "crf": "23"}
-            encoder = self.av.open(io.BytesIO(), "w", format="mp4")
-            self.stream = encoder.add_stream("libx264", rate=self.fps, options=options)
+            self.encoder = self.av.open(io.BytesIO(), "w", format="mp4")  # which is thrown away
+            self.stream = self.encoder.add_stream("libx264", rate=self.fps, options=options)
             self.stream.height, self.stream.width = frame.shape[:2]
             self.stream.pix_fmt = "yuv420p"
             self.stream.codec_context.colorspace = 6  # SMPTE 170M, what swscale converts to
+            self.encoder.start_encoding()
         if not self.frames % GIF_EVERY and not self.gif_last_s and len(self.gif) < GIF_FRAMES:
             self.gif.append(self._small(frame))
         image = self.av.VideoFrame.from_ndarray(frame, format="rgb24")

@@ -98,7 +98,7 @@ def plot_with_axis(canvas, box, values, colors, length):
     x, y, w, h = box
     logs = values.min() > 0
     values = np.log10(values) if logs else values
-    ticks = MaxNLocator(4).tick_values(values.min(), values.max())
+    ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(values.min(), values.max())
     low, high = ticks[[0, -1]]
     for tick in ticks:
         at = int(y + h - (tick - low) / (high - low) * h)
