@@ -21,6 +21,7 @@ INK, DIM, PAPER, WARM = (235, 235, 235), (150, 150, 150), (24, 24, 28), (255, 17
 GRID = (62, 62, 68)
 TEXT = 22  # px, the height of a line: readable in a GIF of two thirds the size
 BAR, BAR_TEXT = 26, 20  # px, the line of keys below the picture, and its text
+SIZE = VIEW[0] + SIDE, VIEW[1] + LOWER + BAR  # px, the window
 SLACK = 0.2  # s that a picture may be late before the clock waits for it
 END_S = 2.0  # how long the last picture of a lap stands
 DRIVERS = ("x11", "wayland", "cocoa", "windows")  # of SDL, that show a window on a desktop
@@ -157,11 +158,10 @@ class Window(NoWindow):
         """Raises pygame.error where there is no display."""
         pygame.display.init()
         pygame.display.set_caption(title)
-        height, width, _ = EMPTY.shape
-        pygame.display.set_mode((width, height + BAR), pygame.RESIZABLE)
+        pygame.display.set_mode(SIZE, pygame.RESIZABLE)
         self.changed = threading.Condition()  # a picture came, or a key
         self.picture, self.dirty = blank(), True
-        self.help = self.paused = self.next = self.chosen = False
+        self.help = self.paused = self.next = self.chosen = self.full = False
         self.steps = 0  # to go on by, while it is paused
         self.due, self.last = 0.0, 0.0  # when the last picture was due, and its second of the lap
 
@@ -243,7 +243,9 @@ class Window(NoWindow):
         elif key == pygame.K_h:
             self.help = not self.help
         elif key == pygame.K_f:
-            pygame.display.toggle_fullscreen()
+            self.full = not self.full
+            mode = ((0, 0), pygame.FULLSCREEN) if self.full else (SIZE, pygame.RESIZABLE)
+            pygame.display.set_mode(*mode)
         elif key in (pygame.K_q, pygame.K_ESCAPE):
             self.quit = True
 

@@ -275,7 +275,7 @@ def test_the_gas_limit_is_the_cost_models_unless_it_is_given(capsys):
         (("--max_gas", "0.7"), {"max_gas": 0.5}, 0.7, ""),
         ((), {}, 1.0, "no limit is stored"),
     ):
-        p = Parser()
+        p = Parser("")
         planning(p)
         cfg = p.parse_args(list(flags))
         take_gas(cfg, payload)
@@ -297,7 +297,7 @@ def test_the_gas_limit_is_the_cost_models_unless_it_is_given(capsys):
     ],
 )
 def test_flags_of_the_planner_have_stated_ranges(flags, word, capsys):
-    p = Parser()
+    p = Parser("")
     planning(p)
     with pytest.raises(SystemExit) as end:
         p.parse_args(flags.split())
