@@ -422,7 +422,7 @@ def main():
         lock_file(args.json.with_name(f".{args.json.name}.lock"), busy)
 
     stop, film, window = Stop(), None, NoWindow()
-    stem = args.root / "visuals" / ("drive_mpc" if args.policy == "mpc" else f"drive_{args.policy}")
+    stem = args.root / "visuals" / f"drive_{args.policy}"
     if not args.no_video:
         writable(stem.parent)
         film = VideoRecorder(VIDEO_FPS)
@@ -431,13 +431,11 @@ def main():
     report = window.run(lambda: drive_all(args, policies, film, window))
     reports = list(report.summaries().values())
     print(compare(reports, args.env) if reports else "no drive ended: no scores")
-    try:
-        if reports:
-            report.save(last=True)
-    finally:
-        if film and (files := film.save(stem)):
-            left = ": the film ends where the drive was left" * window.over
-            print(", ".join(map(str, files)) + left)
+    if film and (files := film.save(stem)):
+        left = ": the film ends where the drive was left" * window.over
+        print(", ".join(map(str, files)) + left)
+    if reports:
+        report.save(last=True)
     return 130 if stop else 0
 
 

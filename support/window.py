@@ -253,30 +253,27 @@ class Window(NoWindow):
         if not self.dirty:
             return
         self.dirty = False
-        screen = pygame.display.get_surface()  # of the size that the user gave it
-
-        # the picture, as large as fits, in the middle
-        (w, h), picture = screen.get_size(), self.picture
-        scale = max(min(w / picture.shape[1], (h - BAR) / picture.shape[0]), 0.05)
-        size = [max(1, round(scale * side)) for side in picture.shape[1::-1]]
-        kind = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-        picture = cv2.resize(picture, size, interpolation=kind)
+        picture = self.picture
         if self.help:
-            picture //= 4
+            picture = picture // 4
             for i, (key, what) in enumerate(KEYS.items()):
                 write(picture, key, 60, 50 + 40 * i, WARM, 32)
                 write(picture, what, 240, 50 + 40 * i, INK, 32)
-        left, top = max(0, (w - size[0]) // 2), max(0, (h - BAR - size[1]) // 2)
-        rest = max(0, h - top - size[1]), left, max(0, w - left - size[0])
-        canvas = cv2.copyMakeBorder(picture, top, *rest, cv2.BORDER_CONSTANT, value=PAPER)
+
+        # the picture, as large as fits, in the middle
+        screen = pygame.display.get_surface()  # of the size that the user gave it
+        w, h = screen.get_size()
+        surface = pygame.image.frombuffer(picture, picture.shape[1::-1], "RGB")
+        spot = surface.get_rect().fit((0, 0, w, max(1, h - BAR)))
+        screen.fill(PAPER)
+        screen.blit(pygame.transform.smoothscale(surface, spot.size), spot)
 
         # the bar: state and keys
-        bar = canvas[-BAR:]
-        bar[:] = GRID
+        bar = np.full((BAR, w, 3), GRID, np.uint8)
         state = "recording  " * self.recording + "paused  " * self.paused
         x = write(bar, state, 8, 6, WARM, BAR_TEXT)
         write(bar, KEYS_BAR, x + 8, 6, DIM, BAR_TEXT)
-        screen.blit(pygame.image.frombuffer(canvas, canvas.shape[1::-1], "RGB"), (0, 0))
+        screen.blit(pygame.image.frombuffer(bar, (w, BAR), "RGB"), (0, h - BAR))
         pygame.display.flip()
 
 
