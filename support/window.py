@@ -158,9 +158,8 @@ class Window(NoWindow):
         """Raises pygame.error where there is no display."""
         pygame.display.init()
         pygame.display.set_caption(title)
-        pygame.display.set_mode(SIZE, pygame.RESIZABLE)
         self.changed = threading.Condition()  # a picture came, or a key
-        self.picture, self.dirty = blank(), True
+        self.picture, self.dirty = None, False
         self.help = self.paused = self.next = self.chosen = self.full = False
         self.steps = 0  # to go on by, while it is paused
         self.due, self.last = 0.0, 0.0  # when the last picture was due, and its second of the lap
@@ -250,7 +249,7 @@ class Window(NoWindow):
             self.quit = True
 
     def _draw(self):
-        if not self.dirty:
+        if not self.dirty or self.picture is None:
             return
         self.dirty = False
         picture = self.picture
@@ -262,6 +261,8 @@ class Window(NoWindow):
 
         # the picture, as large as fits, in the middle
         screen = pygame.display.get_surface()  # of the size that the user gave it
+        # opened with the first picture: one that was open while the nets loaded got lost
+        screen = screen or pygame.display.set_mode(SIZE, pygame.RESIZABLE)
         w, h = screen.get_size()
         surface = pygame.image.frombuffer(picture, picture.shape[1::-1], "RGB")
         spot = surface.get_rect().fit((0, 0, w, max(1, h - BAR)))

@@ -143,7 +143,6 @@ def test_its_own_episodes_are_data_to_learn_from(tmp_path):
         arrays = read_chunk(c.path, "obs", "act", "telemetry")
         assert arrays["obs"].std() > 20 and arrays["act"].std() > 0
     from buffer import load_sources
-    from train_encoder import arguments
 
-    sources = load_sources(arguments(["--root", str(tmp_path), "--data", "data_mpc"]))
+    sources = load_sources(tmp_path, ["data_mpc"])
     assert [len(part) for part in sources["data_mpc"]] == [1, 1]  # to train, held out
