@@ -20,22 +20,23 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from car import FPS, MAX_STEPS, ZOOM_STEPS
-from car.env import make_env, observe
-from car.renderer import picture
+from car.env import make_env
 from car.telemetry import TELEMETRY, place_beside, telemetry
-from drive_mpc import BaselineDriver, load_driver, planning
+from drive_mpc import BaselineDriver, drive, load_driver, planning
 from networks import stack_frames
 from support import window as ui
 from support.checkpoints import find_models, latest, load_models, require_dir
 from support.cli import Number, Stop, command, fail, parser, run, track_number
 from support.device import autocast, set_up
 from support.files import writable
-from support.lap_view import VIDEO_FPS
+from support.lap_view import VIDEO_FPS, LapView
 from support.pictures import VideoRecorder, ornament, pyplot, save_figure
-from support.progress import progress
 
-FUTURES = {"true": (90, 200, 120), "teleported": ui.WARM, "random": (240, 90, 90)}  # colours
-WHERE = {"true": "what comes", "teleported": "same track", "random": "another track"}
+FUTURES = {  # name: (what it is, colour)
+    "true": ("what comes", (90, 200, 120)),
+    "teleported": ("same track", ui.WARM),
+    "random": ("another track", (240, 90, 90)),
+}
 MIN_JUMP = 15  # tiles between the car and where it is teleported to, so that places differ
 SMALL = 136  # px of a small picture
 TRACE = 150  # futures that the graph shows
@@ -82,66 +83,109 @@ class TeleportedCar:
         return np.stack([self.env.unwrapped.step(a)[0] for a in actions][-count:])
 
 
-class FutureEnergy:
-    """Keeps latents and actions of the drive; gives the energies of proposed futures."""
+class EnergyDriver:
+    """Drives as `driver` does, and keeps the energies of futures that it proposes on the way."""
 
-    def __init__(self, nets, ahead, device, dtype):
-        self.nets, self.ahead, self.device, self.dtype = nets, ahead, device, dtype
+    def __init__(self, env, driver, nets, ahead, device, dtype, seed):
+        self.env, self.driver, self.nets, self.device, self.dtype = env, driver, nets, device, dtype
+        self.ahead, self.encoder, self.ms = ahead, nets["encoder"], []
+        self.rng = np.random.default_rng(seed)
+        self.seconds, self.energy, self.copied = [], [], []  # of all tracks, one after the other
+        self.ahead_s = ahead * self.encoder.repeat / FPS
 
-    def reset(self):
-        """Begins a drive: nothing is remembered."""
-        self.z, self.act = deque(maxlen=self.ahead + 1), deque(maxlen=self.ahead)
+    def reset(self, track_seed):
+        """Begins a drive: nothing is remembered but the energies."""
+        need = (
+            self.encoder.history - 1
+        ) * self.encoder.repeat + 1  # frames in which a latent looks
+        self.frames, self.actions = deque(maxlen=need), deque(maxlen=2 * need)  # every step
+        self.z, self.z_actions = deque(maxlen=self.ahead + 1), deque(maxlen=self.ahead)
+        self.twins = TeleportedCar(track_seed, self.rng), TeleportedCar(track_seed + 1, self.rng)
+        self.began, self.t = self.seconds[-1] if self.seconds else 0.0, -ZOOM_STEPS
+        self.pictures, self.trace = {}, deque(maxlen=TRACE)  # {name: frame}; energies (n, 3)
+        self.driver.reset(track_seed)
+
+    def act(self, frame):
+        """frame (64, 64, 3) uint8 -> action (3,) float32; proposes futures every `repeat` steps."""
+        self.frames.append(frame)
+        action = self.driver.act(frame)
+        if self.t >= 0 and self.t % self.encoder.repeat == 0:
+            stacks = self.propose()
+            self.pictures = {name: frames[-1] for name, frames in stacks.items()}
+            latents = self.encode(stacks.values())
+            self.z.append(latents[:1])
+            if len(self.z) > self.ahead:
+                self.measure(latents)
+            self.z_actions.append(action)
+        self.t += 1
+        self.actions.append(action)
+        return action
+
+    def propose(self):
+        """{name: the last frames of a proposed future}, the true one first."""
+        state = dict(zip(TELEMETRY, telemetry(self.env).tolist()))  # for the false futures only
+        same, other = self.twins
+        near, far = same.random_offset(MIN_JUMP), other.random_offset()
+        return {
+            "true": np.stack(self.frames),
+            "teleported": same.frames(state, self.actions, len(self.frames), near),
+            "random": other.frames(state, self.actions, len(self.frames), far),
+        }
 
     @torch.inference_mode()
     def encode(self, stacks):
-        """{name: z (1, D)} of {name: consecutive frames, every step}; the last is the present."""
-        e = self.nets["encoder"]
-        frames = np.stack([x[::-1][:: e.repeat][: e.history][::-1] for x in stacks.values()])
+        """Latents (n, D) of n stacks of consecutive frames, every step; the last is the present."""
+        e = self.encoder
+        frames = np.stack([x[::-1][:: e.repeat][: e.history][::-1] for x in stacks])
         obs = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).to(self.device)
         with autocast(self.device, self.dtype):
-            return dict(zip(stacks, e(stack_frames(obs, e.history)).split(1)))
+            return e(stack_frames(obs, e.history))
 
     @torch.inference_mode()
-    def energies(self, proposals):
-        """Two lists for {name: z (1, D)}: energy against the rollout, and against the old latent.
-        None until the latent of `ahead` ago is there."""
-        if len(self.z) <= self.ahead:
-            return None
-        act = torch.from_numpy(np.stack(self.act))[None].to(self.device)
+    def measure(self, latents):
+        """Keeps the energies of latents (3, D): against the rollout, and against the old latent."""
+        act = torch.from_numpy(np.stack(self.z_actions))[None].to(self.device)
         z_hat = self.nets["predictor"].rollout(self.z[0], act)[:, -1]
-        error = lambda to: [float((z - to).pow(2).mean()) for z in proposals.values()]
-        return error(z_hat), error(self.z[0])
+        error = lambda to: [float((z - to).pow(2).mean()) for z in latents.split(1)]
+        self.energy.append(error(z_hat))
+        self.copied.append(error(self.z[0]))
+        self.seconds.append(self.began + (self.t + ZOOM_STEPS) / FPS)
+        self.trace.append(self.energy[-1])
+
+    def report(self, returns):
+        """Prints how well true and false futures separate, by the rollout and by the old latent."""
+        for what, energy in (("rollout", self.energy), ("copy-last", self.copied)):
+            rows = separation(np.array(energy)).items()
+            words = "{}: AUROC {:.4f}, costs more than the true one in {:.1%}"
+            print(f"{what:10} " + "   ".join(words.format(name, *row) for name, row in rows))
+        returns = ", ".join(f"{total:.1f}" for total in returns)
+        print(f"{len(self.energy)} futures {self.ahead_s:.2f} s ahead, return {returns}")
 
 
-def compose(env, pictures, trace, line, ahead_s):
-    """One picture (H, W, 3) uint8: the car, the three proposed futures, the curve of energies.
+class EnergyView(LapView):
+    """Shows the car, the three proposed futures and the curve of their energies."""
 
-    pictures: {name: frame}, {} before the first; trace: the energies so far, (n, 3); line: text.
-    """
-    canvas, (w, h) = ui.blank(), ui.VIEW
-    canvas[:h, :w] = picture(env, ui.VIEW)
-    ui.write(canvas, line, 12, h + 10)
+    def compose(self, env, frame, driver):
+        """The picture (H, W, 3) uint8 of a step."""
+        canvas, (w, h) = self.draw_car(env, "", self.step <= ZOOM_STEPS), ui.VIEW
+        ui.write(canvas, f"proposed futures, {driver.ahead_s:.2f} s ahead,", w + 14, 10)
+        ui.write(canvas, "and their energy", w + 14, 32)
+        for i, (name, frame) in enumerate(driver.pictures.items()):
+            (what, color), x, y = FUTURES[name], w + SMALL + 30, 62 + i * (SMALL + 6)
+            ui.paste(canvas, frame, w + 14, y, SMALL)
+            ui.write(canvas, name, x, y + 8, color, 32)
+            ui.write(canvas, what, x, y + 38, ui.DIM)
+            if driver.trace:
+                ui.write(canvas, f"{driver.trace[-1][i]:.3f}", x, y + 72, ui.INK, 44)
 
-    # the proposed futures
-    ui.write(canvas, f"proposed futures, {ahead_s:.2f} s ahead,", w + 14, 10)
-    ui.write(canvas, "and their energy", w + 14, 32)
-    for i, (name, frame) in enumerate(pictures.items()):
-        x, y = w + SMALL + 30, 62 + i * (SMALL + 6)
-        ui.paste(canvas, frame, w + 14, y, SMALL)
-        ui.write(canvas, name, x, y + 8, FUTURES[name], 32)
-        ui.write(canvas, WHERE[name], x, y + 38, ui.DIM)
-        if trace:
-            ui.write(canvas, f"{trace[-1][i]:.3f}", x, y + 72, ui.INK, 44)
-
-    # the curve
-    if len(trace) > 1:
-        box, energy = (76, h + 64, w + 250, 118), np.array(trace)
-        x = ui.write(canvas, "energy, the newest at the right:", 12, h + 36, ui.DIM)
-        for name, color in FUTURES.items():
-            x = ui.write(canvas, name, x + 12, h + 36, color)
-        low, high = ui.log_axis(canvas, box, energy)
-        ui.plot(canvas, box, np.log10(energy).T, FUTURES.values(), low, high, TRACE)
-    return canvas
+        # the curve
+        if len(driver.trace) > 1:
+            x = ui.write(canvas, "energy, the newest at the right:", 12, h + 36, ui.DIM)
+            for name, (_, color) in FUTURES.items():
+                x = ui.write(canvas, name, x + 12, h + 36, color)
+            box, colors = (76, h + 64, w + 250, 118), [color for _, color in FUTURES.values()]
+            ui.plot_with_axis(canvas, box, np.array(driver.trace), colors, TRACE)
+        return canvas
 
 
 def separation(energy):
@@ -157,110 +201,15 @@ def draw_summary(energy, seconds, path, ahead_s):
     size = dict(figsize=(11, 3.4), layout="constrained", width_ratios=[2, 1])
     fig, (left, right) = pyplot().subplots(1, 2, **size)
     edges = np.geomspace(energy.min(), energy.max(), 50)
-    for i, (name, color) in enumerate(FUTURES.items()):
+    for (name, (what, color)), values in zip(FUTURES.items(), energy.T):
         color = np.array(color) / 255 * 0.85
-        left.semilogy(seconds, energy[:, i], color=color, lw=0.9, label=f"{name}: {WHERE[name]}")
-        right.hist(energy[:, i], edges, color=color, alpha=0.6)
+        left.semilogy(seconds, values, color=color, lw=0.9, label=f"{name}: {what}")
+        right.hist(values, edges, color=color, alpha=0.6)
     right.set(xscale="log", xlabel="energy", ylabel="futures")
-    right.tick_params(axis="x", which="both", labelsize=7, rotation=45)
-    right.yaxis.get_major_locator().set_params(integer=True)
     title = f"distance of proposed futures from the rollout {ahead_s:.2f} s ahead"
     left.set(xlabel="time, s", ylabel="energy", title=title)
     left.legend(fontsize=8)
     save_figure(fig, path)
-
-
-class Demo:
-    """The drives, their film, and what they show: a row of energies for each step with futures."""
-
-    def __init__(self, env, driver, future_energy, film, window, seed):
-        self.env, self.driver, self.future_energy = env, driver, future_energy
-        self.film, self.window, self.rng = film, window, np.random.default_rng(seed)
-        self.encoder = future_energy.nets["encoder"]
-        self.ahead_s = future_energy.ahead * self.encoder.repeat / FPS
-        self.seconds, self.energy, self.copied = [], [], []  # of all tracks, one after the other
-        self.returns = []
-
-    def show(self, canvas, seconds, hold=0.0):
-        if self.window.recording and hold:
-            self.film.hold(canvas, hold)
-        elif self.window.recording:
-            self.film.add(canvas)
-        return self.window.show(canvas, seconds + hold)
-
-    def propose(self, recent, actions, same, other):
-        """{name: the last frames of a proposed future}; recent: the true frames."""
-        state = dict(zip(TELEMETRY, telemetry(self.env).tolist()))  # for the false futures only
-        near, far = same.random_offset(MIN_JUMP), other.random_offset()
-        return {
-            "true": np.stack(recent),
-            "teleported": same.frames(state, actions, recent.maxlen, near),
-            "random": other.frames(state, actions, recent.maxlen, far),
-        }
-
-    def drive(self, track, steps):
-        """Drives one track, so many steps at most -> the key that ended it, "next" or "quit", or
-        ""."""
-        env, e, future_energy = self.env, self.encoder, self.future_energy
-        need = (e.history - 1) * e.repeat + 1  # consecutive frames that a latent looks back on
-        recent, actions = deque(maxlen=need), deque(maxlen=2 * need)
-        twins = TeleportedCar(track, self.rng), TeleportedCar(track + 1, self.rng)
-        future_energy.reset()
-        before = self.seconds[-1] if self.seconds else 0.0
-        obs, _ = env.reset(seed=track)
-        self.driver.reset(track)
-        total, step, ended, key, pictures, trace = 0.0, 0, False, "", {}, deque(maxlen=TRACE)
-        bar = progress(total=steps, desc="drive", unit="step", leave=False)
-        while step < steps and not (ended or key or self.window.over):
-            recent.append(observe(env, obs))
-            action = self.driver.act(recent[-1])
-
-            # propose futures, and their energies
-            zoom = step < ZOOM_STEPS
-            since = step if zoom else step - ZOOM_STEPS
-            if since % e.repeat == 0:
-                if not zoom:
-                    stacks = self.propose(recent, actions, *twins)
-                    pictures = {name: frames[-1] for name, frames in stacks.items()}
-                    latents = future_energy.encode(stacks)
-                    future_energy.z.append(latents["true"])
-                    if energies := future_energy.energies(latents):
-                        self.seconds.append(before + step / FPS)
-                        self.energy.append(energies[0])
-                        self.copied.append(energies[1])
-                        trace.append(energies[0])
-                    future_energy.act.append(action)
-
-                # show them
-                line = f"track {track}   step {step}   return {total:.1f}"
-                canvas = compose(env, pictures, trace, line, self.ahead_s)
-                if zoom:
-                    ui.banner(canvas, "waiting for the zoom")
-                key = self.show(canvas, step / FPS)
-
-            actions.append(action)
-            obs, reward, terminated, truncated, info = env.step(action)
-            total, step, ended = total + reward, step + 1, terminated or truncated
-            bar.update()
-        bar.close()
-
-        # how it ended
-        self.returns.append(total)
-        if key or self.window.over:
-            return key
-        end = "lap finished" if info.get("lap_finished") else "left the field"
-        end = end if terminated else f"stopped after {step} steps"
-        ui.banner(canvas, end, f"return {total:.1f}   {step / FPS:.1f} s")
-        return self.show(canvas, step / FPS, ui.END_S)
-
-    def report(self):
-        """Prints how well true and false futures separate, by the rollout and by the old latent."""
-        for what, energy in (("rollout", self.energy), ("copy-last", self.copied)):
-            rows = separation(np.array(energy)).items()
-            words = "{}: AUROC {:.4f}, costs more than the true one in {:.1%}"
-            print(f"{what:10} " + "   ".join(words.format(name, *row) for name, row in rows))
-        returns = ", ".join(f"{total:.1f}" for total in self.returns)
-        print(f"{len(self.energy)} futures {self.ahead_s:.2f} s ahead, return {returns}")
 
 
 def load(args, env):
@@ -271,25 +220,28 @@ def load(args, env):
         return driver, driver.nets, driver.device, driver.dtype
     device, dtype = set_up(args)
     nets, _, _ = load_models(args.root, args.models, device, ("encoder", "predictor"))
-    print(
-        f"{models}: no cost model there, so the expert drives, who sees track and state; "
-        f"{command('train_cost_model.py', args.root)} makes it"
-    )
+    how = command("train_cost_model.py", args.root)
+    print(f"{models}: no cost model, so the expert drives, who sees the state; {how} makes it")
     return BaselineDriver(env, "expert", 0.0, args.seed), nets, device, dtype
 
 
 def run_demo(args, film, window):
-    """Loads the nets and drives, tracks in turn as long as the user asks for them -> the Demo."""
+    """Drives tracks in turn while the user asks for the next -> (EnergyDriver, their returns)."""
     env = make_env("fast")  # 1 ms a step, and the false futures come from the same renderer
     driver, nets, device, dtype = load(args, env)
     least = ZOOM_STEPS + args.ahead * nets["encoder"].repeat + 1
     if args.steps < least:
         fail(f"--steps {args.steps}, --ahead {args.ahead}: the first future comes in step {least}")
-    demo = Demo(env, driver, FutureEnergy(nets, args.ahead, device, dtype), film, window, args.seed)
-    track = args.track_seed
-    while demo.drive(track, args.steps) == "next":
-        track += 1
-    return demo
+    driver = EnergyDriver(env, driver, nets, args.ahead, device, dtype, args.seed)
+    view, returns, following = EnergyView(window, film, "demo"), [], True
+    while following:
+        track = args.track_seed + len(returns)
+        view.reset(track)
+        row = drive(env, driver, track, lambda *seen: view(*seen) and view.step < args.steps)
+        returns.append(view.total)
+        ended = row or view.step >= args.steps
+        following = view.finish(row) if ended else not window.over
+    return driver, returns
 
 
 def main():
@@ -298,17 +250,16 @@ def main():
     stop, stem = Stop(), writable(args.root / "visuals") / "demo_energy"
     film = VideoRecorder(VIDEO_FPS)
     window = ui.NoWindow() if args.headless else ui.open_window("TinyJEPA: the energy of futures")
-    demo = window.run(lambda: run_demo(args, film, window))
+    driver, returns = window.run(lambda: run_demo(args, film, window))
 
     files = film.save(stem)
-    if demo.energy:
-        demo.report()
+    if driver.energy:
+        driver.report(returns)
+        with ornament(png := stem.with_suffix(".png")):
+            draw_summary(np.array(driver.energy), np.array(driver.seconds), png, driver.ahead_s)
+            files.append(png)
     else:
         print("ended before the first future")
-    if len(demo.energy) > 1:
-        with ornament(png := stem.with_suffix(".png")):
-            draw_summary(np.array(demo.energy), np.array(demo.seconds), png, demo.ahead_s)
-            files.append(png)
     if files:
         print(", ".join(map(str, files)))
     return 130 if stop else 0

@@ -35,15 +35,14 @@ from networks import DISCOUNT, Predictor, normalize_action, scored_steps, stack_
 from support import checkpoints
 from support.cli import Number, Stop, fail, fraction, parser, run, track_number
 from support.device import autocast, set_up
-from support.disturbance import DELAY_STEPS, DISTURBANCES, NOISE_STD, Disturbance
+from support.disturbance import DISTURBANCES, Disturbance
 from support.dreams import load_decoder
 from support.files import is_stream, lock_file, output_file, writable
 from support.lap_view import VIDEO_FPS, LapView
-from support.noise import ar1_noise, powerlaw_noise
 from support.pictures import VideoRecorder
 from support.plan_config import ITERATIONS, PlanConfig, planning, take_gas
 from support.progress import progress
-from support.scores import Report, compare, row_line, row_name, score_settings
+from support.scores import COLUMNS, Report, compare, row_line, row_name, score_settings
 from support.window import KEYS_TEXT, NoWindow, open_window
 from support.workers import FIRST_SEED, chunk_provenance
 
@@ -64,24 +63,21 @@ def arguments():
     add("--episodes", type=Number(int, 1, 100_000), default=3, help="tracks, one episode each")
     add("--track_seed", type=track_number, default=100_000, help="first track; the next follow")
     add("--policy", default="mpc", choices=POLICIES, help="who drives")
-    compared = "policies that drive the same tracks, for the rows of a table"
-    add("--compare", nargs="*", default=[], choices=POLICIES, metavar="POLICY", help=compared)
+    add("--compare", nargs="*", default=[], choices=POLICIES, help="others on the same tracks")
     add("--env", choices=["official", "fast"], default="official", help="fast: to experiment")
     add("--pace", type=fraction, default=1.0, help="of the expert: 1 for the score, 0 calm")
-    disturbed = f"other colours; noise of {NOISE_STD} grey levels; frames {DELAY_STEPS} steps late"
-    add("--disturb", choices=DISTURBANCES, default="none", help=disturbed)
+    add("--disturb", choices=DISTURBANCES, default="none", help="what disturbs the driver's frames")
     planning(p)
     add = p.add_argument_group("output").add_argument
     add("--json", type=output_file, help="file of the scores, written after each drive")
-    saved = f"write --policy's episodes to ROOT/{SELF_DRIVEN_DIR}; tracks from {FIRST_SEED} on only"
+    saved = f"episodes of --policy go to ROOT/{SELF_DRIVEN_DIR}, of tracks from {FIRST_SEED} on"
     add("--save_data", action="store_true", help=saved)
     add("--film", type=Number(int, 0, 1000), default=1, help="laps of --policy in the film")
     add("--headless", action="store_true", help="no window: as fast as it goes")
     add("--no_video", action="store_true", help="scores only, no window, no pictures")
     args = p.parse_args()
     if args.save_data and args.track_seed < FIRST_SEED:
-        tracks = f"tracks below {FIRST_SEED} are never learned from"
-        p.error(f"--save_data --track_seed {args.track_seed}: {tracks}")
+        p.error(f"--save_data: tracks below {FIRST_SEED} are never learned from")
     return args
 
 
@@ -91,9 +87,7 @@ def arguments():
 def draw_plans(N, mean, std, cfg, generator=None):
     """N random plans (N, H, 2) around mean (H, 2), clipped; std (H, 2) or (2,) scales the noise."""
     white = torch.randn(N, len(mean), 2, generator=generator, device=mean.device)
-    ar1 = cfg.noise_kind == "ar1"
-    noise = ar1_noise(white, cfg.rho) if ar1 else powerlaw_noise(white, cfg.beta)
-    return clip_plan(mean + std * noise, cfg.max_gas)
+    return clip_plan(mean + std * cfg.correlate(white), cfg.max_gas)
 
 
 def clip_plan(u, max_gas):
@@ -268,9 +262,8 @@ class Driver:
     def replan(self):
         """Encodes the present and plans from it: sets u and costs."""
         self.z = self.encode()
-        self.planned, self.costs = plan(
-            self.z, self.rollout_cost, self.planned, self.cfg, self.generator
-        )
+        of = self.rollout_cost, self.planned, self.cfg, self.generator
+        self.planned, self.costs = plan(self.z, *of)
         self.u = self.planned.u
 
     @torch.inference_mode()
@@ -301,9 +294,9 @@ class BaselineDriver:
     def __init__(self, env, policy, pace, seed):
         self.env, self.ms, self.models = env, [], None
         if policy == "expert":
-            self.expert = Expert(pace)
-            self.reset = lambda track_seed: self.expert.reset(env)
-            self.act = lambda frame: self.expert.act(env)
+            expert = Expert(pace)
+            self.reset = lambda track_seed: expert.reset(env)
+            self.act = lambda frame: expert.act(env)
         else:
             self.reset = lambda track_seed: env.action_space.seed(seed + track_seed)
             self.act = lambda frame: env.action_space.sample()
@@ -311,10 +304,8 @@ class BaselineDriver:
 
 def load_driver(args, cfg, policy="mpc"):
     """(driver, decoder or None) by the flags args, and cfg of `planning`; may set cfg.max_gas."""
-    device, dtype = set_up(args)
-    nets, payloads, folder = checkpoints.load_models(
-        args.root, getattr(args, "models", None), device
-    )
+    (device, dtype), models = set_up(args), getattr(args, "models", None)
+    nets, payloads, folder = checkpoints.load_models(args.root, models, device)
     if policy == "untrained":
         torch.manual_seed(args.seed)
         fresh = Predictor(**nets["predictor"].args)
@@ -341,8 +332,6 @@ def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=None, r
     seen = observe(env, obs)
     if recorder:
         recorder.add(seen, telemetry(env))
-
-    # drive
     total, steps, ended, info = 0.0, 0, False, {}
     while not ended:
         frame = disturbance(seen)
@@ -354,7 +343,6 @@ def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=None, r
             recorder.add(seen, telemetry(env), action, reward)
         if not watch(env, frame, driver, total):
             return None
-
     if recorder:
         recorder.ends = terminated, truncated
 
@@ -373,11 +361,12 @@ def drive(env, driver, track_seed, watch=lambda *seen: True, disturbance=None, r
     }
 
 
-def save_episode(folder, policy, kind, row, arrays):
-    """Writes the arrays of an episode in an env of this kind; its uid tells policy and track."""
+def save_episode(folder, policy, kind, row, recorder):
+    """Writes a driven episode of an env of this kind; its uid tells policy and track."""
     seed, name = row["track_seed"], f"{folder.name}-{policy}"
     meta = dict(track_seed=seed, uid=f"{name}-t{seed}-{secrets.token_hex(4)}")
     meta |= dict(policy={"name": policy}, lap_finished=row["lap_finished"])
+    arrays = recorder.arrays(*recorder.ends)
     write_chunk(folder, chunk_provenance(folder.name, kind) | meta, **arrays)
 
 
@@ -385,24 +374,23 @@ def drive_policy(args, policy, driver, view, report):
     """Drives a policy on each track that the report lacks; prints a line for each."""
     env = make_env(args.env, domain_randomize=args.disturb == "colours")
     driver = driver or BaselineDriver(env, policy, args.pace, args.seed)
-    disturbance, name = Disturbance(args.disturb), row_name(policy, args.pace)
-    own = policy == args.policy
+    disturbance, own = Disturbance(args.disturb), policy == args.policy
     folder = writable(args.root / SELF_DRIVEN_DIR) if args.save_data and own else None
-    print(f"{name:>9}: {row_line()}")
+    print(f"{view.name:>9}: {COLUMNS}")
     tracks = range(args.track_seed, args.track_seed + args.episodes)
-    for i, seed in enumerate(progress(tracks, desc=name, unit="track", leave=False)):
+    for i, seed in enumerate(progress(tracks, desc=view.name, unit="track", leave=False)):
         if view.window.over:
             break
-        if seed in report.rows[name]:
+        if seed in report.rows[view.name]:
             continue
         view.reset(seed, own and i < args.film)
         recorder = EpisodeRecorder() if folder else None
         row = drive(env, driver, seed, view, disturbance, recorder)
         if row:
             if folder:
-                save_episode(folder, policy, args.env, row, recorder.arrays(*recorder.ends))
+                save_episode(folder, policy, args.env, row, recorder)
             tqdm.write(f"{'':10} {row_line(row)}")
-            report.add(name, row)
+            report.add(view.name, row)
             view.finish(row)
         elif not view.window.over:
             tqdm.write(f"{'':10} {seed:7} left after {view.step} steps, not counted")
@@ -417,11 +405,10 @@ def drive_all(args, policies, film, window):
     models = {names[p]: loaded[p][0].models if p in loaded else None for p in policies}
     report = Report(args.json, settings, models)
     for policy in policies:
-        if window.over:
-            break
-        driver, decoder = loaded.get(policy, (None, None))
-        view = LapView(window, film, names[policy], decoder)
-        drive_policy(args, policy, driver, view, report)
+        if not window.over:
+            driver, decoder = loaded.get(policy, (None, None))
+            view = LapView(window, film, names[policy], decoder)
+            drive_policy(args, policy, driver, view, report)
     return report
 
 
@@ -435,7 +422,7 @@ def main():
         lock_file(args.json.with_name(f".{args.json.name}.lock"), busy)
 
     stop, film, window = Stop(), None, NoWindow()
-    stem = args.root / "visuals" / ("drive_mpc" if args.policy == "mpc" else f"drive_{args.policy}")
+    stem = args.root / "visuals" / f"drive_{args.policy}"
     if not args.no_video:
         writable(stem.parent)
         film = VideoRecorder(VIDEO_FPS)
@@ -444,14 +431,11 @@ def main():
     report = window.run(lambda: drive_all(args, policies, film, window))
     reports = list(report.summaries().values())
     print(compare(reports, args.env) if reports else "no drive ended: no scores")
-    try:
-        if reports:
-            drives = sum(len(rows) for rows in report.rows.values())
-            report.save(last=True, finished=drives == len(policies) * args.episodes)
-    finally:
-        if film and (files := film.save(stem)):
-            left = ": the film ends where the drive was left" * window.over
-            print(", ".join(map(str, files)) + left)
+    if film and (files := film.save(stem)):
+        left = ": the film ends where the drive was left" * window.over
+        print(", ".join(map(str, files)) + left)
+    if reports:
+        report.save(last=True)
     return 130 if stop else 0
 
 

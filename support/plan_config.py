@@ -1,6 +1,8 @@
-"""Settings of the planner, and their flags."""
+"""Settings of the planner, their flags, and the noise of its candidates."""
 
 from dataclasses import dataclass, fields
+
+import torch
 
 from car import MAX_STEPS
 from support.cli import Number, fraction
@@ -29,6 +31,11 @@ class PlanConfig:
         """The PlanConfig in the flags of `planning`."""
         return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
 
+    def correlate(self, white):
+        """White noise (N, H, 2) -> noise of `noise_kind`, correlated over the H steps."""
+        ar1 = self.noise_kind == "ar1"
+        return ar1_noise(white, self.rho) if ar1 else powerlaw_noise(white, self.beta)
+
 
 def planning(p):
     """Adds the flags of planner and energy, the same wherever a plan is made."""
@@ -46,8 +53,8 @@ def planning(p):
     add("--noise_kind", choices=["ar1", "powerlaw"], help=kinds)
     add("--rho", type=Number(float, 0, 0.9999), help="ar1: correlation from step to step")
     add("--beta", type=Number(float, 0, 10), help="powerlaw: 0 is white noise, 1 pink, 2 red")
-    deviation = dict(nargs=2, metavar=("STEER", "THROTTLE"), help="standard deviation, of full")
-    add("--noise", type=Number(float, 0, 100), **deviation)
+    deviation = "standard deviation of steering and throttle, of full"
+    add("--noise", type=Number(float, 0, 100), nargs=2, help=deviation)
     add("--max_gas", type=fraction, help="most gas in a plan (default: as the cost model stores)")
     p.set_defaults(**vars(PlanConfig()))
 
@@ -58,3 +65,25 @@ def take_gas(args, payload):
         args.max_gas = payload.get("max_gas", 1.0)
         stored = "stored with" if "max_gas" in payload else "no limit is stored with"
         print(f"gas up to {args.max_gas:g}, {stored} the cost model")
+
+
+def ar1_noise(white, rho):
+    """White noise (N, H, 2) -> stationary AR(1) noise of unit variance: correlation rho ** lag."""
+    H = white.shape[1]
+    lag = (torch.arange(H)[:, None] - torch.arange(H)).abs()
+    root = torch.linalg.cholesky(float(rho) ** lag.double()).float().to(white.device)
+    return torch.einsum("ts,nsa->nta", root, white)
+
+
+def powerlaw_noise(white, beta):
+    """White noise (N, H, 2) -> noise of unit variance with power ~ frequency ** -beta (Timmer and
+    Koenig 1995).
+
+    Frequency 0, which a plan holds throughout, has the power of one period in H steps. The noise is
+    periodic: the end of a plan is correlated with its beginning.
+    """
+    H = white.shape[1]
+    periods = torch.fft.fftfreq(H, 1 / H, dtype=torch.float64).abs().clamp_min(1)
+    gain = periods ** (-beta / 2)
+    gain = (gain / gain.square().mean().sqrt())[: H // 2 + 1, None].float().to(white.device)
+    return torch.fft.irfft(torch.fft.rfft(white, dim=1) * gain, n=H, dim=1)

@@ -1,8 +1,6 @@
 """The table of scores, and its file, with which an interrupted run goes on."""
 
 import json
-import os
-import time
 
 import numpy as np
 from tqdm import tqdm
@@ -10,11 +8,12 @@ from tqdm import tqdm
 from car import ENV_ID
 from support.checkpoints import fingerprint
 from support.cli import fail
-from support.files import code_key, is_stream, replace_atomically, versions
+from support.files import back_up, code_key, is_stream, replace_atomically, versions
 from support.index_page import write_index
 
 # flags that decide nothing about a score but by `arithmetic` and the nets, which settings hold
 OUTPUT_FLAGS = "root models json no_video headless film device precision threads".split()
+COLUMNS = "  track  return steps tiles missed  lap plan ms p50    p99"  # of row_line
 
 
 def row_name(policy, pace):
@@ -22,33 +21,13 @@ def row_name(policy, pace):
     return f"expert, pace {pace:g}" if policy == "expert" and pace != 1 else policy
 
 
-def row_line(row=None):
-    """A drive's row as a line of text; without one, the names of the columns."""
-    if row is None:
-        columns = f"{'track':>7} {'return':>7} {'steps':>5} {'tiles':>5} {'missed':>6} {'lap':>4}"
-        return f"{columns} {'plan ms p50':>11} {'p99':>6}"
+def row_line(row):
+    """A drive's row as a line of text, below COLUMNS."""
     lap = "yes" if row["lap_finished"] else "no"
     return (
         f"{row['track_seed']:7} {row['return']:7.1f} {row['steps']:5} {row['tiles']:5} "
         f"{row['tiles_missed']:6} {lap:>4} {row['plan_ms_p50']:11.1f} {row['plan_ms_p99']:6.1f}"
     )
-
-
-def summary(policy, episodes, kind="official", models=None):
-    """One policy's part of the report: its episodes, their mean and spread, and what drove."""
-    returns = [e["return"] for e in episodes]
-    return {
-        "env_id": ENV_ID if kind == "official" else f"{ENV_ID} {kind}",
-        "policy": policy,
-        "models": models,
-        "versions": versions(),
-        "episodes": episodes,
-        "mean": round(float(np.mean(returns)), 2),
-        "std": round(float(np.std(returns)), 2),
-        "median": round(float(np.median(returns)), 2),
-        "worst": min(returns),
-        "laps_finished": sum(e["lap_finished"] for e in episodes),
-    }
 
 
 def score_settings(args, nets):
@@ -64,7 +43,7 @@ class Report:
     """The rows of all policies, {name: {track_seed: row}}, and the file of --json.
 
     The file is written after each drive. An unfinished one of the same settings is gone on with;
-    any other is renamed, so that no score is lost.
+    any other is moved aside, so that no score is lost.
     """
 
     def __init__(self, path, settings, models):
@@ -79,11 +58,8 @@ class Report:
     def _resume(self):
         try:
             known = json.loads(self.path.read_bytes())
-            then, finished = known["settings"], known["finished"]
-            rows = {
-                name: {e["track_seed"]: e for e in summary(name, r["episodes"])["episodes"]}
-                for name, r in known["rows"].items()
-            }
+            then, finished, rows = known["settings"], known["finished"], known["rows"].items()
+            rows = {name: {e["track_seed"]: e for e in r["episodes"]} for name, r in rows}
             keys = sorted(then.keys() | self.settings.keys())
         except (ValueError, LookupError, TypeError, AttributeError):
             fail(f"--json {self.path}: is no report of drive_mpc.py; choose another name")
@@ -92,11 +68,9 @@ class Report:
             self.rows |= rows
             print(f"{self.path}: goes on behind {sum(map(len, rows.values()))} drives")
             return
-        now = time.strftime("%Y%m%d-%H%M%S")
-        aside = self.path.with_name(f"{self.path.stem}-{now}{self.path.suffix}")
-        os.replace(self.path, aside)
+        back_up(self.path.parent, [self.path])
         why = "finished" if finished else f"unfinished, with other {', '.join(other)}"
-        print(f"{self.path}: {why}; it is {aside.name} now, drives anew")
+        print(f"{self.path}: {why}; it is in {self.path.parent}/replaced-* now, drives anew")
 
     def add(self, name, row):
         """Adds the row of a drive, and writes the file."""
@@ -104,22 +78,35 @@ class Report:
         self.save()
 
     def summaries(self):
-        """{name: summary} of the policies that ended a drive, their tracks in order."""
-        kind, models = self.settings["env"], self.models
-        driven = {name: sorted(rows.items()) for name, rows in self.rows.items() if rows}
-        return {
-            name: summary(name, [row for _, row in rows], kind, models[name])
-            for name, rows in driven.items()
-        }
+        """{name: its episodes in order of their tracks, mean and spread, and what drove}."""
+        kind, out = self.settings["env"], {}
+        for name, rows in self.rows.items():
+            episodes = [rows[track] for track in sorted(rows)]
+            returns = [e["return"] for e in episodes]
+            if rows:
+                out[name] = {
+                    "env_id": ENV_ID if kind == "official" else f"{ENV_ID} {kind}",
+                    "policy": name,
+                    "models": self.models[name],
+                    "versions": versions(),
+                    "episodes": episodes,
+                    "mean": round(float(np.mean(returns)), 2),
+                    "std": round(float(np.std(returns)), 2),
+                    "median": round(float(np.median(returns)), 2),
+                    "worst": min(returns),
+                    "laps_finished": sum(e["lap_finished"] for e in episodes),
+                }
+        return out
 
-    def save(self, last=False, finished=False):
+    def save(self, last=False):
         """Writes the file; a stream gets the last report only. A failure costs a line, for the next
         drive tries again; after the last one it raises OSError."""
         if self.path is None or self.stream and not last:
             return
-        reports = self.summaries()
-        main = reports.get(row_name(self.settings["policy"], self.settings["pace"]), {})
-        body = main | {"settings": self.settings, "finished": finished, "rows": reports}
+        reports, settings = self.summaries(), self.settings
+        finished = all(len(rows) == settings["episodes"] for rows in self.rows.values())
+        main = reports.get(row_name(settings["policy"], settings["pace"]), {})
+        body = main | {"settings": settings, "finished": finished, "rows": reports}
         text = json.dumps(body, indent=1) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,10 +122,9 @@ def compare(reports, env_name):
     """The table of several policies' summaries on the same tracks."""
     tracks = [e["track_seed"] for r in reports for e in r["episodes"]]
     width = max(10, *(len(r["policy"]) for r in reports))
+    columns = "    mean ± std median  worst    laps missed  steps plan ms"
     lines = [
-        f"{'driver':{width}} {'mean ± std':>15} {'median':>6} {'worst':>6} {'laps':>7} "
-        f"{'missed':>6} {'steps':>6} {'plan ms':>7}   tracks {min(tracks)} to "
-        f"{max(tracks)}, {env_name} env"
+        f"{'driver':{width}}  {columns}   tracks {min(tracks)} to {max(tracks)}, {env_name} env"
     ]
     for r in reports:
         mean = lambda key: np.mean([e[key] for e in r["episodes"]])

@@ -3,18 +3,16 @@
 The script's work runs in a thread beside the window, so that keys answer while it plans or loads.
 """
 
-import os
-import sys
 import textwrap
 import threading
 import time
-from collections import deque
 from concurrent.futures import Future
 from functools import lru_cache
 
 import cv2
 import numpy as np
 import pygame
+from matplotlib.ticker import MaxNLocator
 
 from support.cli import Stop
 
@@ -23,6 +21,7 @@ INK, DIM, PAPER, WARM = (235, 235, 235), (150, 150, 150), (24, 24, 28), (255, 17
 GRID = (62, 62, 68)
 TEXT = 22  # px, the height of a line: readable in a GIF of two thirds the size
 BAR, BAR_TEXT = 26, 20  # px, the line of keys below the picture, and its text
+SIZE = VIEW[0] + SIDE, VIEW[1] + LOWER + BAR  # px, the window
 SLACK = 0.2  # s that a picture may be late before the clock waits for it
 END_S = 2.0  # how long the last picture of a lap stands
 DRIVERS = ("x11", "wayland", "cocoa", "windows")  # of SDL, that show a window on a desktop
@@ -52,11 +51,13 @@ def letters(text, size):
     return pygame.surfarray.array_alpha(surface).T[..., None].astype(np.float32) / 255
 
 
-def write(canvas, text, x, y, color=INK, size=TEXT, center=False):
-    """Text with its upper left corner at (x, y), or its upper middle; cut at the canvas's edges.
-    Returns the x of its right end."""
+def write(canvas, text, x, y, color=INK, size=TEXT, align=0.0):
+    """Writes text whose top is at y, cut at the canvas's edges -> the x of its right end.
+
+    align: 0, 0.5 or 1 puts its left end, middle or right end at x.
+    """
     cover = letters(text, size)
-    x = max(0, x - cover.shape[1] // 2) if center else x
+    x = max(0, x - int(align * cover.shape[1]))
     spot = canvas[y : y + cover.shape[0], x : x + cover.shape[1]]
     cover = cover[: spot.shape[0], : spot.shape[1]]
     spot[:] = spot + (np.array(color, np.float32) - spot) * cover
@@ -84,38 +85,28 @@ def plot(canvas, box, series, colors, low, high, length):
     """
     x, y, w, h = box
     for values, color in zip(series, colors):
-        v = (np.clip(values, low, high) - low) / max(1e-6, high - low)
+        v = (np.clip(values, low, high) - low) / (high - low)
         across = x + w * (np.arange(len(v)) + length - len(v)) / max(1, length - 1)
         pts = np.stack([across, y + h - v * h], 1).round().astype(np.int32)
         cv2.polylines(canvas, [pts], False, color, 2, cv2.LINE_AA)
 
 
-def log_axis(canvas, box, values):
-    """Draws a logarithmic axis around positive values (n, k): lines in box (x, y, w, h), numbers
-    left of it -> (low, high), the ends of the axis as log10."""
-    low, high = np.log10(values.min()), np.log10(values.max())
-    steps = (1, 2, 5) if high - low < 1.5 else (1,)
-    ticks = np.log10([m * 10.0**k for k in range(int(low) - 2, int(high) + 3) for m in steps])
-    first = np.searchsorted(ticks, low + 1e-9, "right") - 1
-    last = np.searchsorted(ticks, max(high, low + 1e-6) - 1e-9)
-    return _axis(canvas, box, ticks[first : last + 1], lambda tick: f"{10.0**tick:g}")
+def plot_with_axis(canvas, box, values, colors, length):
+    """Plots values (n, k) as k lines, with the numbers of an axis left of the box.
 
-
-def linear_axis(canvas, box, values):
-    """Draws a linear axis around values (n, k), as `log_axis` does -> (low, high)."""
-    low, high = values.min(), values.max()
-    step = 10.0 ** np.floor(np.log10(max(high - low, 1e-6)))
-    low, high = np.floor(low / step) * step, (np.floor(high / step) + 1) * step
-    return _axis(canvas, box, np.arange(low, high + step / 2, step), "{:g}".format)
-
-
-def _axis(canvas, box, ticks, name):
-    (x, y, w, h), (low, high) = box, ticks[[0, -1]]
-    for tick in ticks[:: max(1, (len(ticks) + 3) // 5)]:
+    The axis is logarithmic where all values are positive -> its ends (low, high), as log10 then.
+    """
+    x, y, w, h = box
+    logs = values.min() > 0
+    values = np.log10(values) if logs else values
+    ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(values.min(), values.max())
+    low, high = ticks[[0, -1]]
+    for tick in ticks:
         at = int(y + h - (tick - low) / (high - low) * h)
         cv2.line(canvas, (x, at), (x + w, at), GRID, 1)
-        text = name(round(tick, 9))
-        write(canvas, text, max(0, x - 6 - letters(text, TEXT).shape[1]), at - 7, DIM)
+        text = f"{10.0**tick:.2g}" if logs else f"{tick:.4g}"
+        write(canvas, text, x - 6, at - 7, DIM, align=1)
+    plot(canvas, box, values.T, colors, low, high, length)
     return low, high
 
 
@@ -125,7 +116,7 @@ def banner(canvas, *lines):
     top = (h - height) // 2
     canvas[top : top + height, :w] //= 4
     for i, line in enumerate(lines):
-        write(canvas, line, w // 2, top + 12 + 34 * i, INK, 36 if i == 0 else 28, center=True)
+        write(canvas, line, w // 2, top + 12 + 34 * i, INK, 28 if i else 36, align=0.5)
 
 
 # ------------------------------------------------------------------ windows
@@ -167,13 +158,11 @@ class Window(NoWindow):
         """Raises pygame.error where there is no display."""
         pygame.display.init()
         pygame.display.set_caption(title)
-        pygame.key.set_repeat(300, 60)  # ms
         self.changed = threading.Condition()  # a picture came, or a key
-        self.screen = self.picture = self.size = None
-        self.dirty = self.full = self.help = self.paused = self.next = self.chosen = False
+        self.picture, self.dirty = None, False
+        self.help = self.paused = self.next = self.chosen = self.full = False
         self.steps = 0  # to go on by, while it is paused
-        self.held = set()  # keys that are down
-        self.began, self.last, self.shown = None, 0.0, deque(maxlen=25)  # the clock of a lap
+        self.due, self.last = 0.0, 0.0  # when the last picture was due, and its second of the lap
 
     def run(self, work):
         """work() in a thread, while the window lives -> its result."""
@@ -186,13 +175,9 @@ class Window(NoWindow):
                 done.set_exception(e)
 
         threading.Thread(target=body, daemon=True).start()  # Ctrl-C twice ends it
-        while not done.done():
-            try:
-                self._events()
-                self._draw()
-            except pygame.error as e:  # the display went away
-                print(f"the window is lost ({e}); goes on without it")
-                self.close()
+        while not (done.done() or self.quit):
+            self._events()
+            self._draw()
             with self.changed:
                 self.changed.wait(1 / 60)
         self.close()
@@ -202,27 +187,20 @@ class Window(NoWindow):
         with self.changed:
             self.picture, self.dirty = picture, True
             self.changed.notify_all()
-            if seconds < self.last:  # another lap
-                self._restart()
+
+            # the clock; a second that falls begins another lap
+            now = time.monotonic()
+            self.due += max(0.0, seconds - self.last)
+            self.due = now if self.due < now - SLACK else self.due
             self.last = seconds
 
             # wait until the picture is due, or a key
-            while self.visible and not (self.next or self.over):
-                now = time.monotonic()
-                if self.paused:
-                    self._restart()
-                    if self.steps:
-                        self.steps -= 1
-                        break
-                    self.changed.wait(0.1)
-                    continue
-                if self.began is None or self.began + seconds < now - SLACK:
-                    self.began = now - seconds
-                early = self.began + seconds - now
+            while self.visible and not (self.next or self.steps or self.over):
+                early = 0.1 if self.paused else self.due - time.monotonic()
                 if early <= 0:
-                    self.shown.append((now, seconds))
                     break
                 self.changed.wait(early)
+            self.steps = max(0, self.steps - 1)
             command = "quit" if self.quit else "next" if self.next else ""
             self.next = False
             return command
@@ -237,44 +215,24 @@ class Window(NoWindow):
             self.changed.notify_all()
         pygame.display.quit()
 
-    def pace(self):
-        """Seconds of the lap in one second, over the last pictures; 1.0 is real time; None: too few
-        pictures to tell."""
-        if len(self.shown) < 5:
-            return None
-        (t0, s0), (t1, s1) = self.shown[0], self.shown[-1]
-        return (s1 - s0) / max(1e-6, t1 - t0)
-
-    def _restart(self):
-        self.began = None
-        self.shown.clear()
-
     # -------------------------------------------------------------- main thread
 
     def _events(self):
-        for event in pygame.event.get() if self.visible else []:
+        for event in pygame.event.get():
             with self.changed:
                 self.dirty = True
                 if event.type == pygame.KEYDOWN:
                     self._key(event)
-                elif event.type == pygame.KEYUP:
-                    self.held.discard(event.key)
                 elif event.type == pygame.QUIT:
                     self.quit = True
                 self.changed.notify_all()
-            if self.quit:
-                return self.close()
 
     def _key(self, event):
-        key, again = event.key, event.key in self.held
-        self.held.add(key)
+        key = event.key
         if 127 < key < 1 << 30:  # another alphabet: the letter that a Latin keyboard has there
             key = ord("a") + event.scancode - pygame.KSCAN_A
-        if key in (pygame.K_s, pygame.K_RIGHT):  # held down: as many steps as go
-            self.paused = True
-            self.steps = max(self.steps, 1) if again else self.steps + 1
-        elif again:
-            return
+        if key in (pygame.K_s, pygame.K_RIGHT):
+            self.paused, self.steps = True, self.steps + 1
         elif key == pygame.K_SPACE:
             self.paused, self.steps = not self.paused, 0
         elif key == pygame.K_r:
@@ -283,73 +241,52 @@ class Window(NoWindow):
             self.recording, self.chosen = not self.recording, True
         elif key == pygame.K_h:
             self.help = not self.help
-        elif key == pygame.K_f and self.screen:
-            self.size = self.size if self.full else self.screen.get_size()
+        elif key == pygame.K_f:
             self.full = not self.full
-            self._open()
+            mode = ((0, 0), pygame.FULLSCREEN) if self.full else (SIZE, pygame.RESIZABLE)
+            pygame.display.set_mode(*mode)
         elif key in (pygame.K_q, pygame.K_ESCAPE):
             self.quit = True
 
-    def _open(self):
-        if self.size is None:  # the picture's, or what fits on the screen
-            height, width = self.picture.shape[:2]
-            room = [0.9 * side for side in (pygame.display.get_desktop_sizes() or [(1e5, 1e5)])[0]]
-            scale = min(1, room[0] / width, room[1] / (height + BAR))
-            self.size = round(scale * width), round(scale * height) + BAR
-        size, flag = ((0, 0), pygame.FULLSCREEN) if self.full else (self.size, pygame.RESIZABLE)
-        self.screen = pygame.display.set_mode(size, flag)
-
     def _draw(self):
-        if not self.visible or not self.dirty or self.picture is None:
+        if not self.dirty or self.picture is None:
             return
         self.dirty = False
-        if self.screen is None:
-            self._open()
-        self.screen = pygame.display.get_surface()  # of the size that the user gave it
-
-        # the picture, as large as fits, in the middle
-        (w, h), picture = self.screen.get_size(), self.picture
-        scale = max(min(w / picture.shape[1], (h - BAR) / picture.shape[0]), 0.05)
-        size = [max(1, round(scale * side)) for side in picture.shape[1::-1]]
-        kind = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-        picture = cv2.resize(picture, size, interpolation=kind)
+        picture = self.picture
         if self.help:
-            picture //= 4
+            picture = picture // 4
             for i, (key, what) in enumerate(KEYS.items()):
                 write(picture, key, 60, 50 + 40 * i, WARM, 32)
                 write(picture, what, 240, 50 + 40 * i, INK, 32)
-        left, top = max(0, (w - size[0]) // 2), max(0, (h - BAR - size[1]) // 2)
-        rest = max(0, h - top - size[1]), left, max(0, w - left - size[0])
-        canvas = cv2.copyMakeBorder(picture, top, *rest, cv2.BORDER_CONSTANT, value=PAPER)
 
-        # the bar: keys and state
-        bar, state, pace = canvas[-BAR:], "paused" * self.paused, self.pace()
-        bar[:] = GRID
-        if pace and not self.paused:
-            state = f"{pace:.2f} x real time" if abs(pace - 1) > 0.05 else "real time"
-        state = "recording   " * self.recording + state
-        x = w - 8 - letters(state, BAR_TEXT).shape[1]
-        roomy = letters(KEYS_BAR, BAR_TEXT).shape[1] + 16 <= x
-        write(bar, KEYS_BAR if roomy else "h help   q quit", 8, 6, DIM, BAR_TEXT)
-        write(bar, state, max(0, x), 6, WARM if self.recording else INK, BAR_TEXT)
-        self.screen.blit(pygame.image.frombuffer(canvas, canvas.shape[1::-1], "RGB"), (0, 0))
+        # the picture, as large as fits, in the middle
+        screen = pygame.display.get_surface()  # of the size that the user gave it
+        # opened with the first picture: one that was open while the nets loaded got lost
+        screen = screen or pygame.display.set_mode(SIZE, pygame.RESIZABLE)
+        w, h = screen.get_size()
+        surface = pygame.image.frombuffer(picture, picture.shape[1::-1], "RGB")
+        spot = surface.get_rect().fit((0, 0, w, max(1, h - BAR)))
+        screen.fill(PAPER)
+        screen.blit(pygame.transform.smoothscale(surface, spot.size), spot)
+
+        # the bar: state and keys
+        bar = np.full((BAR, w, 3), GRID, np.uint8)
+        state = "recording  " * self.recording + "paused  " * self.paused
+        x = write(bar, state, 8, 6, WARM, BAR_TEXT)
+        write(bar, KEYS_BAR, x + 8, 6, DIM, BAR_TEXT)
+        screen.blit(pygame.image.frombuffer(bar, (w, BAR), "RGB"), (0, h - BAR))
         pygame.display.flip()
 
 
 def open_window(title):
-    """A Window, or where there is no display a NoWindow; says why."""
-    desktop = sys.platform in ("darwin", "win32")
-    if not (desktop or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        print('no window (no display: README, "Windows"); files only')
-        return NoWindow()
+    """A Window, or where there is no desktop a NoWindow; says why."""
     try:
-        window = Window(title)
+        pygame.display.init()
+        if (driver := pygame.display.get_driver()) in DRIVERS:
+            return Window(title)
+        why = f'SDL finds only its driver "{driver}"'
     except pygame.error as e:
-        print(f"no window ({e}); files only")
-        return NoWindow()
-    driver = pygame.display.get_driver()
-    if driver in DRIVERS:
-        return window
-    window.close()
-    print(f'no window (SDL finds no desktop, only its driver "{driver}"); files only')
+        why = e
+    pygame.display.quit()
+    print(f'no window ({why}; README, "Windows"); files only')
     return NoWindow()

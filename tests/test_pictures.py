@@ -2,14 +2,17 @@
 
 import io
 import json
+import os
 import resource
 import shutil
 import subprocess
 
+import cv2
 import numpy as np
 import pytest
 from processes import QUICK, finish, start, wait_for
 
+from support.index_page import write_index
 from support.pictures import VideoRecorder, ornament
 
 av = pytest.importorskip("av")
@@ -80,32 +83,92 @@ def test_a_film_that_cannot_be_written_costs_a_line_and_not_the_old_one(tmp_path
     assert "not drawn" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium")
-def test_chromium_plays_the_film(tmp_path):
-    film().save(tmp_path / "film")
-    (tmp_path / "page.html").write_text("""<video src=film.mp4 muted></video><p>none</p><script>
-        const v = document.querySelector('video'), p = document.querySelector('p')
+# ------------------------------------------------------------------ the page of all pictures
+
+
+def visuals(tmp_path):
+    """A folder with two epochs of a picture, a film, odd names, and the scores of a drive."""
+    folder = tmp_path / "a <root> & more" / "visuals"
+    folder.mkdir(parents=True)
+    film().save(folder / "drive_mpc")
+    for i, name in enumerate(
+        ("reconstruct_ep2.png", "reconstruct_ep10.png", "energy_<b>&#1 %.png")
+    ):
+        cv2.imwrite(str(folder / name), np.full((30, 40, 3), 50, np.uint8))
+        os.utime(folder / name, (1e9 + i, 1e9 + i))
+    row = {"mean": 1.0, "std": 0.5, "laps_finished": 1, "episodes": [{}, {}]}
+    (folder / "scores & <b>.json").write_text(json.dumps({"rows": {"mpc <i>": row}}))
+    (folder / "report.json").write_text("{}")
+    (folder / "damaged.json").write_text("{")
+    write_index(folder)
+    return folder
+
+
+def test_the_page_lists_the_newest_picture_the_film_and_the_scores(tmp_path):
+    page = (visuals(tmp_path) / "index.html").read_text()
+    assert "reconstruct_ep10.png" in page and "reconstruct_ep2.png" not in page
+    assert '<video src="drive_mpc.mp4?' in page
+    assert "<td>mpc &lt;i&gt;<td>1.0 ± 0.5<td>1/2" in page
+    assert "report.json" not in page and "damaged.json" not in page
+    assert "a &lt;root&gt; &amp; more" in page and "scores &amp; &lt;b&gt;.json" in page
+    assert 'src="energy_%3Cb%3E%26%231%20%25.png?' in page and "energy_&lt;b&gt;&amp;#1" in page
+    assert "<b>" not in page and "<i>" not in page
+
+
+def test_a_page_that_cannot_be_written_costs_nothing_else(tmp_path, monkeypatch, capsys):
+    folder = visuals(tmp_path)
+
+    def refuse(path, write):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("support.index_page.replace_atomically", refuse)
+    before = (folder / "index.html").read_text()
+    with ornament(folder / "x.png"):
+        (folder / "x.png").write_bytes(b"drawn")
+    assert capsys.readouterr().out == "" and (folder / "index.html").read_text() == before
+    write_index(tmp_path)  # a folder of another name has no page
+    assert not (tmp_path / "index.html").exists()
+
+
+# ------------------------------------------------------------------ in a browser
+
+BROWSER = ["chromium", "--headless", "--no-sandbox", "--disable-gpu"]
+BROWSER += ["--autoplay-policy=no-user-gesture-required"]
+chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium")
+
+
+def browse(tmp_path, page, *flags):
+    """What Chromium prints about a page."""
+    command = [*BROWSER, f"--user-data-dir={tmp_path}/profile", *flags, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+
+
+@chromium
+def test_chromium_plays_the_film_of_the_page(tmp_path):
+    """A copy of the page says so once its film plays."""
+    folder = visuals(tmp_path)
+    page = (folder / "index.html").read_text()
+    page = page.replace('http-equiv="refresh"', "")  # which would begin the film again
+    (folder / "copy.html").write_text(
+        page
+        + """<p id=said>none</p><script>
+        const v = document.querySelector('video'), p = document.querySelector('#said')
         const say = what => p.textContent = `${what} ${v.videoWidth}x${v.videoHeight}`
         v.onerror = () => say('error ' + v.error.code)
         v.ontimeupdate = () => v.currentTime > 1 && say('plays')
-        v.play()</script>""")
-    done = subprocess.run(
-        [
-            "chromium",
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--virtual-time-budget=20000",
-            "--autoplay-policy=no-user-gesture-required",
-            f"--user-data-dir={tmp_path}/profile",
-            "--dump-dom",
-            f"file://{tmp_path}/page.html",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
+        window.onload = () => v.play()</script>"""
     )
-    assert "<p>plays 128x96</p>" in done.stdout, done.stdout
+    found = browse(tmp_path, folder / "copy.html", "--virtual-time-budget=20000", "--dump-dom")
+    assert "plays 128x96" in found, found
+
+
+@chromium
+def test_chromium_renders_the_page(tmp_path):
+    folder, shot = visuals(tmp_path), tmp_path / "page.png"
+    browse(tmp_path, folder / "index.html", f"--screenshot={shot}", "--window-size=800,900")
+    picture = cv2.imread(str(shot)).reshape(-1, 3)
+    grey = (np.abs(picture.astype(int) - 50).max(1) < 3).sum()
+    assert grey > 2 * 30 * 40 * 0.9  # two pictures of 40 x 30, and no broken one
 
 
 @pytest.mark.slow

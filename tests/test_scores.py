@@ -1,7 +1,6 @@
 """The table of scores and its file, and the numbers that drives are asked for."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from networks import CostModel
 from support.cli import Refusal, Stop
 from support.scores import Report, row_name, score_settings
 from support.window import NoWindow
-from tools.checkpoint import main as networks_main
 
 
 def scores(path):
@@ -125,11 +123,12 @@ def test_no_score_is_lost_to_a_stop_or_to_a_new_drive(tmp_path, monkeypatch):
     again = drive_mpc.drive_all(args, policies, None, NoWindow())
     again.save(last=True)  # stopped before the first drive
     assert scores(path) == {"random": [0.0, 1.0], "expert": [0.0]}
-    report.save(finished=True)
+    report.add("expert", row | {"track_seed": 100_001, "return": 2.0})
+    assert json.loads(path.read_text())["finished"]
     assert report_of(path, args, policies).rows == {"random": {}, "expert": {}}
     assert not path.exists()
-    (aside,) = tmp_path.glob("s-*.json")
-    assert scores(aside) == {"random": [0.0, 1.0], "expert": [0.0]}
+    (aside,) = tmp_path.glob("replaced-*/s.json")
+    assert scores(aside) == {"random": [0.0, 1.0], "expert": [0.0, 2.0]}
     path.write_text(
         json.dumps({"env_id": 1, "policy": 2, "versions": 3, "episodes": 4, "finished": False})
     )
@@ -172,16 +171,6 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path, ca
         assert (tmp_path / "file").read_text() == text
     (tmp_path / "empty").touch()
     assert report_of(tmp_path / "empty", args).rows == {"random": {}}
-
-
-def test_a_checkpoint_is_not_exported_over_itself(tmp_path, monkeypatch, capsys):
-    shipped = next((REPO / "models" / "pretrained").glob("predictor*"))
-    path = shutil.copy(shipped, tmp_path / "p.pth")
-    before = Path(path).read_bytes()
-    for out, why in ((path, "the checkpoint itself"), (tmp_path, "found a folder")):
-        monkeypatch.setattr(sys, "argv", ["checkpoint.py", str(path), "--safetensors", str(out)])
-        assert why in refused(capsys, networks_main)
-    assert Path(path).read_bytes() == before
 
 
 @pytest.mark.parametrize(

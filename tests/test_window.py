@@ -15,13 +15,13 @@ from processes import finish, start, wait_for
 
 import demo_energy
 import drive_mpc
-import train_predictor
 from car.env import make_env
 from car.renderer import picture
 from report.dreams import telling_rows
 from support import window as windows
 from support.cli import Refusal
-from support.window import KEYS, KEYS_BAR, Window, log_axis, open_window
+from support.dreams import animate_dream
+from support.window import KEYS, KEYS_BAR, Window, open_window, plot_with_axis
 
 av = pytest.importorskip("av")
 
@@ -46,26 +46,30 @@ def test_the_car_looks_alike_in_both_environments(steps):
         assert (np.abs(found[330:400, 270:330].astype(int) - (204, 0, 0)).sum(-1) < 60).sum() > 100
 
 
-def test_energies_below_zero_have_a_linear_axis():
-    for values in ([[-57.0, 3.0], [0.5, 37.0]], [[-2.0, -2.0]], [[0.0, 1e-9]]):
-        low, high = windows.linear_axis(
-            canvas := windows.blank(), (60, 540, 500, 110), np.array(values)
-        )
-        assert low <= np.min(values) and np.max(values) <= high and low < high
-        assert (canvas[530:660, :56] != windows.PAPER).any()  # it has numbers
-
-
-def test_an_axis_has_numbers_and_holds_all_values():
-    canvas = windows.blank()
-    for values in (np.array([[0.3, 0.9]]), np.array([[1e-4, 3.0]]), np.array([[2.0, 2.0]])):
-        low, high = log_axis(canvas, (100, 500, 400, 100), values)
-        assert low <= np.log10(values.min()) and np.log10(values.max()) <= high and low < high
+@pytest.mark.parametrize(
+    "values",
+    [
+        [[-57.0, 3.0], [0.5, 37.0]],
+        [[-2.0, -2.0]],
+        [[0.0, 1e-9]],
+        [[0.3, 0.9]],
+        [[1e-4, 3.0]],
+        [[2.0, 2.0]],
+    ],
+)
+def test_an_axis_has_numbers_and_holds_all_values(values):
+    """Values above zero have a logarithmic axis, others a linear one."""
+    canvas, values = windows.blank(), np.array(values * 3)
+    low, high = plot_with_axis(canvas, (100, 500, 400, 100), values, [(255, 0, 0)] * 2, 9)
+    values = np.log10(values) if values.min() > 0 else values
+    assert low <= values.min() and values.max() <= high and low < high
     assert (canvas[490:610, 20:95] != windows.PAPER).any()  # numbers left of the box
+    assert (canvas[490:610, 480:501] == (255, 0, 0)).all(-1).any()  # the newest at the right
 
 
 def test_the_rollout_has_gaps_names_and_seconds(tmp_path):
     real, dreamt = np.full((2, 4, 6, 64, 64, 3), 200, np.uint8)
-    train_predictor.animate_dream(real, dreamt, ["a", "b", "c", "d"], tmp_path / "x.gif", 0.04)
+    animate_dream(real, dreamt, ["a", "b", "c", "d"], tmp_path / "x.gif", 0.04)
     from PIL import Image
 
     gif = Image.open(tmp_path / "x.gif")
@@ -124,12 +128,15 @@ def test_a_lap_is_shown_in_real_time(shown):
             for step in range(26):
                 assert window.show(PICTURE, step / 25) == ""
             assert 0.99 < time.monotonic() - began < 1.5
-        for step in range(8):  # slow plans: it says so and does not hurry afterwards
+        for step in range(8):  # slow plans
             time.sleep(0.12)
             window.show(PICTURE, step / 25)
-        return window.pace()
+        began = time.monotonic()
+        for step in range(8, 34):  # it hurries by SLACK at most
+            window.show(PICTURE, step / 25)
+        return time.monotonic() - began
 
-    assert window.run(work) < 0.6 and not window.visible
+    assert 0.79 < window.run(work) < 1.5 and not window.visible
 
 
 def test_keys_pause_step_record_help_and_leave(shown):
@@ -156,19 +163,11 @@ def test_keys_pause_step_record_help_and_leave(shown):
         for key in (pygame.K_s, pygame.K_RIGHT, pygame.K_s):
             press(key)
         wait_for(lambda: len(seen) == before + 3)
-        press(pygame.K_s, [pygame.KEYDOWN] * 40)  # held: as many as go, and none when let go
-        wait_for(lambda: len(seen) > before + 3)
-        press(pygame.K_s, [pygame.KEYUP])
         time.sleep(0.3)
         after = len(seen)
-        time.sleep(0.3)
-        assert len(seen) == after < before + 10
+        assert after == before + 3
         press(pygame.K_h)
         wait_for(lambda: window.help)
-        press(pygame.K_f)
-        wait_for(lambda: window.full)
-        press(pygame.K_f)
-        wait_for(lambda: not window.full)
         press(pygame.K_v)
         wait_for(lambda: not window.recording)
         window.record(True)  # what the script would like is less than what the user said
@@ -191,9 +190,10 @@ def test_keys_pause_step_record_help_and_leave(shown):
 
 def test_the_picture_keeps_its_shape_in_a_window_of_any_size(shown):
     window, _ = shown
-    window.picture, window.dirty, white = np.full((100, 200, 3), 255, np.uint8), True, []
+    window.picture, white = np.full((100, 200, 3), 255, np.uint8), []
     for size in ((900, 300), (300, 700), (60, 50)):
-        window.size, window.screen, window.dirty = size, None, True
+        pygame.display.set_mode(size, pygame.RESIZABLE)
+        window.dirty = True
         window._draw()
         there = pygame.surfarray.array3d(pygame.display.get_surface()).min(2) > 250
         there[:, size[1] - windows.BAR :] = False
@@ -254,12 +254,13 @@ def test_the_demo_without_a_display_writes_its_files(tmp_path):
         "demo_energy.gif",
         "demo_energy.mp4",
         "demo_energy.png",
+        "index.html",
     ]
     with av.open(str(tmp_path / "visuals" / "demo_energy.mp4")) as found:
         frames = [f.to_ndarray(format="gray")[200:280, :80].mean() for f in found.decode(video=0)]
-    assert len(frames) == 75 // 2 + 1 + 50  # from the first second on, and the end for two
+    assert len(frames) == 75 // 2 + 50  # from the first second on, and the end for two
     band = np.array(frames) < 0.7 * frames[30]  # a dark one, with text
-    assert band[:25].all() and not band[25:38].any() and band[38:].all()
+    assert band[:25].all() and not band[25:37].any() and band[37:].all()
 
 
 @pytest.mark.skipif(
@@ -299,6 +300,8 @@ def test_keys_in_a_real_window(tmp_path, name):
         process = start(name, *args, "--threads", "1", root=tmp_path, env={"DISPLAY": display})
         empty = screen()
         wait_for(lambda: screen() != empty or process.poll() is not None)
+        waiting = screen()  # the window, before the first picture
+        wait_for(lambda: screen() != waiting or process.poll() is not None)
         assert process.poll() is None, finish(process)
         time.sleep(1.5)
         press("r")
@@ -311,6 +314,10 @@ def test_keys_in_a_real_window(tmp_path, name):
         press("Right")
         time.sleep(0.4)
         assert screen() != still
+        for _ in range(2):  # full screen, and back
+            before = screen()
+            press("f")
+            wait_for(lambda: screen() != before)
         press("q")
         code, out, err = finish(process)
     finally:

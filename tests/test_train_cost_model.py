@@ -1,0 +1,64 @@
+"""The gas limit that the cost model stores, and the driver takes."""
+
+import json
+
+import pytest
+import torch
+from conftest import script
+
+from networks import Predictor
+from train_cost_model import gas_limit
+
+
+def test_a_drive_without_the_flag_is_the_drive_with_the_stored_limit(chain, tmp_path):
+    payload = torch.load(chain[0] / "models" / "cost_model_final.pth", weights_only=True)
+    assert payload["max_gas"] == 0.5  # nets of 40 steps imagine little
+    assert "gas up to 0.5: 15 steps ahead" in chain[1]["train_cost_model.py"]
+    rows = {}
+    for flags in ((), ("--max_gas", 0.5), ("--max_gas", 0)):
+        path = tmp_path / "s.json"
+        path.unlink(missing_ok=True)
+        done = script(
+            "drive_mpc.py",
+            "--env",
+            "fast",
+            "--episodes",
+            1,
+            "--track_seed",
+            200_000,
+            "--samples",
+            8,
+            "--horizon",
+            3,
+            "--no_video",
+            "--threads",
+            1,
+            "--json",
+            path,
+            *flags,
+            root=chain[0],
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("gas up to 0.5, stored with the cost model" in done.stdout) == (not flags)
+        report = json.loads(path.read_text())
+        rows[flags] = [(e["return"], e["steps"], e["tiles"]) for e in report["episodes"]]
+        assert report["settings"]["max_gas"] == (flags[1] if flags else 0.5)
+    stored, given, more = rows.values()
+    assert stored == given != more
+
+
+@pytest.mark.parametrize("error,gas", [(0.0, 1.0), (0.1, 1.0), (0.15, 0.5), (1.0, 0.5)])
+def test_full_gas_is_for_nets_whose_rollouts_hold(error, gas, capsys):
+    """Of copy-last's error, `error` is left: a rollout is so far from the truth."""
+    z = torch.randn(40, 6, 8, generator=torch.Generator().manual_seed(0)).cumsum(1)
+
+    class Dreamer(Predictor):
+        def rollout(self, z0, act):
+            return z[:, 1:] + error**0.5 * (z[:, :1] - z[:, 1:])
+
+    class Held:
+        swapped = staticmethod(lambda i: torch.zeros(40, 5, 3))
+        __call__ = staticmethod(lambda i: (z, torch.zeros(40, 5, 3)))
+
+    assert gas_limit(Dreamer(8, 4, 4), Held(), torch.device("cpu"), torch.float32) == gas
+    assert f"is {error:.3f} of copy-last's" in capsys.readouterr().out
