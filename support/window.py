@@ -104,7 +104,7 @@ def plot_with_axis(canvas, box, values, colors, length):
     for tick in ticks:
         at = int(y + h - (tick - low) / (high - low) * h)
         cv2.line(canvas, (x, at), (x + w, at), GRID, 1)
-        text = f"{10.0**tick:.2g}" if logs else f"{tick:.4g}"
+        text = f"{float(f'{10.0**tick:.2g}'):g}" if logs else f"{tick:.4g}"
         write(canvas, text, x - 6, at - 7, DIM, align=1)
     plot(canvas, box, values.T, colors, low, high, length)
     return low, high
