@@ -180,7 +180,9 @@ class Window(NoWindow):
 
         threading.Thread(target=body, daemon=True).start()  # Ctrl-C twice ends it
         while not done.done():
-            if self.visible and not self.quit:
+            if self.quit and self.visible:
+                self.close()
+            elif self.visible:
                 try:
                     self._events()
                     self._draw()
