@@ -6,6 +6,7 @@ The script's work runs in a thread beside the window, so that keys answer while 
 import textwrap
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from functools import lru_cache
 
@@ -104,7 +105,7 @@ def plot_with_axis(canvas, box, values, colors, length):
     for tick in ticks:
         at = int(y + h - (tick - low) / (high - low) * h)
         cv2.line(canvas, (x, at), (x + w, at), GRID, 1)
-        text = f"{10.0**tick:.2g}" if logs else f"{tick:.4g}"
+        text = f"{float(f'{10.0**tick:.2g}'):g}" if logs else f"{tick:.4g}"
         write(canvas, text, x - 6, at - 7, DIM, align=1)
     plot(canvas, box, values.T, colors, low, high, length)
     return low, high
@@ -158,6 +159,9 @@ class Window(NoWindow):
         """Raises pygame.error where there is no display."""
         pygame.display.init()
         pygame.display.set_caption(title)
+        pygame.key.set_repeat(300, 60)  # ms
+        self.held = set()  # keys that are down
+        self.shown = deque(maxlen=25)  # (time, second of the lap) of the last pictures
         self.changed = threading.Condition()  # a picture came, or a key
         self.picture, self.dirty = None, False
         self.help = self.paused = self.next = self.chosen = self.full = False
@@ -175,9 +179,16 @@ class Window(NoWindow):
                 done.set_exception(e)
 
         threading.Thread(target=body, daemon=True).start()  # Ctrl-C twice ends it
-        while not (done.done() or self.quit):
-            self._events()
-            self._draw()
+        while not done.done():
+            if self.quit and self.visible:
+                self.close()
+            elif self.visible:
+                try:
+                    self._events()
+                    self._draw()
+                except pygame.error as e:  # the display went away
+                    print(f"the window is lost ({e}); goes on without it")
+                    self.close()
             with self.changed:
                 self.changed.wait(1 / 60)
         self.close()
@@ -192,6 +203,8 @@ class Window(NoWindow):
             now = time.monotonic()
             self.due += max(0.0, seconds - self.last)
             self.due = now if self.due < now - SLACK else self.due
+            if seconds < self.last or self.paused:
+                self.shown.clear()
             self.last = seconds
 
             # wait until the picture is due, or a key
@@ -201,9 +214,17 @@ class Window(NoWindow):
                     break
                 self.changed.wait(early)
             self.steps = max(0, self.steps - 1)
+            self.shown.append((time.monotonic(), seconds))
             command = "quit" if self.quit else "next" if self.next else ""
             self.next = False
             return command
+
+    def pace(self):
+        """Seconds of the lap in one second, over the last pictures; 1 is real time."""
+        if len(self.shown) < 5:
+            return 1.0
+        (t0, s0), (t1, s1) = self.shown[0], self.shown[-1]
+        return (s1 - s0) / max(1e-6, t1 - t0)
 
     def record(self, on):
         if not self.chosen:
@@ -222,17 +243,22 @@ class Window(NoWindow):
             with self.changed:
                 self.dirty = True
                 if event.type == pygame.KEYDOWN:
-                    self._key(event)
+                    self._key(event, event.key in self.held)
+                    self.held.add(event.key)
+                elif event.type == pygame.KEYUP:
+                    self.held.discard(event.key)
                 elif event.type == pygame.QUIT:
                     self.quit = True
                 self.changed.notify_all()
 
-    def _key(self, event):
+    def _key(self, event, repeated):
         key = event.key
         if 127 < key < 1 << 30:  # another alphabet: the letter that a Latin keyboard has there
             key = ord("a") + event.scancode - pygame.KSCAN_A
         if key in (pygame.K_s, pygame.K_RIGHT):
-            self.paused, self.steps = True, self.steps + 1
+            self.paused, self.steps = True, max(self.steps, 1) if repeated else self.steps + 1
+        elif repeated:
+            return
         elif key == pygame.K_SPACE:
             self.paused, self.steps = not self.paused, 0
         elif key == pygame.K_r:
@@ -272,6 +298,9 @@ class Window(NoWindow):
         # the bar: state and keys
         bar = np.full((BAR, w, 3), GRID, np.uint8)
         state = "recording  " * self.recording + "paused  " * self.paused
+        pace = self.pace()
+        if not self.paused and abs(pace - 1) > 0.05:
+            state += f"{pace:.2f} x real time  "
         x = write(bar, state, 8, 6, WARM, BAR_TEXT)
         write(bar, KEYS_BAR, x + 8, 6, DIM, BAR_TEXT)
         screen.blit(pygame.image.frombuffer(bar, (w, BAR), "RGB"), (0, h - BAR))
