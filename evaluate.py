@@ -27,7 +27,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-from drive_mpc import planning, take_gas
 from report import page
 from report.dreams import FAR, evaluate_rollouts
 from report.episodes import CHOOSING, DRIVERS, all_episodes, choose_samples
@@ -39,6 +38,7 @@ from support.cli import Number, fail, parser, run
 from support.device import set_up
 from support.files import git_commit, replace_atomically, versions, writable
 from support.pictures import ornament
+from support.plan_config import PlanConfig, planning, take_gas
 
 PARTS = {  # part: the nets that it needs beside the encoder, and its table
     "probes": ((), page.probes_table),
@@ -126,7 +126,7 @@ def main():
     models.encode_episodes(train + test)
 
     sheet = visuals / "report_dreams.png"
-    found, tables = evaluate(models, parts, train, test, cfg, args, sheet)
+    found, tables = evaluate(models, parts, train, test, cfg, PlanConfig.of(args), sheet)
     minutes = (time.monotonic() - began) / 60
 
     # the files

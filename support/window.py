@@ -3,6 +3,8 @@
 The script's work runs in a thread beside the window, so that keys answer while it plans or loads.
 """
 
+import os
+import sys
 import textwrap
 import threading
 import time
@@ -309,6 +311,10 @@ class Window(NoWindow):
 
 def open_window(title):
     """A Window, or where there is no desktop a NoWindow; says why."""
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if not (display or sys.platform in ("darwin", "win32")):
+        print('no window (no display: README, "Windows"); files only')
+        return NoWindow()
     try:
         pygame.display.init()
         if (driver := pygame.display.get_driver()) in DRIVERS:

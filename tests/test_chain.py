@@ -449,7 +449,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         ("train_encoder.py --dim 10", ["--dim 10 --hud_pca 8", "2 numbers"]),
         ("train_encoder.py --batch_size 2", ["--batch_size 2", "data"]),
         ("train_encoder.py --objective vicreg --batch_size 3", ["--batch_size 3", "4 or more"]),
-        ("train_encoder.py --targets 1 900", ["1800 steps", "the longest of", "--targets"]),
+        ("train_encoder.py --targets 1 900", ["1800 steps", "the longest has", "--targets"]),
         (
             "train_predictor.py --horizon 900",
             ["1800 steps", "the longest has", "--horizon", "--repeat"],
@@ -509,7 +509,7 @@ def test_help_gives_a_reason_for_every_flag(name):
     done = script(name, "--help")
     assert done.returncode == 0, done.stderr
     options = re.split(r"\n(?=  -)", done.stdout)[1:]
-    assert len(options) > 1
+    assert len(options) > (name != "buffer.py")  # which has none but --help
     for option in options:
         head, *more = option.splitlines()
         reason = re.split(r"\s{2,}", head.strip())[1:]
