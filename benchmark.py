@@ -25,7 +25,7 @@ import os
 import platform
 from pathlib import Path
 
-from support.cli import Number, Parser, run
+from support.cli import Number, Parser, run_main
 from support.files import versions
 from tools.bench_data import bench_collect, bench_loader
 from tools.bench_env import bench_env, bench_fidelity
@@ -63,4 +63,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from support.cli import Parser, Refusal, command, fail, run
+from support.cli import Parser, Refusal, command, fail, run_main
 from support.files import replace_atomically
 from support.mixing import Stream, shares_of
 from support.npz import FRAME, SCHEMA, array_specs, check_finite, check_meta, open_chunk, write_npz
@@ -422,4 +422,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -14,7 +14,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from car.telemetry import place_beside
-from support.cli import run
+from support.cli import run_main
 from support.workers import collect, collector_parser
 
 
@@ -60,4 +60,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

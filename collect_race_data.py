@@ -21,7 +21,7 @@ import numpy as np
 
 from buffer import HELD_OUT_MOD
 from car.telemetry import Nearest, wrap_angle
-from support.cli import Number, run
+from support.cli import Number, run_main
 from support.workers import collect, collector_parser
 
 SPACING = 1.0  # units between the points of the resampled racing line
@@ -223,4 +223,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

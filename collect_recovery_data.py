@@ -19,7 +19,7 @@ from car import FPS
 from car.telemetry import RECOVERY_HOLD, is_recovered, place_beside
 from collect_data import RandomDriver
 from collect_race_data import Expert, pace_of
-from support.cli import run
+from support.cli import run_main
 from support.workers import collect, collector_parser
 
 ANYWHERE = ("swerve", "noise_burst", "random_burst")  # the others wait for a bend
@@ -161,4 +161,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

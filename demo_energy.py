@@ -26,7 +26,7 @@ from drive_mpc import BaselineDriver, drive, load_driver, planning
 from networks import stack_frames
 from support import window as ui
 from support.checkpoints import find_models, latest, load_models, require_dir
-from support.cli import Number, Stop, command, fail, parser, run, track_number
+from support.cli import Number, Stop, command, fail, parser, run_main, track_number
 from support.device import autocast, set_up
 from support.files import writable
 from support.lap_view import VIDEO_FPS, LapView
@@ -266,4 +266,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -33,7 +33,7 @@ from car.telemetry import telemetry
 from collect_race_data import Expert
 from networks import DISCOUNT, Predictor, normalize_action, scored_steps, stack_frames
 from support import checkpoints
-from support.cli import Number, Stop, fail, fraction, parser, run, track_number
+from support.cli import Number, Stop, fail, fraction, parser, run_main, track_number
 from support.device import autocast, set_up
 from support.disturbance import DISTURBANCES, Disturbance
 from support.dreams import load_decoder
@@ -440,4 +440,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -34,7 +34,7 @@ from report.futures import evaluate_violations
 from report.models import Models
 from report.plans import evaluate_plans
 from report.probes import AHEAD, evaluate_probes
-from support.cli import Number, fail, parser, run
+from support.cli import Number, fail, parser, run_main
 from support.device import set_up
 from support.files import git_commit, replace_atomically, versions, writable
 from support.pictures import ornament
@@ -152,4 +152,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -25,7 +25,7 @@ from buffer import DEFAULT_FOLDERS, chunk_files, load_sources, made_by, provenan
 from car import ZOOM_STEPS
 from networks import CostModel
 from support.checkpoints import fingerprint, latest, load_frozen
-from support.cli import Number, Stop, add_flags, fail, optimisation, parser, run
+from support.cli import Number, Stop, add_flags, fail, optimisation, parser, run_main
 from support.device import set_up
 from support.latents import LatentSampler, WindowSampler, load_latents
 from support.pictures import ornament, plain, pyplot, save_figure
@@ -218,4 +218,4 @@ def fit_density(cost, expert, random, shrinkage):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -310,4 +310,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_main(main)

@@ -42,7 +42,7 @@ from networks import (
 )
 from support.augment import AHEAD, WARPS, congealing_loss, flip_batches, jitter_, warp_
 from support.checkpoints import rotate
-from support.cli import Number, add_flags, fail, fraction, optimisation, parser, run, weight
+from support.cli import Number, add_flags, fail, fraction, optimisation, parser, run_main, weight
 from support.device import autocast, on_device, set_up
 from support.distributed import RANK, RANKS, wrap_ddp
 from support.latents import encode
@@ -416,4 +416,4 @@ def parameters(net):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

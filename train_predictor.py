@@ -22,7 +22,7 @@ from buffer import load_sources, provenance, shares_of
 from car import MAX_STEPS
 from networks import Predictor
 from support.checkpoints import rotate
-from support.cli import Number, Stop, add_flags, optimisation, parser, run
+from support.cli import Number, Stop, add_flags, optimisation, parser, run_main
 from support.device import autocast, set_up
 from support.distributed import RANK, RANKS, wrap_ddp
 from support.dreams import draw_dreams, dream_windows, load_decoder
@@ -162,4 +162,4 @@ def log_errors(run, rows):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -43,7 +43,7 @@ from collect_race_data import MAX_OFFSET, RACE_PACES, Expert
 from drive_mpc import BRAKE, STEER, BaselineDriver, load_driver, planning, to_action
 from report.page import print_table
 from support.checkpoints import require_dir
-from support.cli import Number, parser, run, track_number
+from support.cli import Number, parser, run_main, track_number
 from support.files import replace_atomically, versions, writable
 from support.latents import encode
 from support.pictures import ornament, pyplot, save_figure
@@ -332,4 +332,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

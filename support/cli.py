@@ -31,11 +31,11 @@ class Refusal(ValueError):
 
 
 def fail(message):
-    """Raises Refusal. `run` turns it into one line on stderr and exit code 2."""
+    """Raises Refusal. `run_main` turns it into one line on stderr and exit code 2."""
     raise Refusal(message)
 
 
-def run(main):
+def run_main(main):
     """Calls a script's main. Exit codes: 0 done, 2 refused in one line, 130 stopped and saved."""
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     sys.excepthook = sys.__excepthook__  # support.start replaced it for the imports

@@ -20,7 +20,7 @@ def _explain(kind, error, trace):
     os._exit(2)
 
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # support.cli.run takes it back
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # support.cli.run_main takes it back
 sys.excepthook = _explain
 os.environ["MPLBACKEND"] = "Agg"  # a notebook sets one that needs the notebook
 for fd in range(3):  # no file may take the place of a closed standard stream

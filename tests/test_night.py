@@ -21,7 +21,7 @@ from buffer import write_chunk
 from car.telemetry import TELEMETRY
 from networks import Predictor, TinyEncoder
 from support.checkpoints import build, epoch_of, fingerprint, read, rotate, save
-from support.cli import Refusal, run
+from support.cli import Refusal, run_main
 from tools.checkpoint import describe
 
 FOLDERS = ("data_race", "data_recovery", "data")
@@ -109,7 +109,7 @@ def main_of(stage, args, said):
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     sys.argv = [f"train_{stage}.py", *args]
-    run(importlib.import_module(f"train_{stage}").main)
+    run_main(importlib.import_module(f"train_{stage}").main)
 
 
 class Run:

@@ -25,7 +25,7 @@ from support import device
 from support import run as running
 from support.augment import AHEAD, WARPS
 from support.checkpoints import save
-from support.cli import Refusal, run
+from support.cli import Refusal, run_main
 from support.device import hardware_precisions, pick_precision, set_up
 from support.distributed import RANK, RANKS, wrap_ddp
 from train_encoder import Objective, loss_fn
@@ -307,4 +307,4 @@ if __name__ == "__main__":
             torch.save(found, sys.argv[1])
         return 0
 
-    run(main)
+    run_main(main)

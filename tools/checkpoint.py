@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from support.checkpoints import read
-from support.cli import Parser, optional, run, typed
+from support.cli import Parser, optional, run_main, typed
 from support.files import output_file, replace_atomically
 
 SCRIPTS = {
@@ -73,4 +73,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

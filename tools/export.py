@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 
 from buffer import FRAME, MADE_BY, episode_key, index, read_ahead
-from support.cli import Parser, fail, optional, run
+from support.cli import Parser, fail, optional, run_main
 from support.files import writable
 from support.progress import progress
 
@@ -87,4 +87,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)
