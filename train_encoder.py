@@ -77,6 +77,8 @@ def arguments(argv=None):
         ("--hud_pca", Number(int, 0, HUD_VALUES - 1), None, hud),
         ("--repeat", Number(int, 1, 10), 2, "steps between frames, and latents; 2 is 25 Hz"),
     )
+
+    # the loss
     kinds = "joint drives; vicreg is the plain two-view loss"
     objective.add_argument("--objective", choices=[*DEFAULTS], default="joint", help=kinds)
     targets = "joint: rollout steps compared with encoded frames; each costs as much as the first"

@@ -211,6 +211,8 @@ def parser(doc, seed=True, device=True, data=False, shares=True, models=False):
         g.add_argument("--models", type=Path, metavar="FOLDER", help=text)
     if seed:
         add_flags(g, ("--seed", seed_number, 0, "same seed: same run"))
+
+    # device and precision
     if device:
         text = "auto (the first GPU, or the CPU), cpu, cuda or cuda:1; ROCm cards are cuda too"
         g.add_argument("--device", default="auto", help=text)
@@ -219,6 +221,8 @@ def parser(doc, seed=True, device=True, data=False, shares=True, models=False):
         g.add_argument("--precision", default="auto", choices=kinds, help=text)
         text = "CPU threads, 0 for all cores; lower it beside another heavy job"
         add_flags(g, ("--threads", Number(int, 0, 1024), 0, text))
+
+    # a stage that trains
     if data:
         text = "folders in ROOT (default: data_race, data_recovery and data, those that exist)"
         g.add_argument("--data", nargs="+", type=os.path.normpath, help=text)

@@ -84,6 +84,7 @@ def replace_atomically(path, write):
             write(f)
         return
 
+    # a whole file under another name, then its name
     path = Path(os.path.realpath(path))
     name = path.name if len(os.fsencode(path.name)) < NAME_BYTES else path.name[-40:]
     tmp = path.with_name(f".{name}.{os.getpid()}.tmp")
@@ -100,7 +101,8 @@ def replace_atomically(path, write):
         with suppress(OSError):
             tmp.unlink(missing_ok=True)
 
-    with suppress(PermissionError):  # a folder may be writable and not readable
+    # the folder's entry; a folder may be writable and not readable
+    with suppress(PermissionError):
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             sync(folder)
