@@ -32,7 +32,15 @@ from tqdm import tqdm
 from support.cli import Parser, Refusal, command, fail, run_main
 from support.files import replace_atomically
 from support.mixing import Stream, shares_of
-from support.npz import FRAME, SCHEMA, array_specs, check_finite, check_meta, open_chunk, write_npz
+from support.npz import (
+    CHUNK_SCHEMA,
+    FRAME,
+    array_specs,
+    check_finite,
+    check_meta,
+    open_chunk,
+    write_npz,
+)
 from support.progress import progress
 
 HELD_OUT_MOD = 10  # tracks whose seed is divisible by this are held out of training
@@ -60,7 +68,7 @@ def write_chunk(folder, meta, **arrays):
     uid, policy, preprocess. Raises ValueError for arrays that do not fit, and for a file there.
     """
     total = round(float(arrays["reward"].sum()), 3)
-    meta = {"schema": SCHEMA, **meta, "frames": len(arrays["act"]), "return_": total}
+    meta = {"schema": CHUNK_SCHEMA, **meta, "frames": len(arrays["act"]), "return_": total}
     check_meta(meta)
     check_finite(arrays)
     specs = array_specs(meta["frames"], arrays["telemetry"].shape[-1])

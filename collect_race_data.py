@@ -56,9 +56,9 @@ def curvature(path):
 def racing_line(track, max_offset, sharp, rounds=4, iterations=60):
     """The closed path (N, 2) of least squared curvature at most `max_offset` units off the middle.
 
-    Minimises |A e + b|^2 over the offsets e, |e| <= max_offset, by ADMM (Boyd et al. 2011); A and b
-    are the curvature linearised about the last round's path, a bend's row weighed by its
-    curvature to the power `sharp`: time is lost where the car is slow.
+    Minimises |A e + b|^2 over the offsets e, |e| <= max_offset, by ADMM (Boyd et al. 2011). A and b
+    are the curvature, linearised about the last round's path. A row is weighted by its curvature
+    to the power `sharp`: time is lost where the car is slow.
     """
     middle, normal = road_middle(track)
     n = len(middle)

@@ -1,11 +1,11 @@
 """Day 4, the demo: the car drives, and a graph shows which futures its world model finds possible.
 
 The predictor rolls out from the latent of --ahead steps ago, with the actions taken since. The
-energy of a proposed future is the mean squared error between that rollout and its latent. Proposed
-are the true frames, frames of the same car teleported on the same track, and of a random place on
-another track. Live in a window where there is a display. At the end it writes
-ROOT/visuals/demo_energy.mp4, .gif and .png, and prints how well the energy separates true from
-false futures, beside copy-last: the old latent in place of the rollout.
+energy of a proposed future is the mean squared error between that rollout and its latent.
+Three futures are proposed: the true frames, frames of the car teleported on the same track, and
+frames of a random place on another track. A window shows them live if there is a display. The end
+writes ROOT/visuals/demo_energy.mp4, .gif and .png. It also prints how well the energy separates
+true from false futures. Copy-last, which uses the old latent as rollout, stands beside it.
 
     python demo_energy.py
 """
@@ -57,8 +57,8 @@ def arguments():
 class TeleportedCar:
     """Frames of a car that was teleported: the fast env's twin of a track, placed anew each time.
 
-    Only the place differs. Offset, heading, speed and yaw rate are those of the real car, and its
-    last actions are played: neither the HUD nor the pose gives the false future away.
+    Only the place differs. Offset, heading, speed and yaw rate are those of the real car. Its last
+    actions are replayed. So neither the HUD nor the pose gives the false future away.
     """
 
     def __init__(self, track_seed, rng):

@@ -1,9 +1,10 @@
 """Day 4: model predictive control. The car plans in a learned latent space, from pixels alone.
 
-Every `repeat` steps the driver encodes the last frames, draws --samples candidate plans, rolls them
-out over --horizon latents and acts on those of lowest energy. Reads ROOT/models, or the weights
-that come with the code. Shows a window where there is a display; writes visuals/drive_mpc.mp4 and
-.gif, and with --json the scores after each drive: the same command goes on with them.
+Every `repeat` steps the driver encodes the last frames. It draws --samples candidate plans, rolls
+them out over --horizon latents, and follows those of lowest cost. It reads ROOT/models, or the
+weights that come with the code. It shows a window if there is a display, and writes
+visuals/drive_mpc.mp4 and .gif. --json writes the scores after each drive; run the same command
+again to continue an unfinished file.
 
 Policies to compare with: `random`; `expert`, who reads the simulator; `no_model`, random plans that
 are followed while the present energy falls; `untrained`, a fresh predictor. Tracks 100000 to 100099
@@ -170,13 +171,13 @@ class Plan(NamedTuple):
 def plan(z, rollout_cost, previous, cfg, generator=None):
     """(the next Plan, costs (N,) of the candidates of its last iteration).
 
-    z (1, D): the present latent; rollout_cost(z, act (N, H, 3)) -> costs (N,); previous: the last
-    Plan, not yet shifted, which goes on where all costs are equal; cfg: PlanConfig. Refuses costs
-    of which none is finite.
+    z (1, D): the present latent. rollout_cost(z, act (N, H, 3)) -> costs (N,).
+    previous: the last Plan, not yet shifted. It goes on if all costs are equal.
+    cfg: PlanConfig. Refuses costs of which none is finite.
 
-    mppi: Williams et al. 2017. icem: Pinneri et al. 2020, arXiv:2008.06389: each iteration has
-    fewer candidates, and keeps a share of the elites, for the next plan too; mean and spread have
-    momentum. Unlike in the paper, the mean is a candidate in every iteration.
+    mppi: Williams et al. 2017. icem: Pinneri et al. 2020, arXiv:2008.06389. Each iteration of icem
+    has fewer candidates, and keeps a share of the elites, also for the next plan. Mean and spread
+    have momentum. Unlike in the paper, the mean is a candidate in every iteration.
     """
     icem, K = cfg.planner == "icem", min(cfg.elites, cfg.samples - 1)
     u, mean, elites = previous.shifted()

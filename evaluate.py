@@ -29,7 +29,7 @@ from types import SimpleNamespace
 
 from report import page
 from report.dreams import FAR, evaluate_rollouts
-from report.episodes import CHOOSING, DRIVERS, all_episodes, choose_samples
+from report.episodes import CHOOSING, POLICY_MAKERS, all_episodes, choose_samples
 from report.futures import evaluate_violations
 from report.models import Models
 from report.plans import evaluate_plans
@@ -137,7 +137,7 @@ def main():
         "args": {k: str(v) for k, v in vars(args).items()},
         "checkpoint": str(models.path),
         "encoder": {"key": models.key, **models.encoder.args},
-        "tracks": {s: [x.track for x in test if x.source == s] for s in DRIVERS},
+        "tracks": {s: [x.track for x in test if x.source == s] for s in POLICY_MAKERS},
         "minutes": round(minutes, 2),
         "parts": found,
     }

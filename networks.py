@@ -234,7 +234,7 @@ class Predictor(nn.Module):
     h[0] = to_state(z), h[t+1] = h[t] + f(h[t], act[t]),
     z_hat[t] = to_latent(h[t]) + decay**t * (z - to_latent(h[0])).
     The residual, what the state lacks of the present latent, decays at a learned rate per number.
-    `to_state` runs once for all candidates of a plan; f runs for each step of each.
+    All candidates of a plan share `to_state(z)`; f runs for each step of each.
     """
 
     def __init__(self, dim=512, hidden=512, state=256, dropout=0.0):
@@ -292,8 +292,8 @@ class CostModel(nn.Module):
     classifier: the logit of random against expert; its sigmoid is 0 for expert, 1 for random.
     density: half the squared Mahalanobis distance to expert latents, over D. It rises in every
     direction that leaves the expert; a classifier knows only the directions it saw.
-    value: the density, and out of distribution the saturated density plus a terminal value: what
-    is to come while an expert recovers.
+    value: the density. Out of distribution it is the saturated density plus a terminal value, the
+    energy that follows while an expert recovers.
     """
 
     def __init__(self, dim=512, hidden=256):
@@ -332,8 +332,6 @@ class CostModel(nn.Module):
         if kind == "classifier":
             return self.classifier(z).squeeze(-1).float()
         return ((z - self.mu) @ self.whiten).float().pow(2).mean(dim=-1) / 2
-
-    forward = energy
 
     def is_ood(self, z):
         """Whether the present latent (1, D) is out of the experts' distribution."""

@@ -40,7 +40,7 @@ from networks import (
     normalize_action,
     stack_frames,
 )
-from support.augment import AHEAD, WARPS, congealing_loss, flip_batches, jitter_, warp_
+from support.augment import SCENE_AHEAD, WARPS, congealing_loss, flip_batches, jitter_, warp_
 from support.checkpoints import rotate
 from support.cli import Number, add_flags, fail, fraction, optimisation, parser, run_main, weight
 from support.device import autocast, on_device, set_up
@@ -160,7 +160,7 @@ def views(obs, objective, generator):
 
     x (B * K, 3 * history, 64, 64) uint8: encoder inputs. Joint: the first latent warped, then
     those of `offsets`. vicreg: the same latent twice. Each is seen in a light of its own.
-    warp (B, WARPS) or None: how the first was warped. scenes (B * (K - 1), 3, AHEAD, 64) uint8 or
+    warp (B, WARPS) or None: how the first was warped. scenes (B * (K - 1), 3, SCENE_AHEAD, 64) uint8 or
     None: the newest scene ahead of the car of each other one, unchanged.
     """
     offsets, warp, scenes = objective.offsets, None, None
@@ -170,7 +170,7 @@ def views(obs, objective, generator):
         K = 1 + len(offsets)
         warp = warp_(x[::K], generator)
         if objective.weights["congeal"]:
-            scenes = x.unflatten(0, (-1, K))[:, 1:, -3:, :AHEAD].flatten(0, 1).clone()
+            scenes = x.unflatten(0, (-1, K))[:, 1:, -3:, :SCENE_AHEAD].flatten(0, 1).clone()
     jitter_(x, generator)
     return x, warp, scenes
 

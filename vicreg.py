@@ -36,7 +36,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.clone()  # the caller's
+        grad = grad.clone()  # do not change the caller's tensor
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -44,9 +44,9 @@ class _Gather(torch.autograd.Function):
 def gather(z):
     """Rows (N, ...) of each of R ranks -> those of all, (R * N, ...), in order of rank.
 
-    The gradient is that of the sum of all ranks' losses, so with the mean over ranks that
-    DistributedDataParallel takes it is the gradient of the mean loss. Without gradients (one rank
-    evaluates alone) and in a single process z comes back as it is.
+    Each rank's gradient is that of the sum of all losses. DistributedDataParallel then averages
+    over ranks, which gives the gradient of the mean loss. Without gradients (one rank evaluates
+    alone) and in a single process z comes back unchanged.
     """
     return _Gather.apply(z) if dist.is_initialized() and torch.is_grad_enabled() else z
 

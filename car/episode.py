@@ -13,8 +13,10 @@ class EpisodeRecorder:
         self.ends = False, False  # terminated, truncated
 
     def add(self, frame, state, action=None, reward=None):
-        """Adds a frame (64, 64, 3) uint8 and its telemetry (K,), and unless it is the first frame
-        the action (3,) and the reward that led to it."""
+        """Adds a frame (64, 64, 3) uint8 and its telemetry (K,).
+
+        All frames but the first come with the action (3,) and the reward that led to them.
+        """
         self.frames.append(frame)
         self.states.append(state)
         if action is not None:

@@ -129,8 +129,11 @@ class TrackTextures:
 
 @lru_cache(maxsize=256)
 def sampling_grid(zoom, h, w):
-    """How (h, w) pixels of the window above the HUD sample the world: the level of its textures,
-    texels a unit, units a pixel in x and y, units from the car to the first pixel, (w, h)."""
+    """How (h, w) pixels of the window above the HUD sample the world.
+
+    -> level of its textures; texels a unit; units a pixel in x and y; units from the car to the
+    first pixel in x and y; (w, h).
+    """
     level = next(i for i, (_, least, _) in enumerate(LEVELS) if zoom >= least)
     kx, ky = cr.WINDOW_W / w / zoom, HUD_Y / h / zoom
     bx, by = 0.5 * kx - CAR_X / zoom, (cr.WINDOW_H - CAR_Y) / zoom - 0.5 * ky
@@ -192,8 +195,8 @@ class Renderer:
 class FastCarRacing(cr.CarRacing):
     """CarRacing whose obs (64, 64, 3) uint8 is `preprocess` of the official, off by 0.1 levels.
 
-    A driver that reads no frames can have them drawn later, in one go, at half the cost: after
-    `defer()` the obs are None, and `deferred_frames()` returns them all.
+    A driver that reads no frames can call `defer()`: they are drawn later at half the cost. The
+    obs are then None, and `deferred_frames()` returns them all.
     """
 
     def __init__(self, *args, **kw):

@@ -37,7 +37,7 @@ WHEEL = boxed([(x * cd.WHEEL_W, y * cd.WHEEL_R) for x, y in ((-1, 1), (1, 1), (1
 STRIPE = 1.2  # rad of a wheel's turn that its white stripe covers
 
 
-def blank():
+def empty_crop():
     """The window around the car, transparent."""
     return pygame.Surface((CROP_W, CROP_H), pygame.SRCALPHA, 32, RGBA_MASKS)
 
@@ -60,7 +60,7 @@ def sprite(surface):
 @lru_cache(maxsize=64)
 def hull_sprite(zoom):
     """Sprite of the hull, to which those of the wheels are added. One array for all callers."""
-    surface = blank()
+    surface = empty_crop()
     for poly in HULL:
         paint(surface, poly, zoom, displayed((204, 0, 0)) + (255,))
     # half a level: the cast to uint8 then rounds; 1: coverage becomes what is left of the ground
@@ -70,7 +70,7 @@ def hull_sprite(zoom):
 @lru_cache(maxsize=16384)
 def wheel_sprite(wheel, angle_step, phase_step, zoom):
     """Sprite of the visible part of a wheel (0..3), at a steering angle and a turn."""
-    surface = blank()
+    surface = empty_crop()
     angle, at = angle_step * ANGLE_STEP, [p * cd.SIZE for p in cd.WHEELPOS[wheel]]
     paint(surface, WHEEL, zoom, (0, 0, 0, 255), angle, at)
     a1 = (phase_step + 0.5) * 2 * math.pi / PHASE_STEPS

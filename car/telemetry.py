@@ -51,8 +51,8 @@ def wrap_angle(angle):
 class Nearest:
     """Finds the point of a closed path (N, 2) nearest to (x, y), given that the car moves on.
 
-    A call with x, y returns its index: downhill from the last one, and from all points where that
-    ends more than `radius` units off. `last` = None makes the next call search all.
+    A call with x, y returns its index. It searches downhill from the last one, and all points if
+    that ends more than `radius` units off. `last` = None makes the next call search all.
     """
 
     def __init__(self, path, radius):
@@ -101,10 +101,11 @@ class CentreLine:
         return self.cos[i] * (y - self.y[i]) - self.sin[i] * (x - self.x[i])
 
     def place(self, x, y):
-        """(x, y) seen from the line -> (nearest tile i, t in -1..1 tiles in front of it, direction
-        of the line in rad, offset in units to its right).
+        """(x, y) seen from the line -> (i, t, direction, offset).
 
-        t is where the normal of the line, turning evenly from tile to tile, goes through (x, y).
+        i: nearest tile. t: tiles in front of it, -1..1: there the line's normal, which turns evenly
+        from tile to tile, goes through (x, y). direction: of the line, rad. offset: units to its
+        right.
         """
         i = self.nearest(x, y)
         gap = self.ahead_of(i, x, y)

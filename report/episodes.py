@@ -23,7 +23,7 @@ from support.cli import fail
 from support.progress import progress
 from support.workers import FIRST_SEED
 
-DRIVERS = {"data_race": make_expert, "data_recovery": make_faulty, "data": make_random}
+POLICY_MAKERS = {"data_race": make_expert, "data_recovery": make_faulty, "data": make_random}
 JOBS = {"data_race": {"paces": RACE_PACES}, "data_recovery": {"paces": RECOVERY_PACES}, "data": {}}
 CHOOSING = 200_000  # first of the track seeds for choosing; 100000 to 100099 are for reporting
 TRAINED, UNTRAINED = "this model", "untrained nets"
@@ -94,7 +94,7 @@ def read_segments(sources, count, encoder, seed):
     return out
 
 
-def drive(tracks, seed, repeat):
+def drive_episodes(tracks, seed, repeat):
     """Yields a new Episode for each track; `tracks` is {kind of driving: track seeds}."""
     env = make_env("fast")
     todo = [(name, i, track) for name in tracks for i, track in enumerate(tracks[name])]
@@ -105,15 +105,15 @@ def drive(tracks, seed, repeat):
             if t % repeat == 0:
                 saved.append(save_state(env))
 
-        policy, _ = DRIVERS[name](i, **JOBS[name])
+        policy, _ = POLICY_MAKERS[name](i, **JOBS[name])
         arrays, _ = run_episode(env, policy, track, np.random.default_rng([seed, track]), save)
         yield at_latent_rate(name, track, arrays, repeat, saved)
 
 
-def numbered(first, count):
+def track_seeds(first, count):
     """{kind of driving: `count` track seeds}, all different, from `first` on."""
-    starts = range(first, first + count * len(DRIVERS), count)
-    return {name: range(start, start + count) for name, start in zip(DRIVERS, starts)}
+    starts = range(first, first + count * len(POLICY_MAKERS), count)
+    return {name: range(start, start + count) for name, start in zip(POLICY_MAKERS, starts)}
 
 
 def all_episodes(cfg, encoder):
@@ -122,12 +122,14 @@ def all_episodes(cfg, encoder):
         sources = load_sources(cfg.root, None, ZOOM_STEPS + 2, len(TELEMETRY))
         train = read_segments(sources, cfg.train_frames, encoder, cfg.seed)
     else:
-        tracks = numbered(FIRST_SEED, -(-cfg.train_frames // SEGMENT))
+        tracks = track_seeds(FIRST_SEED, -(-cfg.train_frames // SEGMENT))
         print(f"{cfg.root}: no episodes there to fit probes to; drives some")
         rng = np.random.default_rng([cfg.seed, 1])
-        episodes = drive(tracks, cfg.seed, encoder.repeat)
+        episodes = drive_episodes(tracks, cfg.seed, encoder.repeat)
         train = [x for e in episodes if (x := random_segment(e, rng, encoder.history))]
-    return train, list(drive(numbered(cfg.track_seed, cfg.tracks), cfg.seed, encoder.repeat))
+    return train, list(
+        drive_episodes(track_seeds(cfg.track_seed, cfg.tracks), cfg.seed, encoder.repeat)
+    )
 
 
 def channels_first(frames):

@@ -122,9 +122,9 @@ class Scale:
 
     A rollout predicts some directions of the latent better than others. An error is therefore
     measured in standard deviations of every direction (Mahalanobis distance, covariance shrunk
-    after Ledoit and Wolf 2004). A slide is harder to predict than a straight: ridge regression from
-    present and predicted latent gives the logarithm of the expected square, by which it is divided
-    (multiplicative heteroscedasticity, Harvey 1976).
+    after Ledoit and Wolf 2004). A slide is harder to predict than a straight. So the squared error
+    is divided by its expected value, whose logarithm a ridge regression predicts from the present
+    and the predicted latent (multiplicative heteroscedasticity, Harvey 1976).
     """
 
     def __init__(self, now, z_hat, z):
@@ -181,8 +181,8 @@ def surprises(models, samples, other, scales, seed):
     todo = [(a, h, film) for a, h in enumerate(AHEAD) for film in films]
     for a, h, film in progress(todo, desc="surprise", unit="film", leave=False):
         # the last frames of the film, and the frames of the present
-        obs = samples.frames(FILMS.get(film, FILMS["true"])(h + models.newest()))
-        now = samples.frames(models.newest())
+        obs = samples.frames(FILMS.get(film, FILMS["true"])(h + models.frame_offsets()))
+        now = samples.frames(models.frame_offsets())
         if film in TELEPORTS:
             obs = channels_first(elsewhere[film][:, a])
         if film in COLOURS:

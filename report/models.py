@@ -42,7 +42,7 @@ class Models:
             UNTRAINED: (self.untrained_encoder, self.untrained_predictor),
         }
 
-    def newest(self):
+    def frame_offsets(self):
         """Offsets, in latents, of the frames that a latent sees."""
         return np.arange(1 - self.encoder.history, 1)
 
@@ -53,7 +53,7 @@ class Models:
 
     def encode_samples(self, encoder, samples, change=lambda obs: obs):
         """Latents (n, D) of the samples' frames after `change(frames)`, block by block."""
-        parts = (samples[rows].frames(self.newest()) for rows in blocks(len(samples)))
+        parts = (samples[rows].frames(self.frame_offsets()) for rows in blocks(len(samples)))
         return torch.cat([self.encode(encoder, change(obs)) for obs in parts])
 
     def encode_episodes(self, episodes):
@@ -64,7 +64,7 @@ class Models:
 
     def standardize_untrained(self, samples):
         """Fits the untrained encoder's standardisation to these samples."""
-        net, obs = self.untrained_encoder, samples.frames(self.newest())
+        net, obs = self.untrained_encoder, samples.frames(self.frame_offsets())
         net.fit_standardization(encode(net, obs, self.device, self.dtype, raw=True).float().cpu())
 
     @torch.no_grad()

@@ -89,7 +89,7 @@ def pixels(samples, offsets):
 def pca_baseline(train, test, models, seed):
     """As many principal components of the pixels as a latent has numbers, of both Samples."""
     rows = np.random.default_rng([seed, 5]).permutation(len(train))[:PCA_FRAMES]
-    offsets, dim = models.newest(), min(models.encoder.dim, len(rows))
+    offsets, dim = models.frame_offsets(), min(models.encoder.dim, len(rows))
     pca = PCA(dim, svd_solver="randomized", iterated_power=2, random_state=seed)
     pca.fit(pixels(train[np.sort(rows)], offsets))
     return [
@@ -109,7 +109,7 @@ def supervised_bound(models, samples, labels, cfg):
     scaler = torch.amp.GradScaler(device.type, enabled=models.dtype == torch.float16)
     seen = labels.y[labels.in_view]
     y = (labels.y - seen.mean(0)) / (seen.std(0) + 1e-6)
-    rng, offsets = np.random.default_rng([cfg.seed, 6]), models.newest()
+    rng, offsets = np.random.default_rng([cfg.seed, 6]), models.frame_offsets()
     generator = torch.Generator(device).manual_seed(cfg.seed)
 
     for step in progress(range(cfg.supervised_steps), desc="supervised bound", leave=False):

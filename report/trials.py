@@ -60,7 +60,7 @@ HELD = {  # speed held in units/s, and direction: 1 is the lap's
 BEHAVIOURS = ("lapping", *HELD, "standing on the road", "circling on the grass")
 SECONDS = 3.0  # of each behaviour on each track
 ENERGIES = "density", "classifier"
-GRID = 31  # steerings, and throttles, of a landscape
+HELD_ACTIONS = 31  # steerings, and throttles, of a landscape
 PARTS = ("recovery", "behaviours", "landscape")
 
 
@@ -281,7 +281,7 @@ def landscape(driver, track, seed, path):
     """Draws the picture `path`; returns {situation: the action of lowest energy}."""
     env, rng = make_env("fast"), np.random.default_rng(seed)
     places = situations(env, reset_past_zoom(env, track), rng)
-    axis = lambda high: torch.linspace(-1, high, GRID)
+    axis = lambda high: torch.linspace(-1, high, HELD_ACTIONS)
     held = torch.stack(torch.meshgrid(axis(1), axis(driver.cfg.max_gas), indexing="ij"), dim=-1)
     u = held.reshape(-1, 1, 2).expand(-1, driver.cfg.horizon, 2).to(driver.device)
     size = dict(figsize=(3.2 * len(places), 5.6), height_ratios=(1, 1.25))
@@ -298,7 +298,12 @@ def landscape(driver, track, seed, path):
         # the present frame above the energies of all held actions
         top.imshow(driver.frames[-1], interpolation="nearest")
         top.set(title=name, xticks=[], yticks=[])
-        energy = driver.rollout_cost(driver.encode(), to_action(u)).view(GRID, GRID).cpu().numpy()
+        energy = (
+            driver.rollout_cost(driver.encode(), to_action(u))
+            .view(HELD_ACTIONS, HELD_ACTIONS)
+            .cpu()
+            .numpy()
+        )
         out[name] = draw_landscape(bottom, to_action(held).double().numpy().round(6), energy)
     env.close()
     axes[1, 0].legend(loc="lower left", fontsize=8)

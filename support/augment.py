@@ -15,7 +15,7 @@ JITTER, TINT = 0.3, 0.1  # scales of brightness and contrast, and of each channe
 MEAN_EVERY = 8  # contrast keeps the mean of every eighth row of pixels
 CAR = slice(43, 53), slice(29, 35)  # rows and columns of the car, which a warp does not move
 CAR_ROW, AHEAD_ROWS = 47.5, 48  # its middle, and the rows of the world ahead of it
-AHEAD = CAR[0].start  # rows of the scene above the car
+SCENE_AHEAD = CAR[0].start  # rows of the scene above the car
 SHIFT, SLOPE, CURVE = 3, 7, 24  # columns that a warp of 1 moves the scene, or its far end
 STRETCHES = 3  # of the way ahead, each with a curvature of its own
 WARPS = 2 + STRETCHES  # numbers of a warp: shift, slope, curvatures, nearest first
@@ -122,9 +122,9 @@ def warp_(x, generator):
 
 
 def unwarp(scenes, warp):
-    """Scenes (N, 3, AHEAD, 64) as if warps (N, WARPS) had been undone. Differentiable in `warp`.
+    """Scenes (N, 3, SCENE_AHEAD, 64) as if warps (N, WARPS) had been undone. Differentiable in `warp`.
 
-    -> the same shape, bilinear, 0 beyond the frame; the share of each pixel inside, (N, 1, AHEAD,
+    -> the same shape, bilinear, 0 beyond the frame; the share of each pixel inside, (N, 1, SCENE_AHEAD,
     64).
     """
     H, W = scenes.shape[2:]
@@ -138,16 +138,16 @@ def unwarp(scenes, warp):
 
 
 def congealing_loss(scenes, warp):
-    """Share of the scenes' variance over the batch that is left when each is unwarped by its own.
+    """Variance of the scenes over the batch after each is unwarped by its warp, over that before.
 
-    It falls as their roads come to lie on one another. A pixel from beyond the frame counts as its
-    own usual variance or its row's, whichever is more: leaving the frame does not pay.
-    scenes (N, 3, AHEAD, 64) uint8, warp (N, WARPS) -> scalar.
+    It falls as their roads come to lie on one another. A pixel from beyond the frame counts as the
+    larger of its own and its row's variance. So leaving the frame does not pay.
+    scenes (N, 3, SCENE_AHEAD, 64) uint8, warp (N, WARPS) -> scalar.
     Congealing: Learned-Miller 2006, Data Driven Image Models through Continuous Joint Alignment.
     """
     scenes, warp = gather(scenes), gather(warp)  # those of all ranks
     straight, inside = unwarp(scenes, warp)
-    variance = scenes.float().var(dim=0, unbiased=False).mean(dim=0)  # (AHEAD, 64)
+    variance = scenes.float().var(dim=0, unbiased=False).mean(dim=0)  # (SCENE_AHEAD, 64)
     mean = straight.sum(dim=0) / inside.sum(dim=0).clamp_min(1e-3)
     apart = (straight - inside * mean).pow(2).mean(dim=1, keepdim=True) / inside.clamp_min(1e-3)
     beyond = variance.mean(dim=1, keepdim=True).maximum(variance)

@@ -262,8 +262,8 @@ def need_nets(models, root):
 def load_models(root, models, device, names=("encoder", "predictor", "cost"), optional=False):
     """({name: net}, {name: payload}, folder): frozen nets of `find_models`.
 
-    Refuses a net that is missing or was trained on another one of these; where `optional`, a line
-    says so and the net is left out.
+    Refuses a net that is missing or was trained on another net. With `optional` it prints a line
+    and leaves the net out.
     """
     folder = find_models(root, models)
     if "cost" in names and not optional:

@@ -116,7 +116,7 @@ class Stop:
     stays ignored.
     """
 
-    requested = installed = False  # of the process: signals have no other address
+    requested = installed = False  # class attributes: a signal reaches the whole process
 
     def __init__(self):
         Stop.installed = True

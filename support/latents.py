@@ -68,7 +68,7 @@ class Latents:
         """Encodes the chunks that the file lacks, then promises their rows in the index."""
         self.end = self._known(chunks)
         missing = [c for c in chunks if c.meta["uid"] not in self.rows]
-        f.truncate(self.end * self.dim * 2)  # nothing that a reader may have mapped
+        f.truncate(self.end * self.dim * 2)  # only rows that the index does not promise
         bar = progress(missing, desc="encode", unit="episode", disable=RANK > 0) if missing else ()
         for chunk, data in read_ahead(bar, "obs", "act"):
             if stop:

@@ -91,7 +91,8 @@ class Stream:
         pending = deque(e for e in rng.permutation(len(self.windows)).tolist() if self.windows[e])
         opened, count = [], 0
         while at < end:
-            # open the next episodes; multiples of the golden ratio vary the weights 4..15 evenly
+            # open the next episodes; weights 4 to 15 let them end at different times, and multiples
+            # of the golden ratio spread these evenly
             while pending and len(opened) < self.width:
                 number, weight = pending.popleft(), 4 + int(12 * (count * 0.6180339887498949 % 1))
                 order = decorrelated_order(self.windows[number], rng)

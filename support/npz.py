@@ -19,8 +19,8 @@ from isal import isal_zlib
 
 from support.cli import fail
 
-SCHEMA = 1  # of chunks; another one is skipped and named
-MAX_STEPS = 2_000  # no episode is longer: a file that says so is damaged or a zip bomb
+CHUNK_SCHEMA = 1  # of chunks; another one is skipped and named
+LONGEST_EPISODE = 2_000  # no episode is longer: a file that says so is damaged or a zip bomb
 MAX_META_BYTES, MAX_COLUMNS = 1 << 20, 1000
 FRAME = (64, 64, 3)
 META = dict(schema=int, source=str, track_seed=int, uid=str, policy=dict, preprocess=int)
@@ -93,17 +93,19 @@ class NpzReader:
 
 
 def check_meta(meta):
-    """ValueError unless a meta describes an episode of this project in this SCHEMA."""
+    """ValueError unless a meta describes an episode of this project in this CHUNK_SCHEMA."""
     if not isinstance(meta, dict):
         raise ValueError("meta is no dict")
     for k, kind in META.items():
         if type(meta.get(k)) is not kind:
             raise ValueError(f"meta: expected {k} to be {kind.__name__}, found {meta.get(k)!r:.40}")
-    if meta["schema"] != SCHEMA:
-        raise ValueError(f"chunk schema {meta['schema']}, this code reads {SCHEMA}")
+    if meta["schema"] != CHUNK_SCHEMA:
+        raise ValueError(f"chunk schema {meta['schema']}, this code reads {CHUNK_SCHEMA}")
     T, total = meta["frames"], meta["return_"]
-    if not 0 < T <= MAX_STEPS or not math.isfinite(total):
-        raise ValueError(f"{T} steps with a return of {total}, expected 1 to {MAX_STEPS} steps")
+    if not 0 < T <= LONGEST_EPISODE or not math.isfinite(total):
+        raise ValueError(
+            f"{T} steps with a return of {total}, expected 1 to {LONGEST_EPISODE} steps"
+        )
 
 
 def array_specs(T, columns):

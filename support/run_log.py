@@ -19,7 +19,7 @@ STYLES = {  # prefix of a key: how its curve looks
     "": dict(lw=1, marker=".", ms=2, color="tab:blue", label="train"),
     "val_": dict(lw=1.5, marker="o", ms=3, color="tab:orange", label="held out"),
 }
-UNTRAINED = dict(lw=1.2, ls="--", color="tab:gray", label="untrained")
+UNTRAINED_STYLE = dict(lw=1.2, ls="--", color="tab:gray", label="untrained")
 
 
 class RunLog:
@@ -110,7 +110,7 @@ def draw_curve(ax, name, rows):
             values.append(points[:, 1])
     untrained = [r["untrained_" + name] for r in rows if "untrained_" + name in r]
     for value in untrained[-1:]:
-        ax.axhline(value, **UNTRAINED)
+        ax.axhline(value, **UNTRAINED_STYLE)
         values.append([value])
 
     values = np.concatenate(values)

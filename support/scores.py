@@ -42,8 +42,8 @@ def score_settings(args, nets):
 class Report:
     """The rows of all policies, {name: {track_seed: row}}, and the file of --json.
 
-    The file is written after each drive. An unfinished one of the same settings is gone on with;
-    any other is moved aside, so that no score is lost.
+    The file is written after each drive. An unfinished file of the same settings is continued. Any
+    other file is moved aside, so that no score is lost.
     """
 
     def __init__(self, path, settings, models):

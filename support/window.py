@@ -27,7 +27,7 @@ BAR, BAR_TEXT = 26, 20  # px, the line of keys below the picture, and its text
 SIZE = VIEW[0] + SIDE, VIEW[1] + LOWER + BAR  # px, the window
 SLACK = 0.2  # s that a picture may be late before the clock waits for it
 END_S = 2.0  # how long the last picture of a lap stands
-DRIVERS = ("x11", "wayland", "cocoa", "windows")  # of SDL, that show a window on a desktop
+SDL_DRIVERS = ("x11", "wayland", "cocoa", "windows")  # of SDL, that show a window on a desktop
 KEYS = {
     "space": "pause",
     "s or right": "one step",
@@ -317,7 +317,7 @@ def open_window(title):
         return NoWindow()
     try:
         pygame.display.init()
-        if (driver := pygame.display.get_driver()) in DRIVERS:
+        if (driver := pygame.display.get_driver()) in SDL_DRIVERS:
             return Window(title)
         why = f'SDL finds only its driver "{driver}"'
     except pygame.error as e:

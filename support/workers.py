@@ -243,6 +243,6 @@ def collector_parser(doc, frames, paces=None):
     add("--workers", type=Number(int, 1, 1024), default=cores(), help="default: a core each")
     add("--machine_id", type=nonnegative_int, default=0, help="its own number on each machine")
     if paces:
-        text = "0 calm (58 units/s) to 1 full; several take turns"
+        text = "0 calm (at most 64 units/s) to 1 full; several take turns"
         add("--pace", type=fraction, nargs="+", default=paces, help=text)
     return p

@@ -8,14 +8,14 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from report.episodes import (
-    DRIVERS,
+    POLICY_MAKERS,
     TRAINED,
     UNTRAINED,
     Episode,
     Samples,
     choose_samples,
-    numbered,
     other_episode,
+    track_seeds,
 )
 from report.futures import FILMS, Scale, fit_scales
 from report.page import as_text
@@ -84,8 +84,8 @@ def test_rank_correlation_and_its_interval():
 
 
 def test_tracks_of_the_kinds_never_meet():
-    tracks = numbered(225, 4)
-    assert set(tracks) == set(DRIVERS)
+    tracks = track_seeds(225, 4)
+    assert set(tracks) == set(POLICY_MAKERS)
     assert [t for own in tracks.values() for t in own] == list(range(225, 237))
 
 

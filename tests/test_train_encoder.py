@@ -13,11 +13,11 @@ from car import SCENE_H
 from car.sprites import hflip
 from networks import InverseModel, Predictor, TinyEncoder, WarpHead, normalize_action, stack_frames
 from support.augment import (
-    AHEAD,
     CAR,
     JITTER,
     MAX_SHIFT,
     MEAN_EVERY,
+    SCENE_AHEAD,
     TINT,
     congealing_loss,
     flip_batches,
@@ -140,13 +140,13 @@ def test_curvature_of_a_stretch_bends_that_stretch_and_leaves_what_is_before_it(
 
 
 def roads(n):
-    """Scenes (n, 3, AHEAD, 64) uint8 of a road with soft edges that was bent, the bends, and the
+    """Scenes (n, 3, SCENE_AHEAD, 64) uint8 of a road with soft edges that was bent, the bends, and the
     scene of the straight one."""
     edge = (torch.arange(64) - 31.5).abs()
     road = (60 + 20 * (edge - 4).clamp(0, 6)).byte().expand(n, 9, 64, 64)
     x = road.clone(memory_format=torch.channels_last)
     how = warp_(x, torch.Generator().manual_seed(2))
-    return x[:, -3:, :AHEAD], how, road[:, -3:, :AHEAD].float()
+    return x[:, -3:, :SCENE_AHEAD], how, road[:, -3:, :SCENE_AHEAD].float()
 
 
 def test_straightened_undoes_bends_where_the_frame_shows_it():
@@ -224,7 +224,7 @@ def test_joint_loss_compares_each_target_with_its_own_frames_and_actions(obs):
     x = x.flatten(1, 2).unflatten(0, (6, 4))
     x = torch.cat([x[:, :1], x], dim=1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     how = warp_(x[::5], g)
-    scenes = x.view(6, 5, 6, 64, 64)[:, 1:, -3:, :AHEAD].flatten(0, 1).clone()
+    scenes = x.view(6, 5, 6, 64, 64)[:, 1:, -3:, :SCENE_AHEAD].flatten(0, 1).clone()
     jitter_(x, g)
     assert all(map(torch.equal, (x, how, scenes), seen))
     z = nets["encoder"].features(x).view(6, 5, 16)  # one batch norm sees all

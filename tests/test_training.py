@@ -23,7 +23,7 @@ from torch import nn
 from networks import InverseModel, Predictor, Projector, TinyEncoder, WarpHead
 from support import device
 from support import run as running
-from support.augment import AHEAD, WARPS
+from support.augment import SCENE_AHEAD, WARPS
 from support.checkpoints import save
 from support.cli import Refusal, run_main
 from support.device import hardware_precisions, pick_precision, set_up
@@ -70,7 +70,7 @@ def gradients(objective):
     act, mine = torch.randn(WINDOWS, 3, 3).double(), slice(RANK, None, RANKS)
     warp, warped = torch.randn(WINDOWS, WARPS).double(), torch.randint(0, 256, (WINDOWS, 3, 64, 64))
     if objective == "joint":
-        scenes = x[mine, :, :, :AHEAD].flatten(0, 1).byte()
+        scenes = x[mine, :, :, :SCENE_AHEAD].flatten(0, 1).byte()
         x, warp = torch.cat([warped[mine, None], x[mine]], dim=1).flatten(0, 1), warp[mine]
     else:
         x, warp, scenes = x[mine, :2].flatten(0, 1), None, None
