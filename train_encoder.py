@@ -160,8 +160,9 @@ def views(obs, objective, generator):
 
     x (B * K, 3 * history, 64, 64) uint8: encoder inputs. Joint: the first latent warped, then
     those of `offsets`. vicreg: the same latent twice. Each is seen in a light of its own.
-    warp (B, WARPS) or None: how the first was warped. scenes (B * (K - 1), 3, SCENE_AHEAD, 64) uint8 or
-    None: the newest scene ahead of the car of each other one, unchanged.
+    warp (B, WARPS) or None: how the first was warped.
+    scenes (B * (K - 1), 3, SCENE_AHEAD, 64) uint8 or None: the newest scene ahead of the car of
+    each other one, unchanged.
     """
     offsets, warp, scenes = objective.offsets, None, None
     again = [0] if objective.warps or objective.kind == "vicreg" else []

@@ -122,10 +122,10 @@ def warp_(x, generator):
 
 
 def unwarp(scenes, warp):
-    """Scenes (N, 3, SCENE_AHEAD, 64) as if warps (N, WARPS) had been undone. Differentiable in `warp`.
+    """Undoes warps (N, WARPS) of scenes (N, 3, H, 64). Differentiable in `warp`.
 
-    -> the same shape, bilinear, 0 beyond the frame; the share of each pixel inside, (N, 1, SCENE_AHEAD,
-    64).
+    -> scenes of the same shape, bilinear, 0 beyond the frame; the share of each pixel inside,
+    (N, 1, H, 64).
     """
     H, W = scenes.shape[2:]
     column = torch.arange(W, device=warp.device) + row_shifts(warp)[:, :H, None]

@@ -140,7 +140,7 @@ def test_curvature_of_a_stretch_bends_that_stretch_and_leaves_what_is_before_it(
 
 
 def roads(n):
-    """Scenes (n, 3, SCENE_AHEAD, 64) uint8 of a road with soft edges that was bent, the bends, and the
+    """Scenes (n, 3, SCENE_AHEAD, 64) uint8 of a warped road with soft edges, the warps, and the
     scene of the straight one."""
     edge = (torch.arange(64) - 31.5).abs()
     road = (60 + 20 * (edge - 4).clamp(0, 6)).byte().expand(n, 9, 64, 64)
