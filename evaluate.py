@@ -11,7 +11,7 @@ half its 95 % interval, bootstrapped over tracks. It writes ROOT/visuals/report.
 with n and intervals), report.png, and report_dreams.png where there is a decoder. Some --parts
 make report_only_<parts>.json and .png.
 
-About 4 minutes for the weights that come with the code, on two cores with bf16.
+The weights that come with the code take 4 to 7 minutes on two cores with bf16.
 Same seed, same machine: same report.
 
     python evaluate.py
