@@ -227,7 +227,9 @@ def load_folder(folder, steps=1, columns=0):
         longest = max((c.frames for c in part), default=0)
         if longest < steps:
             lacking = f"no episode of {steps} steps on a {name} track, the longest has {longest}"
-            fail(f"{folder}: {lacking}; 20,000 frames are enough to start: {made_by(folder)}")
+            lower = "lower --repeat, --horizon or --targets if set, or " if part else ""
+            more = f"collect more, 20,000 frames are enough to start: {made_by(folder)}"
+            fail(f"{folder}: {lacking}; {lower}{more}")
     return split
 
 

@@ -131,6 +131,7 @@ def test_a_lap_is_shown_in_real_time(shown):
         for step in range(8):  # slow plans
             time.sleep(0.12)
             window.show(PICTURE, step / 25)
+        assert window.pace() < 0.6  # which the bar shows
         began = time.monotonic()
         for step in range(8, 34):  # it hurries by SLACK at most
             window.show(PICTURE, step / 25)
@@ -163,9 +164,13 @@ def test_keys_pause_step_record_help_and_leave(shown):
         for key in (pygame.K_s, pygame.K_RIGHT, pygame.K_s):
             press(key)
         wait_for(lambda: len(seen) == before + 3)
+        press(pygame.K_s, [pygame.KEYDOWN] * 40)  # held: as many as go, and none when let go
+        wait_for(lambda: len(seen) > before + 3)
+        press(pygame.K_s, [pygame.KEYUP])
         time.sleep(0.3)
         after = len(seen)
-        assert after == before + 3
+        time.sleep(0.3)
+        assert len(seen) == after < before + 10
         press(pygame.K_h)
         wait_for(lambda: window.help)
         press(pygame.K_v)
@@ -202,6 +207,18 @@ def test_the_picture_keeps_its_shape_in_a_window_of_any_size(shown):
         white.append(w / h)
         assert abs(xs[0] - (size[0] - 1 - xs[-1])) <= 1  # in the middle
     assert np.allclose(white, 2, rtol=0.1)
+
+
+def test_the_work_goes_on_without_a_display_that_is_lost(shown, capsys):
+    window, _ = shown
+
+    def work():
+        window.show(PICTURE, 0)
+        pygame.display.quit()
+        return [window.show(PICTURE, step / 25) for step in range(1, 30)]
+
+    assert window.run(work) == [""] * 29 and not window.visible
+    assert "the window is lost" in capsys.readouterr().out
 
 
 def test_what_the_work_raises_is_raised(shown):
