@@ -272,6 +272,15 @@ def prefetch(items, n):
 
 
 @dataclass(eq=False, repr=False)
+def history_rows(steps, history, repeat, latents=1):
+    """Rows (n, history + latents - 1) of the frames in the latents from each of `steps` (n,) on.
+
+    Oldest first. The first frame of an episode stands for earlier ones.
+    """
+    rows = np.asarray(steps)[:, None] + repeat * np.arange(1 - history, latents)
+    return np.maximum(rows, 0)
+
+
 class Loader:
     """Mixed, shuffled batches with an exact share of each source; a function of seed and step.
 
@@ -317,7 +326,7 @@ class Loader:
     def _fill(self, data, starts, places, obs, act):
         """Copies the windows that begin at `starts` to `places` of obs (B,L,64,64,3) and act."""
         starts = starts % (len(data["act"]) + 1 - self.span)  # a fallback episode may be shorter
-        rows = starts[:, None] + self.repeat * np.arange(1 - self.history, self.latents)
+        rows = history_rows(starts, self.history, self.repeat, self.latents)
         for place, row in zip(places, np.maximum(rows, 0)):  # twice as fast as in one go
             np.take(data["obs"], row, axis=0, out=obs[place], mode="clip")
         if self.span:
@@ -380,8 +389,7 @@ def sample_frames(chunks, history, repeat, count, seed=0, skip=0):
     for chunk, n in zip(chunks, shares):
         if n and (data := read_or_skip(chunk, "obs", "telemetry")):
             t = np.sort(rng.integers(skip, chunk.frames, size=n))
-            back = repeat * np.arange(1 - history, 1)
-            obs.append(data["obs"][np.maximum(t[:, None] + back, 0)])
+            obs.append(data["obs"][history_rows(t, history, repeat)])
             states.append(data["telemetry"][t])
     return torch.from_numpy(np.concatenate(obs)).permute(0, 1, 4, 2, 3), np.concatenate(states)
 

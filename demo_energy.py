@@ -19,18 +19,20 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
+from buffer import history_rows
 from car import FPS, MAX_STEPS, ZOOM_STEPS
 from car.env import make_env
 from car.telemetry import TELEMETRY, place_beside, telemetry
-from drive_mpc import BaselineDriver, drive, load_driver, planning
-from networks import stack_frames
+from drive_mpc import BaselineDriver, drive, load_driver
 from support import window as ui
 from support.checkpoints import find_models, latest, load_models, require_dir
 from support.cli import Number, Stop, command, fail, parser, run_main, track_number
-from support.device import autocast, set_up
+from support.device import set_up
 from support.files import writable
 from support.lap_view import VIDEO_FPS, LapView
+from support.latents import encode
 from support.pictures import VideoRecorder, ornament, pyplot, save_figure
+from support.plan_config import planning
 
 FUTURES = {  # name: (what it is, colour)
     "true": ("what comes", (90, 200, 120)),
@@ -112,7 +114,7 @@ class EnergyDriver:
         if self.t >= 0 and self.t % self.encoder.repeat == 0:
             stacks = self.propose()
             self.pictures = {name: frames[-1] for name, frames in stacks.items()}
-            latents = self.encode(stacks.values())
+            latents = self.encode([*stacks.values()])
             self.z.append(latents[:1])
             if len(self.z) > self.ahead:
                 self.measure(latents)
@@ -136,10 +138,9 @@ class EnergyDriver:
     def encode(self, stacks):
         """Latents (n, D) of n stacks of consecutive frames, every step; the last is the present."""
         e = self.encoder
-        frames = np.stack([x[::-1][:: e.repeat][: e.history][::-1] for x in stacks])
-        obs = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).to(self.device)
-        with autocast(self.device, self.dtype):
-            return e(stack_frames(obs, e.history))
+        rows = history_rows([len(stacks[0]) - 1], e.history, e.repeat)[0]
+        obs = torch.from_numpy(np.stack([x[rows] for x in stacks])).permute(0, 1, 4, 2, 3)
+        return encode(e, obs, self.device, self.dtype)
 
     @torch.inference_mode()
     def measure(self, latents):

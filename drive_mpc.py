@@ -26,20 +26,21 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from buffer import write_chunk
+from buffer import history_rows, write_chunk
 from car import ZOOM_STEPS
 from car.env import make_env, observe
 from car.episode import EpisodeRecorder
 from car.telemetry import telemetry
 from collect_race_data import Expert
-from networks import DISCOUNT, Predictor, normalize_action, scored_steps, stack_frames
+from networks import DISCOUNT, Predictor, normalize_action, scored_steps
 from support import checkpoints
 from support.cli import Number, Stop, fail, fraction, parser, run_main, track_number
-from support.device import autocast, set_up
+from support.device import set_up
 from support.disturbance import DISTURBANCES, Disturbance
 from support.dreams import load_decoder
 from support.files import is_stream, lock_file, output_file, writable
 from support.lap_view import VIDEO_FPS, LapView
+from support.latents import encode
 from support.pictures import VideoRecorder
 from support.plan_config import ITERATIONS, PlanConfig, planning, take_gas
 from support.progress import progress
@@ -244,10 +245,9 @@ class Driver:
     def encode(self):
         """The present latent (1, D) from the frames so far; the first stands for earlier ones."""
         e, seen = self.encoder, list(self.frames)
-        picked = [seen[max(0, len(seen) - 1 - k * e.repeat)] for k in reversed(range(e.history))]
-        obs = torch.from_numpy(np.stack(picked)).permute(0, 3, 1, 2)[None].to(self.device)
-        with autocast(self.device, self.dtype):
-            return e(stack_frames(obs, e.history))
+        rows = history_rows([len(seen) - 1], e.history, e.repeat)[0]
+        obs = torch.from_numpy(np.stack([seen[i] for i in rows])).permute(0, 3, 1, 2)[None]
+        return encode(e, obs, self.device, self.dtype)
 
     def act(self, frame):
         """frame (64, 64, 3) uint8 -> action (3,) float32; plans every `repeat` steps."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from sklearn.covariance import ledoit_wolf
 
+from buffer import history_rows
 from car.telemetry import TELEMETRY
 from demo_energy import MIN_JUMP, TeleportedCar
 from networks import normalize_action
@@ -66,7 +67,7 @@ def teleported(models, samples, seed):
                     state = dict(zip(TELEMETRY, x.state[k].tolist()))
                     last = x.actions[max(0, k * e.repeat - 2 * need) : k * e.repeat]
                     frames = car.frames(state, last, need, jump)
-                    out[name][row, a] = frames[::-1][:: e.repeat][: e.history][::-1]
+                    out[name][row, a] = frames[history_rows([need - 1], e.history, e.repeat)[0]]
         car.env.close()
     return out
 

@@ -40,13 +40,14 @@ from car.telemetry import (
     telemetry,
 )
 from collect_race_data import MAX_OFFSET, RACE_PACES, Expert
-from drive_mpc import BRAKE, STEER, BaselineDriver, load_driver, planning, to_action
+from drive_mpc import BRAKE, STEER, BaselineDriver, load_driver, to_action
 from report.page import print_table
 from support.checkpoints import require_dir
 from support.cli import Number, parser, run_main, track_number
 from support.files import replace_atomically, versions, writable
 from support.latents import encode
 from support.pictures import ornament, pyplot, save_figure
+from support.plan_config import planning
 from support.progress import progress
 
 KINDS = ("on the grass", "askew", "too fast", "spinning")  # of recovery starts

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from buffer import made_by, read_ahead, shares_of
+from buffer import history_rows, made_by, read_ahead, shares_of
 from car import ZOOM_STEPS
 from networks import VALUE_HORIZON, stack_frames
 from support.checkpoints import fingerprint, latest, load_frozen
@@ -76,8 +76,8 @@ class Latents:
             if data is None:
                 continue
             obs = torch.tensor(data["obs"], device=device).permute(0, 3, 1, 2)
-            back = self.repeat * torch.arange(1 - encoder.history, 1, device=device)
-            rows = (torch.arange(len(obs), device=device)[:, None] + back).clamp_min(0)
+            rows = history_rows(np.arange(len(obs)), encoder.history, self.repeat)
+            rows = torch.from_numpy(rows).to(device)
             parts = [obs[some] for some in rows.split(encode_batch_size(device))]
             z = torch.cat([encode(encoder, part, device, dtype) for part in parts])
             f.write(z.half().cpu().numpy().tobytes())

@@ -319,6 +319,15 @@ def test_frames_of_a_damaged_chunk_are_left_out_and_its_folder_is_named(tmp_path
     assert tmp_path / "a" not in buffer.damaged_files
 
 
+@pytest.mark.parametrize("history, repeat, latents", [(1, 2, 1), (3, 2, 1), (3, 5, 4)])
+def test_rows_of_the_frames_in_a_latent(history, repeat, latents):
+    rows = buffer.history_rows([0, 3, 50], history, repeat, latents)
+    assert rows.shape == (3, history + latents - 1)
+    for step, own in zip((0, 3, 50), rows.tolist()):
+        back = [step + repeat * k for k in range(1 - history, latents)]
+        assert own == [max(0, row) for row in back]
+
+
 def test_a_closed_loader_leaves_no_thread(folders):
     before = threading.active_count()
     stream = Loader(folders, 6).batches()
