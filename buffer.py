@@ -271,7 +271,6 @@ def prefetch(items, n):
     yield from line
 
 
-@dataclass(eq=False, repr=False)
 def history_rows(steps, history, repeat, latents=1):
     """Rows (n, history + latents - 1) of the frames in the latents from each of `steps` (n,) on.
 
@@ -281,6 +280,7 @@ def history_rows(steps, history, repeat, latents=1):
     return np.maximum(rows, 0)
 
 
+@dataclass(eq=False, repr=False)
 class Loader:
     """Mixed, shuffled batches with an exact share of each source; a function of seed and step.
 
