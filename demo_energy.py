@@ -97,9 +97,8 @@ class EnergyDriver:
 
     def reset(self, track_seed):
         """Begins a drive: nothing is remembered but the energies."""
-        need = (
-            self.encoder.history - 1
-        ) * self.encoder.repeat + 1  # frames in which a latent looks
+        e = self.encoder
+        need = (e.history - 1) * e.repeat + 1  # consecutive frames that a latent spans
         self.frames, self.actions = deque(maxlen=need), deque(maxlen=2 * need)  # every step
         self.z, self.z_actions = deque(maxlen=self.ahead + 1), deque(maxlen=self.ahead)
         self.twins = TeleportedCar(track_seed, self.rng), TeleportedCar(track_seed + 1, self.rng)

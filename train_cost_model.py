@@ -175,13 +175,12 @@ def main():
     def check():
         return evaluate(cost, held, held_recovery, device, dtype, f"step {run.step}, held out")
 
-    def write(path):
-        _, auc, r2 = check()
+    def write(path, auc, r2):
         limit = gas_limit(predictor, windows(), device, dtype)
         run.write(path, auc=auc, r2_value=r2, max_gas=limit)
 
     if run.step >= run.steps:
-        return run.already_trained(final, write)
+        return run.already_trained(final, lambda path: write(path, *check()[1:]))
     if not run.resumed:  # else the file has it, and the value that was learned rests on it
         fit = [train[k].real(DENSITY_SAMPLE).to(device) for k in (EXPERT, RANDOM)]
         fit_density(cost, *fit, args.shrinkage)
@@ -197,7 +196,7 @@ def main():
             energies, auc, r2 = check()
             run.log.log(run.step, val_r2_value=r2, **{f"val_auc_{k}": a for k, a in auc.items()})
             if run.step == run.steps:
-                write(final)
+                write(final, auc, r2)
         if run.save_or_stop():
             return run.stopped()
 

@@ -88,7 +88,7 @@ class Report:
                     "env_id": ENV_ID if kind == "official" else f"{ENV_ID} {kind}",
                     "policy": name,
                     "models": self.models[name],
-                    "versions": versions(),
+                    "versions": self.settings["versions"],
                     "episodes": episodes,
                     "mean": round(float(np.mean(returns)), 2),
                     "std": round(float(np.std(returns)), 2),

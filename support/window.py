@@ -15,7 +15,6 @@ from functools import lru_cache
 import cv2
 import numpy as np
 import pygame
-from matplotlib.ticker import MaxNLocator
 
 from support.cli import Stop
 
@@ -100,6 +99,8 @@ def plot_with_axis(canvas, box, values, colors, length):
     The axis is logarithmic where all values are positive -> its ends (low, high), as log10 then.
     """
     x, y, w, h = box
+    from matplotlib.ticker import MaxNLocator  # here: a script's start need not wait for it
+
     logs = values.min() > 0
     values = np.log10(values) if logs else values
     ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(values.min(), values.max())
