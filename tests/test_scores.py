@@ -69,20 +69,21 @@ def report_of(path, args, policies=("random",), nets=None):
     return Report(path, score_settings(args, nets or {}), dict.fromkeys(policies))
 
 
+ROW = {  # of a drive, without its track and return
+    "steps": 9,
+    "tiles": 3,
+    "tiles_missed": 0,
+    "lap_finished": True,
+    "plan_ms_p50": 1.0,
+    "plan_ms_p99": 1.0,
+}
+
+
 def test_scores_of_other_nets_are_not_taken(tmp_path):
     args = drive_mpc_args()
     path = tmp_path / "s.json"
     report = report_of(path, args, ["mpc"])
-    row = {
-        "track_seed": 5,
-        "return": 1.0,
-        "steps": 9,
-        "tiles": 3,
-        "tiles_missed": 0,
-        "lap_finished": True,
-        "plan_ms_p50": 1.0,
-        "plan_ms_p99": 1.0,
-    }
+    row = ROW | {"track_seed": 5, "return": 1.0}
     report.add("mpc", row)
     assert report_of(path, args, ["mpc"]).rows == {"mpc": {5: row}}
     nets = {"mpc": {"cost": CostModel(2)}}
@@ -105,15 +106,7 @@ def test_no_score_is_lost_to_a_stop_or_to_a_new_drive(tmp_path, monkeypatch):
         "--json",
         str(tmp_path / "s.json"),
     ]
-    args, path = drive_mpc_args(*flags), tmp_path / "s.json"
-    row = {
-        "steps": 9,
-        "tiles": 3,
-        "tiles_missed": 0,
-        "lap_finished": True,
-        "plan_ms_p50": 1.0,
-        "plan_ms_p99": 1.0,
-    }
+    args, path, row = drive_mpc_args(*flags), tmp_path / "s.json", ROW
     policies = ["random", "expert"]
     report = report_of(path, args, policies)
     for name, n in (("random", 2), ("expert", 1)):
