@@ -154,8 +154,10 @@ def hardware_precisions(device):
         return names, f"{arch}: {'bf16' if has_bf16 else 'no bf16'} in hardware"
     flags = Path("/proc/cpuinfo")
     flags = flags.read_text() if flags.exists() else ""
-    if "avx512_bf16" in flags or "amx_bf16" in flags:
+    if "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in flags):
         return ["bf16", "fp32"], "bf16 in hardware"
+    if "avx512_bf16" in flags:  # Intel's without AMX: half as fast as fp32, AMD's 1.4 times
+        return ["fp32", "bf16"], "slow bf16 in hardware"
     return ["fp32"], "no bf16 in hardware"
 
 

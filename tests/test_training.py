@@ -247,9 +247,17 @@ def test_what_is_asked_for_is_taken():
     assert pick_precision("fp16", torch.device("cuda"), "fp32")[0] == torch.float16
 
 
-@pytest.mark.parametrize("flags, has", [("avx2", ["fp32"]), ("avx512_bf16", ["bf16", "fp32"])])
-def test_a_cpu_takes_bf16_where_it_has_it(monkeypatch, flags, has):
-    monkeypatch.setattr(device.Path, "read_text", lambda self: f"flags: sse {flags}")
+@pytest.mark.parametrize(
+    "cpu, has",
+    [
+        ("GenuineIntel avx2", ["fp32"]),
+        ("GenuineIntel avx512_bf16", ["fp32", "bf16"]),
+        ("GenuineIntel avx512_bf16 amx_bf16", ["bf16", "fp32"]),
+        ("AuthenticAMD avx512_bf16", ["bf16", "fp32"]),
+    ],
+)
+def test_a_cpu_takes_bf16_where_it_is_fast(monkeypatch, cpu, has):
+    monkeypatch.setattr(device.Path, "read_text", lambda self: cpu)
     assert hardware_precisions(torch.device("cpu"))[0] == has
     assert pick_precision("auto", torch.device("cpu"))[0] == device.DTYPES[has[0]]
 
