@@ -97,8 +97,7 @@ class EnergyDriver:
 
     def reset(self, track_seed):
         """Begins a drive: nothing is remembered but the energies."""
-        e = self.encoder
-        need = (e.history - 1) * e.repeat + 1  # consecutive frames that a latent spans
+        need = self.encoder.span
         self.frames, self.actions = deque(maxlen=need), deque(maxlen=2 * need)  # every step
         self.z, self.z_actions = deque(maxlen=self.ahead + 1), deque(maxlen=self.ahead)
         self.twins = TeleportedCar(track_seed, self.rng), TeleportedCar(track_seed + 1, self.rng)

@@ -233,9 +233,8 @@ class Driver:
 
     def reset(self, track_seed):
         """Begins an episode: nothing is remembered; the same track draws the same noise."""
-        e = self.encoder
         self.generator.manual_seed(self.seed + track_seed)
-        self.frames = deque(maxlen=(e.history - 1) * e.repeat + 1)
+        self.frames = deque(maxlen=self.encoder.span)
         self.planned = Plan.none(self.cfg.horizon, self.device)
         self.u = self.planned.u  # (H, 2) the plan that is followed
         self.t, self.ms, self.costs = 0, [], None

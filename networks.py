@@ -61,6 +61,11 @@ class TinyEncoder(nn.Module):
             self.register_buffer("pca_mean", torch.zeros(HUD_VALUES))
             self.register_buffer("pca_components", torch.zeros(HUD_VALUES, hud_pca))
 
+    @property
+    def span(self):
+        """Consecutive frames of the environment from the first to the last one in a latent."""
+        return (self.history - 1) * self.repeat + 1
+
     def features(self, x):
         """(N, 3 * history, 64, 64) uint8 or float in 0..255 -> raw latents (N, D)."""
         assert x.shape[1:] == (3 * self.history, 64, 64), tuple(x.shape)

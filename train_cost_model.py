@@ -99,8 +99,7 @@ def gas_limit(predictor, held, device, dtype):
     share = float(rows["predictor"][-1] / rows["copy-last"][-1])
     gas = 1.0 if share <= GOOD_ROLLOUT else CAREFUL_GAS
     found = f"{len(rows['predictor'])} steps ahead the predictor's error is {share:.3f}"
-    limit = "over" if gas < 1 else "at most"
-    tqdm.write(f"gas up to {gas:g}: {found} of copy-last's, {limit} {GOOD_ROLLOUT}")
+    tqdm.write(f"gas up to {gas:g}: {found} of copy-last's; full gas needs {GOOD_ROLLOUT} or less")
     return gas
 
 

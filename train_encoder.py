@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from buffer import Loader, load_sources, provenance, sample_frames, shares_of
 from car import MAX_STEPS, ZOOM_STEPS
-from car.telemetry import TELEMETRY
+from car.telemetry import IN_VIEW, TELEMETRY
 from networks import (
     HUD_VALUES,
     InverseModel,
@@ -50,7 +50,6 @@ from support.run import Run, lock_stage, refuse_nan
 from vicreg import covariance, effective_rank, variance, vicreg_loss
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
-IN_VIEW = 7.0, 1.0  # units off the centre line, rad off its direction: the road is in view
 COLLAPSED = 0.02  # mean standard deviation of a latent's dimensions; a healthy one has about 1
 COLLAPSED_RANK = 2  # effective rank of a batch of latents; a healthy one has dozens
 CHECK_EVERY = 50  # steps between two checks for collapse

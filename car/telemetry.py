@@ -30,6 +30,7 @@ TELEMETRY = {  # name -> unit; right and left as the driver sees them
 }
 TRACK_SEARCH = 12.0  # units off the centre line beyond which another part may be nearer
 LOOK_AHEAD = (3, 6, 10)  # tiles of 3.5 units: about 10, 20 and 35 units
+IN_VIEW = 7.0, 1.0  # units off the centre line, rad off its direction: the road is in view
 RECOVERY_HOLD = 0.2  # s for which `is_recovered` must stay true
 RECOVERY_WHEELS, RECOVERY_HEADING, RECOVERY_SPEED = 3, 0.5, 15.0  # on the road, rad, units/s
 

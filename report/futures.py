@@ -16,11 +16,11 @@ import torch
 from sklearn.covariance import ledoit_wolf
 
 from buffer import history_rows
-from car.telemetry import TELEMETRY
+from car.telemetry import IN_VIEW, TELEMETRY
 from demo_energy import MIN_JUMP, TeleportedCar
 from networks import normalize_action
 from report.episodes import BLOCK, TRAINED, UNTRAINED, channels_first, choose_samples, other_episode
-from report.probes import AHEAD, IN_VIEW, ridge
+from report.probes import AHEAD, ridge
 from report.statistics import auc, bootstrap_intervals
 from support.augment import jitter_
 from support.progress import progress
@@ -52,7 +52,6 @@ def teleported(models, samples, seed):
     track, as it was here.
     """
     e, rng = models.encoder, np.random.default_rng([seed, 7])
-    need = (e.history - 1) * e.repeat + 1
     shape = len(samples), len(AHEAD), e.history, 64, 64, 3
     out = {name: np.zeros(shape, np.uint8) for name in TELEPORTS}
     places = list(dict.fromkeys(samples.e))
@@ -65,9 +64,9 @@ def teleported(models, samples, seed):
                 for a, h in enumerate(AHEAD):
                     k = samples.k[row] + h
                     state = dict(zip(TELEMETRY, x.state[k].tolist()))
-                    last = x.actions[max(0, k * e.repeat - 2 * need) : k * e.repeat]
-                    frames = car.frames(state, last, need, jump)
-                    out[name][row, a] = frames[history_rows([need - 1], e.history, e.repeat)[0]]
+                    last = x.actions[max(0, k * e.repeat - 2 * e.span) : k * e.repeat]
+                    frames = car.frames(state, last, e.span, jump)
+                    out[name][row, a] = frames[history_rows([e.span - 1], e.history, e.repeat)[0]]
         car.env.close()
     return out
 

@@ -48,8 +48,7 @@ class Models:
 
     def encode(self, encoder, obs):
         """obs (n, history, 3, 64, 64) -> standardised latents (n, D) on the CPU."""
-        raw = encode(encoder, obs, self.device, self.dtype, raw=True).float().cpu()
-        return (raw - encoder.mean.cpu()) / encoder.std.cpu()
+        return encode(encoder, obs, self.device, self.dtype).cpu()
 
     def encode_samples(self, encoder, samples, change=lambda obs: obs):
         """Latents (n, D) of the samples' frames after `change(frames)`, block by block."""

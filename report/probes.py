@@ -19,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from car.telemetry import IN_VIEW
 from networks import stack_frames
 from report.episodes import UNTRAINED, blocks, choose_samples
 from report.statistics import auc, bootstrap_intervals, r2
@@ -32,7 +33,6 @@ PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20"
 OFF_ROAD = "off road (AUC)"
 SUPERVISED = "supervised bound, saw the labels"
 AHEAD = (1, 5, 15)  # latents ahead at which rollouts are probed and futures are scored
-IN_VIEW = 7.0, 1.0  # units off the centre line, rad off its direction: the road is in view
 MIN_FRAMES = 30  # training frames with the road in view that a probe needs
 PCA_FRAMES = 1500  # that the principal components are fitted to
 PEAK_LR = 2e-3  # of the supervised bound
