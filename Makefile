@@ -41,7 +41,7 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) collect_race_data.py $(LAPTOP) --frames 60000 --pace 0.35 --max_offset 2
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 80000
 	$(PY) collect_data.py $(LAPTOP) --frames 30000
-	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(ENCODER) --dim 128 --strides 2 2 2 1 --epochs 4 --steps_per_epoch 150
+	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(ENCODER) --dim 256 --strides 2 2 2 1 --epochs 4 --steps_per_epoch 150
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 320
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(PREDICTOR) --hidden 256 --state 128 --epochs 3 --steps_per_epoch 700
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 3
@@ -53,7 +53,7 @@ pretrained: .venv/installed  ## over two hours on two cores: weights like those 
 	$(PY) collect_race_data.py $(LAPTOP) --frames 260000
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 1500000
 	$(PY) collect_data.py $(LAPTOP) --frames 1500000
-	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(ENCODER) --dim 384 --strides 1 2 2 2 --mirror 0.5 --congeal 25 --pred 30 --cov 2 --epochs 8 --steps_per_epoch 500
+	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(ENCODER) --dim 512 --strides 1 2 2 2 --mirror 0.5 --congeal 25 --pred 30 --cov 2 --epochs 8 --steps_per_epoch 500
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 400
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(PREDICTOR) --hidden 384 --state 256 --epochs 10 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP)

@@ -121,6 +121,7 @@ class RolloutCost:
     def __call__(self, z, act):
         N, H, _ = act.shape
         p, cost = self.predictor, self.cost
+        z = z[:, : p.dim]
         if self.kind == "classifier":
             return cost.rollout_cost(z, p.rollout(z.expand(N, -1), act), self.kind)
 

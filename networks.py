@@ -5,7 +5,6 @@ Shapes: `obs` (B, T, 3, 64, 64) uint8, `act` (B, T, 3), `z` (B, T, D), `energy` 
 
 from functools import lru_cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +12,7 @@ from torch import nn
 from car import OBS_SIZE, SCENE_H
 
 HUD_VALUES = 3 * (OBS_SIZE - SCENE_H) * OBS_SIZE  # values of a frame's HUD
+SCENE_VALUES = 3 * SCENE_H * OBS_SIZE  # values of a frame's scene
 ACT = 3  # steer, gas, brake
 ACTION_SCALE = (0.15, 0.3, 0.1)  # about their standard deviations: nets see actions of unit size
 INITIAL_STEP = 0.1  # of a linear layer's usual first weights: a fresh predictor hardly moves
@@ -30,17 +30,33 @@ class TinyEncoder(nn.Module):
     channels: of the first stage. repeat: environment steps between two frames, and two latents.
     strides: of the four stages; their product is 8. 2 2 2 1 costs half of 1 2 2 2. The 4x4 map is
     projected whole: averaging it would forget where the road is.
-    hud_pca: the last numbers of a latent are principal components of the newest frame's HUD. The
-    bars of speed and yaw rate need no convolutions. `fit_hud_pca` finds them before the training.
-    `forward` gives standardized latents, in which all other nets work. `features` gives raw ones,
-    which the encoder's losses see.
+
+    A latent has three parts, `dim` numbers in all. The first two, `planned` numbers, are predicted
+    and planned with.
+    conv: what the losses train.
+    hud_pca: principal components of the newest frame's HUD. The bars of speed and yaw rate need no
+    convolutions.
+    scene_pca: principal components of the newest frame's scene, its looks: kerbs and lawn. The
+    predictor lets them fade. Planner and cost model do not see them.
+    `support.pca.fit_pca` finds the components before the training. `forward` gives standardized
+    latents, in which all other nets work. `features` gives the planned part raw, for the losses.
     """
 
-    def __init__(self, channels=64, history=3, repeat=2, dim=512, strides=(1, 2, 2, 2), hud_pca=0):
+    def __init__(
+        self,
+        channels=64,
+        history=3,
+        repeat=2,
+        dim=512,
+        strides=(1, 2, 2, 2),
+        hud_pca=0,
+        scene_pca=0,
+    ):
         super().__init__()
         self.args = dict(channels=channels, history=history, repeat=repeat, dim=dim)
-        self.args |= dict(strides=list(strides), hud_pca=hud_pca)
-        self.history, self.repeat, self.dim, self.hud_pca = history, repeat, dim, hud_pca
+        self.args |= dict(strides=list(strides), hud_pca=hud_pca, scene_pca=scene_pca)
+        self.history, self.repeat, self.dim = history, repeat, dim
+        self.hud_pca, self.scene_pca, self.planned = hud_pca, scene_pca, dim - scene_pca
         from torchvision.models.resnet import BasicBlock, ResNet  # 2 s of import
 
         net = ResNet(BasicBlock, [2, 2, 2, 2])
@@ -51,15 +67,18 @@ class TinyEncoder(nn.Module):
             nn.ReLU(inplace=True),
             *(net._make_layer(BasicBlock, w << i, 2, stride=s) for i, s in enumerate(strides)),
         )  # (8w, 4, 4)
-        self.head = nn.Linear(8 * w * 16, dim - hud_pca)
+        self.head = nn.Linear(8 * w * 16, self.planned - hud_pca)
         for m in self.body.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
+        self.register_buffer("mean", torch.zeros(self.planned))
+        self.register_buffer("std", torch.ones(self.planned))
         if hud_pca:
             self.register_buffer("pca_mean", torch.zeros(HUD_VALUES))
             self.register_buffer("pca_components", torch.zeros(HUD_VALUES, hud_pca))
+        if scene_pca:
+            self.register_buffer("scene_mean", torch.zeros(SCENE_VALUES))
+            self.register_buffer("scene_components", torch.zeros(SCENE_VALUES, scene_pca))
 
     @property
     def span(self):
@@ -67,7 +86,7 @@ class TinyEncoder(nn.Module):
         return (self.history - 1) * self.repeat + 1
 
     def features(self, x):
-        """(N, 3 * history, 64, 64) uint8 or float in 0..255 -> raw latents (N, D)."""
+        """(N, 3 * history, 64, 64) uint8 or float in 0..255 -> raw planned part (N, planned)."""
         assert x.shape[1:] == (3 * self.history, 64, 64), tuple(x.shape)
         x = torch.rsub(x.float(), -1.0, alpha=-1 / 127.5)  # to -1..1
         x = x.contiguous(memory_format=torch.channels_last)
@@ -83,39 +102,35 @@ class TinyEncoder(nn.Module):
         """The newest frame's HUD: (N, 3 * history, 64, 64) -> (N, HUD_VALUES)."""
         return x[:, -3:, SCENE_H:].flatten(1)
 
-    @torch.no_grad()
-    def fit_hud_pca(self, x):
-        """Fits the principal components to training inputs x (N, 3 * history, 64, 64) uint8.
-
-        Each component gets variance 1.
-        """
-        from sklearn.decomposition import PCA
-
-        hud = self.hud_pixels(x).float().cpu().numpy() / 127.5 - 1
-        pca = PCA(self.hud_pca, svd_solver="full").fit(hud)
-        size = np.sqrt(np.maximum(pca.explained_variance_, 1e-6))
-        self.pca_mean.copy_(torch.from_numpy(pca.mean_))
-        self.pca_components.copy_(torch.from_numpy((pca.components_ / size[:, None]).T))
+    @staticmethod
+    def scene_pixels(x):
+        """The newest frame's scene: (N, 3 * history, 64, 64) -> (N, SCENE_VALUES)."""
+        return x[:, -3:, :SCENE_H].flatten(1)
 
     def conv_dims(self, z):
-        """Latents (..., D) without their HUD components."""
-        return z[..., : self.dim - self.hud_pca]
+        """The conv part of latents (..., D)."""
+        return z[..., : self.planned - self.hud_pca]
 
     def reinitialized(self):
-        """A net of the same shape and HUD components with fresh weights."""
+        """A net of the same shape and components with fresh weights."""
         net = TinyEncoder(**self.args).to(self.mean.device)
-        if self.hud_pca:
-            net.pca_mean.copy_(self.pca_mean)
-            net.pca_components.copy_(self.pca_components)
+        for name, buffer in self.named_buffers():
+            if name.startswith(("pca_", "scene_")):
+                net.get_buffer(name).copy_(buffer)
         return net
 
     def forward(self, x):
         """(N, 3 * history, 64, 64) -> standardized latents (N, D), float32."""
-        return (self.features(x) - self.mean) / self.std
+        z = (self.features(x) - self.mean) / self.std
+        if not self.scene_pca:
+            return z
+        with torch.autocast(x.device.type, enabled=False):
+            scene = (self.scene_pixels(x).float() - self.scene_mean) @ self.scene_components
+        return torch.cat([z, scene], dim=1)
 
     @torch.no_grad()
     def fit_standardization(self, z):
-        """Sets the standardization from raw latents of training data (N, D)."""
+        """Sets the standardization from raw planned parts of training data (N, planned)."""
         self.mean.copy_(z.mean(dim=0))
         self.std.copy_(z.std(dim=0).clamp_min(1e-4))
 
@@ -207,30 +222,59 @@ class WarpHead(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Latent -> the newest frame: a 4x4 map, then four transposed convolutions."""
+    """Latent -> the newest frame: a linear image of its components, corrected by convolutions.
 
-    def __init__(self, dim=512, channels=64):
+    linear: the last numbers of the latent are principal components, from which the image is drawn
+    as it is. The correction: a 4x4 map, three transposed convolutions, two convolutions that see
+    the linear image too. None: no linear image, and a fourth transposed convolution.
+    """
+
+    def __init__(self, dim=512, channels=64, linear=None):
         super().__init__()
-        self.args = dict(dim=dim, channels=channels)
-        w = channels
+        self.args = dict(dim=dim, channels=channels, linear=linear)
+        self.w = w = channels
+        self.linear = linear
         self.stem = nn.Linear(dim, 4 * w * 16)
         up = lambda i, o: nn.Sequential(
             nn.ConvTranspose2d(i, o, 4, stride=2, padding=1),
             nn.BatchNorm2d(o),
             nn.ReLU(inplace=True),
         )
-        self.body = nn.Sequential(
-            up(4 * w, 2 * w),
-            up(2 * w, w),
-            up(w, w // 2),  # 8, 16, 32
-            nn.ConvTranspose2d(w // 2, 3, 4, stride=2, padding=1),
-        )  # 64
-        self.w = w
+        self.body = nn.Sequential(up(4 * w, 2 * w), up(2 * w, w), up(w, w // 2))  # (w / 2, 32, 32)
+        if linear is None:
+            self.body.append(nn.ConvTranspose2d(w // 2, 3, 4, stride=2, padding=1))
+            return
+        self.image = nn.Linear(linear + 1, 3 * OBS_SIZE**2, bias=False)
+        self.out = nn.Sequential(
+            nn.Conv2d(w // 2 + 12, w, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(w, 12, 3, padding=1),
+        )  # four pixels of the frame in each of 32x32
+        with torch.no_grad():
+            self.image.weight.zero_()
+            self.out[-1].weight.mul_(INITIAL_STEP)
+
+    def components(self, z):
+        """(N, D) -> what the linear image is drawn from, and 1 (N, linear + 1)."""
+        return torch.cat([z[:, z.shape[1] - self.linear :], torch.ones_like(z[:, :1])], dim=1)
+
+    @torch.no_grad()
+    def fit_image(self, z, frames, ridge=1.0):
+        """Sets the linear image by ridge regression: z (N, D), frames (N, 3, 64, 64) in 0..1."""
+        x, y = self.components(z).double(), frames.flatten(1).double()
+        gram = x.T @ x + ridge * torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
+        self.image.weight.copy_(torch.linalg.solve(gram, x.T @ y).T)
 
     def forward(self, z):
-        """(N, D) -> frames (N, 3, 64, 64), 0..1 in float32; clamp to show them."""
+        """(N, D) -> frames (N, 3, 64, 64), about 0..1 in float32; clamp to show them."""
         x = self.stem(z).view(-1, 4 * self.w, 4, 4)
-        return torch.sigmoid(self.body(x.contiguous(memory_format=torch.channels_last)).float())
+        x = self.body(x.contiguous(memory_format=torch.channels_last))
+        if self.linear is None:
+            return torch.sigmoid(x.float())
+        with torch.autocast(z.device.type, enabled=False):
+            image = self.image(self.components(z.float())).view(-1, 3, OBS_SIZE, OBS_SIZE)
+        x = self.out(torch.cat([x, 4 * F.pixel_unshuffle(image, 2) - 2], dim=1))
+        return image + F.pixel_shuffle(x.float(), 2)
 
 
 class Predictor(nn.Module):
@@ -240,25 +284,27 @@ class Predictor(nn.Module):
     z_hat[t] = to_latent(h[t]) + decay**t * (z - to_latent(h[0])).
     The residual, what the state lacks of the present latent, decays at a learned rate per number.
     All candidates of a plan share `to_state(z)`; f runs for each step of each.
+    dim: of the planned part of a latent. looks: of the rest, which fades likewise:
+    looks_hat[t] = look(h[t], h[0], looks) + fade**t * looks.
     """
 
-    def __init__(self, dim=512, hidden=512, state=256, dropout=0.0):
+    def __init__(self, dim=512, hidden=512, state=256, dropout=0.0, looks=0):
         super().__init__()
-        self.args = dict(dim=dim, hidden=hidden, state=state, dropout=dropout)
-        self.dim, self.state = dim, state
+        self.args = dict(dim=dim, hidden=hidden, state=state, dropout=dropout, looks=looks)
+        self.dim, self.state, self.looks = dim, state, looks
         self.skip = nn.Linear(dim, state)
-        self.deep = nn.Sequential(
-            nn.Linear(dim, 2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, state)
-        )
+        silu_mlp = lambda i, h, o: nn.Sequential(nn.Linear(i, h), nn.SiLU(), nn.Linear(h, o))
+        self.deep = silu_mlp(dim, 2 * hidden, state)
         self.into = nn.Linear(state + ACT, hidden)
         self.out = nn.Linear(hidden, state, bias=False)
         self.to_latent = nn.Linear(state, dim)
-        self.decay_logit = nn.Parameter(
-            torch.full((dim,), 2.0)
-        )  # logits; at first nearly all stays
+        self.decay_logit = nn.Parameter(torch.full((dim,), 2.0))  # at first nearly all stays
         with torch.no_grad():
             self.out.weight.mul_(INITIAL_STEP)
         self.drop = nn.Dropout(dropout)
+        if looks:
+            self.look = silu_mlp(2 * state + looks, hidden, looks)
+            self.fade_logit = nn.Parameter(torch.zeros(looks))
 
     def to_state(self, z):
         """z (N, D) -> state h (N, S)."""
@@ -266,24 +312,41 @@ class Predictor(nn.Module):
 
     def transition(self, h, act):
         """h (N, S), act (N, 3) -> the next h (N, S)."""
-        return h + self.out(
-            self.drop(F.silu(self.into(torch.cat([h, normalize_action(act)], dim=-1))))
-        )
+        x = self.into(torch.cat([h, normalize_action(act)], dim=-1))
+        return h + self.out(self.drop(F.silu(x)))
 
     def residual(self, z, h, H):
         """What the state h (N, S) lacks of z (N, D), as it decays over 1..H -> (N, H, D)."""
         t = torch.arange(1, H + 1, device=z.device)
         return self.decay_logit.sigmoid() ** t[:, None] * (z - self.to_latent(h))[:, None]
 
+    def future_looks(self, looks, h):
+        """looks (N, looks) and states h (N, 1 + H, S) from now on -> looks of the future.
+
+        No gradient reaches the states: looks change nothing of what is planned with.
+        """
+        h, H = h.detach(), h.shape[1] - 1
+        now = torch.cat([h[:, 0], looks], dim=1)[:, None].expand(-1, H, -1)
+        t = torch.arange(1, H + 1, device=h.device)
+        faded = self.fade_logit.sigmoid() ** t[:, None] * looks[:, None]
+        return self.look(torch.cat([h[:, 1:], now], dim=2)) + faded
+
     def rollout(self, z, act):
-        """z (N, D), act (N, H, 3) -> z_hat (N, H, D)."""
+        """z (N, D), act (N, H, 3) -> z_hat (N, H, D). D: `dim`, or with looks `dim + looks`."""
         N, H, A = act.shape
-        assert z.shape == (N, self.dim) and A == ACT, (tuple(z.shape), tuple(act.shape))
+        D = z.shape[1]
+        fits = len(z) == N and D in (self.dim, self.dim + self.looks) and A == ACT
+        assert fits, (tuple(z.shape), tuple(act.shape))
+        z, looks = z[:, : self.dim], z[:, self.dim :]
         h = self.to_state(z)
         out = [h]
         for t in range(H):
             out.append(self.transition(out[-1], act[:, t]))
-        return self.to_latent(torch.stack(out[1:], dim=1)) + self.residual(z, h, H)
+        states = torch.stack(out, dim=1)
+        z_hat = self.to_latent(states[:, 1:]) + self.residual(z, h, H)
+        if D == self.dim:
+            return z_hat
+        return torch.cat([z_hat, self.future_looks(looks, states)], dim=2)
 
 
 def scored_steps(H):
@@ -293,6 +356,8 @@ def scored_steps(H):
 
 class CostModel(nn.Module):
     """Three energies on frozen latents, learned without reward and without labels.
+
+    They see the first `dim` numbers of a latent, the planned part.
 
     classifier: the logit of random against expert; its sigmoid is 0 for expert, 1 for random.
     density: half the squared Mahalanobis distance to expert latents, over D. It rises in every
@@ -321,19 +386,22 @@ class CostModel(nn.Module):
         """
         from sklearn.covariance import shrunk_covariance
 
-        z = z.double()
+        z = self.seen(z).double()
         cov = torch.cov(z.T).reshape(self.mu.numel(), -1)  # of D = 1 torch makes a scalar
         if len(z) < 2 or not cov.diagonal().mean() > 0:
             raise ValueError(f"the {len(z)} latents of the expert are all alike")
         cov = torch.from_numpy(shrunk_covariance(cov.cpu().numpy(), shrinkage)).to(z)
         self.mu.copy_(z.mean(dim=0))
-        self.whiten.copy_(
-            torch.linalg.cholesky(torch.linalg.inv(cov))
-        )  # (z - mu) @ whiten is white
+        self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))  # of z - mu
         self.random_energy.copy_(self.energy(z_random).median())
+
+    def seen(self, z):
+        """The part of latents (..., D) that the energies see."""
+        return z[..., : len(self.mu)]
 
     def energy(self, z, kind="density"):
         """(..., D) -> (...): low where an expert would be. One latent's `value` is its density."""
+        z = self.seen(z)
         if kind == "classifier":
             return self.classifier(z).squeeze(-1).float()
         return ((z - self.mu) @ self.whiten).float().pow(2).mean(dim=-1) / 2
@@ -345,7 +413,11 @@ class CostModel(nn.Module):
     def terminal_value(self, z):
         """(..., D) -> (...): discounted sum of the saturated energies after a latent."""
         weights = (1 - DISCOUNT**VALUE_HORIZON) / (1 - DISCOUNT)  # their sum
-        return weights * self.random_energy * self.value(z).squeeze(-1).float().clamp_min(0)
+        return weights * self.random_energy * self.predicted_value(z).float().clamp_min(0)
+
+    def predicted_value(self, z):
+        """(..., D) -> (...): what `value_target` is expected to be."""
+        return self.value(self.seen(z)).squeeze(-1)
 
     def saturate(self, energy):
         """Bounds energies to 0..random_energy: farther than far from the expert is no worse."""

@@ -65,7 +65,7 @@ def loss_fn(nets, expert, random, recovery, target):
 
 def value_loss(cost, z, target):
     """Mean squared error of the value head: z (B, D), target (B,)."""
-    return F.mse_loss(cost.value(z).squeeze(-1), target)
+    return F.mse_loss(cost.predicted_value(z), target)
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def main():
         {name: LatentSampler(latents, split[part], *rollouts) for name, split in sources.items()}
         for part in (0, 1)
     )
-    cost = CostModel(latents.dim, args.hidden).to(device)
+    cost = CostModel(predictor.dim, args.hidden).to(device)
     recovery, held_recovery = (
         LatentSampler(latents, part, *rollouts, cost) for part in sources[RECOVERY]
     )

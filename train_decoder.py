@@ -1,11 +1,13 @@
 """Day 2, beside the encoder: a watcher that draws what each new checkpoint sees.
 
-Waits for ROOT/models/encoder_mixed_ep{N}.pth, freezes it, and trains the transposed-convolution
-decoder on it, warm-started from the last one. Writes models/decoder_ep{N}.pth,
-models/decoder.jsonl, visuals/decoder_curves.png and visuals/reconstruct_ep{N}.png: held-out frames
-of all sources above their reconstructions, the same frames every time. Ends after the encoder's
-last checkpoint. A checkpoint takes a minute on two CPU cores; expect an error of about 5 grey
-levels of 255.
+Waits for ROOT/models/encoder_mixed_ep{N}.pth, freezes it, and trains the decoder on it,
+warm-started from the last one. Writes models/decoder_ep{N}.pth, models/decoder.jsonl,
+visuals/decoder_curves.png, visuals/reconstruct_ep{N}.png (held-out frames of all sources above
+their reconstructions, the same frames every time, and kerbs close up) and
+visuals/reconstruct_progress.gif (one frame over the epochs). Prints PSNR by region, how red kerbs
+are, and how well the lawn's squares are seen; beside it PCA with as many numbers, and ridge
+regression. Ends after the encoder's last checkpoint. A checkpoint takes a minute on two CPU cores;
+expect 31 dB.
 
     python train_decoder.py --device cuda:1       beside train_encoder.py, on the second GPU
     python train_decoder.py --once                what is there now, then ends
@@ -25,6 +27,7 @@ from buffer import Loader, load_sources, provenance, sample_frames
 from car import ZOOM_STEPS
 from networks import TinyDecoder, stack_frames
 from support import cli
+from support import reconstruction as rec
 from support.checkpoints import (
     build,
     epoch_of,
@@ -39,11 +42,15 @@ from support.cli import Refusal, command, fail
 from support.device import autocast, on_device, set_up
 from support.files import back_up
 from support.latents import encode
-from support.pictures import ornament, plain, pyplot, save_figure
-from support.run import Run, lock_stage, read_resume, refuse_nan
+from support.pictures import ornament
+from support.progress import progress
+from support.reconstruction_sheet import add_to_progress, draw_sheet
+from support.run import Run, lock_stage, optimise, read_resume, refuse_nan
 from support.run_log import RunLog
 
-PICTURES = 4  # held-out frames of each source on the sheet
+TRAINING_FRAMES = 3000  # that the linear image and the baselines are fitted to
+HELD_OUT = 352  # frames of each source that are scored
+CONTRAST = 0.5  # weight of a pixel's contrast in the loss, in units of its mean
 OUTPUTS = ("decoder_ep*.pth", "decoder_resume.pth", "decoder.jsonl")  # --fresh moves them aside
 POLL_S = 2.0  # seconds between two looks for new checkpoints
 
@@ -53,13 +60,15 @@ def arguments():
     add = p.add_argument_group("watching").add_argument
     add("--once", action="store_true", help="draw what is there, do not wait for more")
     add("--newest", action="store_true", help="draw only the newest checkpoint")
-    channels = "of the decoder's last but one map, times 4 in its first"
+    channels = "of the decoder's last map, times 4 in its first"
+    ceiling = "steps of an autoencoder of the same nets, scored too: the most that is possible"
     cli.add_flags(
         p.add_argument_group("model and optimisation"),
-        ("--channels", cli.Number(int, 2, 1024), 64, channels),
+        ("--channels", cli.Number(int, 2, 1024), 32, channels),
         ("--steps", cli.positive, 600, "on each checkpoint"),
-        ("--batch_size", cli.batch_number, 128, "frames in a step"),
+        ("--batch_size", cli.batch_number, 64, "frames in a step"),
         ("--lr", cli.positive_float, 2e-3, "falls to a tenth over the steps"),
+        ("--ceiling_steps", cli.nonnegative_int, 0, ceiling),
     )
     return p.parse_args()
 
@@ -67,11 +76,15 @@ def arguments():
 def loss_fn(decoder, z, target):
     """Squared error plus a little absolute error, which keeps thin bars crisp.
 
+    Pixels that differ from those around them weigh more: edges, kerbs, the lawn's squares.
     z (N, D), target (N, 3, 64, 64) in 0..1 -> (loss, logs)
     """
-    out = decoder(z)
-    mse = F.mse_loss(out, target)
-    return mse + 0.1 * F.l1_loss(out, target), {"mse": mse.detach()}
+    error = decoder(z) - target
+    light = target.mean(dim=1, keepdim=True)
+    contrast = (light - F.avg_pool2d(light, 5, stride=1, padding=2)).abs()
+    weight = (1 + CONTRAST * contrast / contrast.mean().clamp_min(1e-6)) / (1 + CONTRAST)
+    loss = (weight * (error.square() + 0.1 * error.abs())).mean()
+    return loss, {"mse": error.detach().square().mean()}
 
 
 def newest_frame(obs):
@@ -120,39 +133,72 @@ def finished(models, visuals):
 # ------------------------------------------------------------------ one checkpoint
 
 
-def warm_start(models, epoch, dim, channels):
+class Frames:
+    """Frame stacks of training and held-out tracks, the same for all checkpoints."""
+
+    def __init__(self, sources, history, repeat):
+        window = history, repeat
+        chunks = [c for train, _ in sources.values() for c in train]
+        self.window = window
+        self.train = sample_frames(chunks, *window, TRAINING_FRAMES, 2, skip=ZOOM_STEPS)[0]
+        held = {
+            name: sample_frames(held, *window, HELD_OUT, 3, skip=ZOOM_STEPS)[0]
+            for name, (_, held) in sources.items()
+        }
+        self.held, self.names = torch.cat(list(held.values())), [n for n in held for _ in held[n]]
+        self.real = rec.channels_last(self.held[:, -1])  # (N, 64, 64, 3) uint8
+        self.baselines = {}
+
+    def pca(self, n):
+        """SCORES of n principal components of the pixels."""
+        if n not in self.baselines:
+            train = rec.channels_last(self.train[:, -1])
+            self.baselines[n] = self.score(rec.pca_baseline(train, self.real, n))
+        return self.baselines[n]
+
+    def ridge(self, z_train, z):
+        """SCORES of ridge regression from latents."""
+        train = rec.channels_last(self.train[:, -1])
+        return self.score(rec.ridge_baseline(z_train.cpu(), train, z.cpu()))
+
+    def score(self, decoded):
+        """SCORES of decoded held-out frames (N, 64, 64, 3) in 0..255."""
+        return rec.scores(*rec.frame_sums(self.real, decoded))
+
+
+def warm_start(models, epoch, encoder, channels, frames, device, dtype):
     """The newest decoder of an earlier epoch, if it is whole and of this shape, or a fresh one."""
     earlier = [p for n, p in numbered(models, "decoder_ep*.pth") if n < epoch]
+    fresh = TinyDecoder(encoder.dim, channels, encoder.hud_pca + encoder.scene_pca)
     with suppress(Refusal, IndexError):  # IndexError: there is none
         path = earlier[-1]
         decoder = build(read(path), "decoder", path)
-        if decoder.args == dict(dim=dim, channels=channels):
+        if decoder.args == fresh.args:
             return decoder
-    return TinyDecoder(dim, channels)
+    z = encode(encoder, frames.train, device, dtype).cpu()
+    fresh.fit_image(z, newest_frame(frames.train))
+    return fresh
 
 
-def train(args, epoch, encoder, sources, device, dtype, log):
+def train(args, epoch, encoder, sources, frames, device, dtype, log):
     """Trains a decoder on a frozen encoder -> its Run, which may have been stopped."""
     torch.manual_seed(args.seed)  # the result depends on files alone
     models = args.root / "models"
-    decoder = warm_start(models, epoch, encoder.dim, args.channels)
+    decoder = warm_start(models, epoch, encoder, args.channels, frames, device, dtype)
     decoder = decoder.to(device, memory_format=torch.channels_last).train()
     optim = torch.optim.AdamW(decoder.parameters(), args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # frames of all sources
-    chunks, pinned = [s[0] for s in sources.values()], device.type == "cuda"
-    window = 1, encoder.history, encoder.repeat
-    seed = args.seed + epoch
-    loader = Loader(chunks, args.batch_size, *window, args.shares, seed, pinned=pinned)
+    loader = make_loader(args, sources, encoder, epoch, device)
     data = provenance(sources) | {"encoder_key": fingerprint(encoder)}
-    frames = dict(zip(sources, loader.counts))
+    shown = dict(zip(sources, loader.counts))
 
     resume = models / "decoder_resume.pth"
     if resume.is_file() and read_resume(resume).get("encoder_key") != data["encoder_key"]:
         resume.unlink()  # of another checkpoint
     nets = {"decoder": decoder}
-    run = Run(args, "decoder", nets, optim, scaler, args.steps, (), frames, data, 1, log)
+    run = Run(args, "decoder", nets, optim, scaler, args.steps, (), shown, data, 1, log)
     run.schedule, run.first = exponential, (epoch - 1) * args.steps
     run.begin(f"decoder on encoder epoch {epoch}")
     batches = on_device(loader.batches(run.step), device)
@@ -171,69 +217,86 @@ def train(args, epoch, encoder, sources, device, dtype, log):
     return run
 
 
+def make_loader(args, sources, encoder, epoch, device):
+    """Single latents of the training tracks of all sources."""
+    chunks, window = [s[0] for s in sources.values()], (1, encoder.history, encoder.repeat)
+    seed, pinned = args.seed + epoch, device.type == "cuda"
+    return Loader(chunks, args.batch_size, *window, args.shares, seed, pinned=pinned)
+
+
+def train_autoencoder(encoder, decoder, batches, steps, lr, device, dtype):
+    """Fresh nets of both shapes, trained end to end on pixels -> (encoder, decoder).
+
+    The ceiling of a reconstruction: this encoder may use all of the latent for it.
+    batches: endless obs (B, history, 3, 64, 64) uint8 on the device.
+    """
+    encoder, decoder = encoder.reinitialized(), TinyDecoder(**decoder.args).to(device)
+    nets = [net.to(memory_format=torch.channels_last).train() for net in (encoder, decoder)]
+    optim = torch.optim.AdamW([p for net in nets for p in net.parameters()], lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    for step in progress(range(steps), desc="autoencoder", unit="step", leave=False):
+        obs = next(batches)
+        with autocast(device, dtype):
+            z = encoder(stack_frames(obs, encoder.history))
+            loss, _ = loss_fn(decoder, z, newest_frame(obs))
+        optimise(loss, nets, optim, scaler, exponential(step, steps, lr), f"autoencoder, {step}")
+    return encoder.eval(), decoder.eval()
+
+
 @torch.no_grad()
 def reconstruct(encoder, decoder, obs, device, dtype):
-    """Frames (N, history, 3, 64, 64) -> reconstructions (N, 3, 64, 64) in 0..1, on the CPU."""
+    """Frames (N, history, 3, 64, 64) -> (reconstructions (N, 64, 64, 3) in 0..255, z (N, D))."""
     z = encode(encoder, obs, device, dtype)
     with autocast(device, dtype):
-        return decoder(z).float().clamp(0, 1).cpu()
+        out = torch.cat([decoder(part).float().cpu() for part in z.split(256)])
+    return rec.channels_last(out), z
 
 
-def held_out_frames(sources, encoder):
-    """PICTURES frames of each source: obs (N, history, 3, 64, 64), and the source of each."""
-    window = encoder.history, encoder.repeat, PICTURES, 3
-    shown = {name: sample_frames(s[1], *window, skip=ZOOM_STEPS)[0] for name, s in sources.items()}
-    return torch.cat(list(shown.values())), [name for name, own in shown.items() for _ in own]
+def score_all(args, run, encoder, sources, frames, painted, z, device, dtype):
+    """{row: SCORES} of the decoder and of other codes, on held-out frames."""
+    z_train = encode(encoder, frames.train, device, dtype)
+    rows = {
+        "this decoder": frames.score(painted),
+        f"PCA of the pixels, {encoder.dim} numbers": frames.pca(encoder.dim),
+        "ridge regression": frames.ridge(z_train, z),
+    }
+    if args.ceiling_steps:
+        batches = make_loader(args, sources, encoder, 0, device).batches()
+        obs = (x for x, *_ in on_device(batches, device))
+        sizes = obs, args.ceiling_steps, args.lr, device, dtype
+        pair = train_autoencoder(encoder, run.nets["decoder"], *sizes)
+        batches.close()
+        name = f"autoencoder, {args.ceiling_steps} steps (ceiling)"
+        rows[name] = frames.score(reconstruct(*pair, frames.held, device, dtype)[0])
+    return rows
 
 
-def draw_sheet(real, painted, names, epoch, path):
-    """PNG: real frames above reconstructed ones, two rows per source, errors in grey levels.
-
-    real, painted (N, 3, 64, 64) in 0..1; names: the source of each frame.
-    """
-    plt = pyplot()
-    error = (real - painted).abs().mean(dim=(1, 2, 3)) * 255
-    sources = list(dict.fromkeys(names))
-    n = len(sources)
-    figsize = 1.75 * PICTURES, 3.7 * n
-    fig, axes = plt.subplots(2 * n, PICTURES, figsize=figsize, layout="constrained")
-    for i, name in enumerate(sources):
-        own = [j for j, source in enumerate(names) if source == name]
-        for ax in axes[2 * i : 2 * i + 2, len(own) :].flat:
-            ax.axis("off")
-        for k, j in enumerate(own[:PICTURES]):
-            for row, frame in ((2 * i, real[j]), (2 * i + 1, painted[j])):
-                axes[row, k].imshow(frame.permute(1, 2, 0).numpy(), interpolation="nearest")
-                axes[row, k].set(xticks=[], yticks=[])
-            axes[2 * i + 1, k].set_xlabel(f"off by {error[j]:.1f} of 255", fontsize=7)
-        axes[2 * i, 0].set_ylabel(f"{plain(name)}\nheld out", fontsize=8)
-        axes[2 * i + 1, 0].set_ylabel("reconstructed", fontsize=8)
-    fig.suptitle(f"encoder epoch {epoch}: mean error {error.mean():.2f} of 255", fontsize=9)
-    save_figure(fig, path)
-
-
-def publish(run, epoch, encoder, sources, device, dtype, found):
+def publish(args, run, epoch, encoder, sources, frames, device, dtype, found):
     """Writes decoder and sheet of a trained Run, dated as the encoder's checkpoint, `found`."""
     decoder, visuals = run.nets["decoder"].eval(), run.args.root / "visuals"
-    obs, names = held_out_frames(sources, encoder)
-    painted = reconstruct(encoder, decoder, obs, device, dtype)
+    painted, z = reconstruct(encoder, decoder, frames.held, device, dtype)
     refuse_nan(painted.sum(), f"step {run.steps} on epoch {epoch}, held out")
     path, sheet = run.models / f"decoder_ep{epoch}.pth", visuals / f"reconstruct_ep{epoch}.png"
     run.write(path, epoch=epoch)
     run.path.unlink(missing_ok=True)
     rotate(run.models, "decoder", {n for n, _ in numbered(run.models, "encoder_mixed_ep*.pth")})
 
-    real = newest_frame(obs)
-    error = float((real - painted).abs().mean() * 255)
-    run.log.log(epoch * run.steps, val_error=error)
+    # scores beside those of other codes
+    rows = score_all(args, run, encoder, sources, frames, painted, z, device, dtype)
+    own = dict(zip(rec.SCORES, rows["this decoder"]))
+    logged = {"val_psnr": "frame, dB", "val_red_at_kerbs": "red at kerbs", "val_lawn_r": "lawn r"}
+    run.log.log(epoch * run.steps, **{key: own[name] for key, name in logged.items()})
     with ornament(sheet):
-        draw_sheet(real, painted, names, epoch, sheet)
+        draw_sheet(frames.real, painted, frames.names, epoch, sheet)
+    with ornament(gif := visuals / "reconstruct_progress.gif"):
+        add_to_progress(frames.real, painted, epoch, gif)
     for made in (path, sheet):  # a newer checkpoint of this name is then drawn too
         with suppress(OSError):
             os.utime(made, ns=(found, found))
     with ornament(run.log.png):
         run.log.curves()
-    print(f"{sheet}: mean error {error:.2f} of 255", flush=True)
+    print(rec.table(rows))
+    print(f"{sheet}: {own['frame, dB']:.2f} dB on {len(painted)} held-out frames", flush=True)
 
 
 # ------------------------------------------------------------------ main
@@ -265,10 +328,11 @@ def main():
     lock_stage(args.root, "decoder")
     if args.fresh:
         back_up(models, [p for name in OUTPUTS for _, p in numbered(models, name)])
-        back_up(visuals, [p for _, p in numbered(visuals, "reconstruct_ep*.png")])
+        names = "reconstruct_ep*.png", "reconstruct_progress.gif", "reconstruct_progress.npz"
+        back_up(visuals, [p for name in names for _, p in numbered(visuals, name)])
     log = RunLog(args, "decoder", resumed=True)  # one log for all checkpoints
 
-    skipped, last, idle = set(), None, False
+    skipped, last, idle, frames = set(), None, False, None
     while not stop:
         todo = pending(models, visuals, skipped, args.newest)
         if not todo:
@@ -294,10 +358,12 @@ def main():
             print(f"skipped: {bad}", flush=True)
             continue
 
-        run = train(args, epoch, encoder, sources, device, dtype, log)
+        if frames is None or frames.window != (encoder.history, encoder.repeat):
+            frames = Frames(sources, encoder.history, encoder.repeat)
+        run = train(args, epoch, encoder, sources, frames, device, dtype, log)
         if run.step < run.steps:
             return run.stopped()
-        publish(run, epoch, encoder, sources, device, dtype, found)
+        publish(args, run, epoch, encoder, sources, frames, device, dtype, found)
         last = payload
 
     minutes = f"{(time.monotonic() - began) / 60:.1f} min"

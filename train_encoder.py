@@ -46,6 +46,7 @@ from support.cli import Number, add_flags, fail, fraction, optimisation, parser,
 from support.device import autocast, on_device, set_up
 from support.distributed import RANK, RANKS, wrap_ddp
 from support.latents import encode
+from support.pca import fit_pca
 from support.run import Run, lock_stage, refuse_nan
 from vicreg import covariance, effective_rank, variance, vicreg_loss
 
@@ -54,7 +55,10 @@ COLLAPSED = 0.02  # mean standard deviation of a latent's dimensions; a healthy 
 COLLAPSED_RANK = 2  # effective rank of a batch of latents; a healthy one has dozens
 CHECK_EVERY = 50  # steps between two checks for collapse
 OUTPUTS = ("encoder_mixed_ep*.pth", "encoder.jsonl", "decoder_ep*.pth")  # --fresh moves them aside
-DEFAULTS = {"joint": {"std": 16.0, "hud_pca": 8}, "vicreg": {"std": 25.0, "hud_pca": 0}}
+DEFAULTS = {  # of the flags that depend on --objective
+    "joint": {"std": 16.0, "hud_pca": 8, "scene_pca": 128},
+    "vicreg": {"std": 25.0, "hud_pca": 0, "scene_pca": 0},
+}
 
 
 # ------------------------------------------------------------------ arguments
@@ -67,13 +71,15 @@ def arguments(argv=None):
     stride = Number(int, 1, 8)
     model.add_argument("--strides", type=stride, nargs=4, default=[1, 2, 2, 2], help=strides)
     hud = "numbers of a latent that are principal components of the HUD's pixels (8; vicreg 0)"
+    scene = "numbers of a latent that are those of the scene's: kerbs, lawn (128; vicreg 0)"
     add_flags(
         model,
         ("--channels", Number(int, 4, 512), 64, "of the first stage; 16 is ten times faster"),
-        ("--dim", Number(int, 3, 8192), 512, "size of a latent; 128 learns in fewer steps"),
+        ("--dim", Number(int, 3, 8192), 512, "size of a latent; 256 learns in fewer steps"),
         ("--embedding", Number(int, 3, 16384), 1024, "vicreg: size of the expander"),
         ("--history", Number(int, 1, 16), 3, "frames in a latent; one hides speed and yaw rate"),
         ("--hud_pca", Number(int, 0, HUD_VALUES - 1), None, hud),
+        ("--scene_pca", Number(int, 0, 2048), None, scene),
         ("--repeat", Number(int, 1, 10), 2, "steps between frames, and latents; 2 is 25 Hz"),
     )
 
@@ -115,7 +121,8 @@ def mistake(args):
         return f"--strides {args.strides}: expected four numbers with product 8, such as 2 2 2 1"
     if args.congeal and not args.warp:
         return f"--congeal {args.congeal:g} --warp 0: the head of --warp aligns; add --congeal 0"
-    flags, learned = f"--dim {args.dim} --hud_pca {args.hud_pca}", args.dim - args.hud_pca
+    flags = f"--dim {args.dim} --hud_pca {args.hud_pca} --scene_pca {args.scene_pca}"
+    learned = args.dim - args.hud_pca - args.scene_pca
     if learned <= COLLAPSED_RANK:
         return f"{flags}: leaves {learned} numbers to learn, expected more than {COLLAPSED_RANK}"
     latents = args.batch_size // RANKS * len(Objective.of(args).offsets)
@@ -236,14 +243,15 @@ def refuse_collapse(z, when):
 def make_nets(args, device, dtype):
     """(the encoder and the heads of its objective, their optimiser, its scaler)."""
     torch.backends.cudnn.benchmark = True  # steps are alike: it finds the fastest convolution
-    shape = args.channels, args.history, args.repeat, args.dim, args.strides, args.hud_pca
-    nets = {"encoder": TinyEncoder(*shape)}
+    shape = args.channels, args.history, args.repeat, args.dim, args.strides
+    encoder = TinyEncoder(*shape, args.hud_pca, args.scene_pca)
+    nets, dim = {"encoder": encoder}, encoder.planned
     if args.objective == "joint":
-        nets |= {"predictor": Predictor(args.dim), "inverse": InverseModel(args.dim)}
+        nets |= {"predictor": Predictor(dim), "inverse": InverseModel(dim)}
         if args.warp:
-            nets["warp"] = WarpHead(args.dim, WARPS, bool(args.congeal))
+            nets["warp"] = WarpHead(dim, WARPS, bool(args.congeal))
     else:
-        nets["projector"] = Projector(args.dim, args.embedding)
+        nets["projector"] = Projector(dim, args.embedding)
     nets = {k: n.to(device, memory_format=torch.channels_last) for k, n in nets.items()}
     parameters = [p for n in nets.values() for p in n.parameters()]
     optim = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay)
@@ -374,8 +382,7 @@ def main():
     # the untrained encoder is the line to beat
     probe = Probe(sources, args) if RANK == 0 else None
     if not run.resumed and RANK == 0:
-        if args.hud_pca:
-            encoder.fit_hud_pca(stack_frames(probe.parts[0][0], args.history))
+        fit_pca(encoder, stack_frames(probe.parts[0][0], args.history))
         values = probe(encoder, device, dtype)
         print("untrained:", table(values))
         run.log.log(0, **{k.replace("val_", "untrained_"): v for k, v in values.items()})

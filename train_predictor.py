@@ -100,7 +100,8 @@ def main():
     held = WindowSampler(latents, sources, 1, 512, args.horizon, seed=args.seed)
     windows = dream_windows(sources, encoder, args.horizon)
 
-    predictor = Predictor(encoder.dim, args.hidden, args.state, args.dropout).to(device)
+    sizes = args.hidden, args.state, args.dropout
+    predictor = Predictor(encoder.planned, *sizes, encoder.scene_pca).to(device)
     nets = {"predictor": predictor}
     optim = torch.optim.AdamW(predictor.parameters(), args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

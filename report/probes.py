@@ -104,7 +104,7 @@ def supervised_bound(models, samples, labels, cfg):
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
         net = models.encoder.reinitialized()
-        head = nn.Linear(net.dim, len(PROBED) + 1).to(device)
+        head = nn.Linear(net.planned, len(PROBED) + 1).to(device)
     optim = torch.optim.AdamW([*net.parameters(), *head.parameters()], PEAK_LR, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=models.dtype == torch.float16)
     seen = labels.y[labels.in_view]

@@ -252,13 +252,14 @@ class LatentSampler:
 
     @torch.no_grad()
     def sample(self, count, rng, device, dtype):
-        """About (count, D) on the device: half real, half imagined over the whole horizon.
+        """About (count, planned) on the device: half real, half imagined over the whole horizon.
 
         With a cost model also (count,), the value target of each.
         """
         H = self.K - 1
         starts = rng.choice(self.starts, max(1, count // 8))
         z, act = (x.to(device) for x in self.latents.windows(starts, self.length))
+        z = z[..., : self.predictor.dim]
         with autocast(device, dtype):
             z_hat = self.predictor.rollout(z[:, 0], act[:, :H]).float()
         pick = torch.from_numpy(rng.integers(H, size=(4, len(z)))).to(device)

@@ -27,6 +27,7 @@ from support.augment import (
     warp_rows,
 )
 from support.cli import Refusal
+from support.pca import fit_pca
 from train_encoder import Objective, loss_fn, refuse_collapse, views
 
 
@@ -252,7 +253,7 @@ def test_gauges_are_the_principal_components_of_the_newest_instruments(obs):
     x = stack_frames(obs.repeat(4, 2, 1, 1, 1)[:, :9], 2)
     x[:, :, SCENE_H:] = torch.randint(0, 256, x[:, :, SCENE_H:].shape).byte()
     net = TinyEncoder(8, history=2, dim=16, hud_pca=4).eval()
-    net.fit_hud_pca(x)
+    fit_pca(net, x)
     hud_pca = net.features(x)[:, -4:].detach()
     panel = x[:, -3:, SCENE_H:].flatten(1).double().numpy()
     want = torch.from_numpy(PCA(4, whiten=True, svd_solver="full").fit_transform(panel)).float()
