@@ -41,7 +41,7 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) collect_race_data.py $(LAPTOP) --frames 60000 --pace 0.35 --max_offset 2
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 80000
 	$(PY) collect_data.py $(LAPTOP) --frames 30000
-	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(ENCODER) --dim 256 --strides 2 2 2 1 --epochs 4 --steps_per_epoch 150
+	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(ENCODER) --dim 256 --scene_pca 128 --strides 2 2 2 1 --epochs 4 --steps_per_epoch 150
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 320
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(PREDICTOR) --hidden 256 --state 128 --epochs 3 --steps_per_epoch 700
 	$(PY) train_cost_model.py $(LAPTOP) --epochs 3

@@ -2,7 +2,8 @@
 
 Part 1, probes: what a linear probe reads from the latents. Part 2, dreams: how long rollouts hold.
 Part 3, futures: which futures are found impossible. Part 4, plans: whether the energy ranks plans
-as the simulator does. The files of `report/` describe each part.
+as the simulator does. Part 5, reconstructions: what the decoder draws of the present and of
+rollouts. The files of `report/` describe each part.
 
 It reads ROOT/models, or the weights that come with the code, and the training episodes of
 ROOT/data_race, data_recovery and data, or drives some. Then it drives new episodes of the same
@@ -34,17 +35,19 @@ from report.futures import evaluate_violations
 from report.models import Models
 from report.plans import evaluate_plans
 from report.probes import AHEAD, evaluate_probes
+from report.reconstructions import evaluate_reconstructions
 from support.cli import Number, fail, parser, run_main
 from support.device import set_up
 from support.files import git_commit, replace_atomically, versions, writable
 from support.pictures import ornament
 from support.plan_config import PlanConfig, planning, take_gas
 
-PARTS = {  # part: the nets that it needs beside the encoder, and its table
-    "probes": ((), page.probes_table),
-    "dreams": (("predictor",), page.rollouts_table),
-    "futures": (("predictor",), page.futures_table),
-    "plans": (("predictor", "cost"), page.plans_table),
+PARTS = {  # part: the nets that it needs beside the encoder, and its tables
+    "probes": ((), [page.probes_table]),
+    "dreams": (("predictor",), [page.rollouts_table]),
+    "futures": (("predictor",), [page.futures_table]),
+    "plans": (("predictor", "cost"), [page.plans_table]),
+    "reconstructions": (("predictor", "decoder"), [page.present_table, page.pixels_table]),
 }
 
 SIZES = {  # flag: least, most, default, help
@@ -57,6 +60,7 @@ SIZES = {  # flag: least, most, default, help
     "--replayed_plans": (2, 10**6, 24, "plans of a state that are also rendered as driven"),
     "--supervised_steps": (0, 10**9, 600, "training steps of the rows that see labels; 0: no rows"),
     "--supervised_batch": (1, 10**6, 96, "frames in such a step"),
+    "--ceiling_steps": (0, 10**9, 300, "training steps of the autoencoder of part 5; 0: no row"),
     "--bootstrap": (2, 10**5, 200, "resamples of the tracks behind each interval"),
     "--off_road": (0, 10**6, 17, "tiles that a second off the road costs; an expert makes 17"),
 }
@@ -101,12 +105,14 @@ def evaluate(models, parts, train, test, cfg, planner, sheet):
         "dreams": lambda: evaluate_rollouts(models, samples, cfg, sheet),
         "futures": lambda: evaluate_violations(models, train, samples, cfg),
         "plans": lambda: evaluate_plans(models, train, samples, cfg, planner),
+        "reconstructions": lambda: evaluate_reconstructions(models, train, test, samples, cfg),
     }
     found, tables = {}, []
     for part in parts:
         found[part] = figures[part]()
-        tables.append(PARTS[part][1](found[part]))
-        page.print_table(*tables[-1][:3])
+        for table in PARTS[part][1]:
+            tables.append(table(found[part]))
+            page.print_table(*tables[-1][:3])
     return found, tables
 
 

@@ -320,8 +320,19 @@ class Predictor(nn.Module):
         t = torch.arange(1, H + 1, device=z.device)
         return self.decay_logit.sigmoid() ** t[:, None] * (z - self.to_latent(h))[:, None]
 
-    def future_looks(self, looks, h):
-        """looks (N, looks) and states h (N, 1 + H, S) from now on -> looks of the future.
+    def states(self, z, act):
+        """z (N, dim), act (N, H, 3) -> states h from now on (N, 1 + H, S)."""
+        h = [self.to_state(z)]
+        for t in range(act.shape[1]):
+            h.append(self.transition(h[-1], act[:, t]))
+        return torch.stack(h, dim=1)
+
+    def latents(self, h, z):
+        """States h (N, 1 + H, S) that began at z (N, dim) -> z_hat (N, H, dim)."""
+        return self.to_latent(h[:, 1:]) + self.residual(z, h[:, 0], h.shape[1] - 1)
+
+    def future_looks(self, h, looks):
+        """States h (N, 1 + H, S) that began with these looks (N, looks) -> (N, H, looks).
 
         No gradient reaches the states: looks change nothing of what is planned with.
         """
@@ -333,20 +344,14 @@ class Predictor(nn.Module):
 
     def rollout(self, z, act):
         """z (N, D), act (N, H, 3) -> z_hat (N, H, D). D: `dim`, or with looks `dim + looks`."""
-        N, H, A = act.shape
-        D = z.shape[1]
-        fits = len(z) == N and D in (self.dim, self.dim + self.looks) and A == ACT
-        assert fits, (tuple(z.shape), tuple(act.shape))
-        z, looks = z[:, : self.dim], z[:, self.dim :]
-        h = self.to_state(z)
-        out = [h]
-        for t in range(H):
-            out.append(self.transition(out[-1], act[:, t]))
-        states = torch.stack(out, dim=1)
-        z_hat = self.to_latent(states[:, 1:]) + self.residual(z, h, H)
+        D, fits = z.shape[1], act.dim() == 3 and len(z) == len(act) and act.shape[2] == ACT
+        assert fits and D in (self.dim, self.dim + self.looks), (tuple(z.shape), tuple(act.shape))
+        planned = z[:, : self.dim]
+        h = self.states(planned, act)
+        z_hat = self.latents(h, planned)
         if D == self.dim:
             return z_hat
-        return torch.cat([z_hat, self.future_looks(looks, states)], dim=2)
+        return torch.cat([z_hat, self.future_looks(h, z[:, self.dim :])], dim=2)
 
 
 def scored_steps(H):

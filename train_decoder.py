@@ -50,7 +50,7 @@ from support.run_log import RunLog
 
 TRAINING_FRAMES = 3000  # that the linear image and the baselines are fitted to
 HELD_OUT = 352  # frames of each source that are scored
-CONTRAST = 0.5  # weight of a pixel's contrast in the loss, in units of its mean
+CONTRAST = 1.0  # weight of a pixel's contrast in the loss, in units of its mean
 OUTPUTS = ("decoder_ep*.pth", "decoder_resume.pth", "decoder.jsonl")  # --fresh moves them aside
 POLL_S = 2.0  # seconds between two looks for new checkpoints
 
@@ -227,7 +227,7 @@ def make_loader(args, sources, encoder, epoch, device):
 def train_autoencoder(encoder, decoder, batches, steps, lr, device, dtype):
     """Fresh nets of both shapes, trained end to end on pixels -> (encoder, decoder).
 
-    The ceiling of a reconstruction: this encoder may use all of the latent for it.
+    Given enough steps, the ceiling of a reconstruction: all of the latent serves it.
     batches: endless obs (B, history, 3, 64, 64) uint8 on the device.
     """
     encoder, decoder = encoder.reinitialized(), TinyDecoder(**decoder.args).to(device)
@@ -266,7 +266,7 @@ def score_all(args, run, encoder, sources, frames, painted, z, device, dtype):
         sizes = obs, args.ceiling_steps, args.lr, device, dtype
         pair = train_autoencoder(encoder, run.nets["decoder"], *sizes)
         batches.close()
-        name = f"autoencoder, {args.ceiling_steps} steps (ceiling)"
+        name = f"autoencoder, {args.ceiling_steps} steps"
         rows[name] = frames.score(reconstruct(*pair, frames.held, device, dtype)[0])
     return rows
 

@@ -53,10 +53,11 @@ from vicreg import covariance, effective_rank, variance, vicreg_loss
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20")
 COLLAPSED = 0.02  # mean standard deviation of a latent's dimensions; a healthy one has about 1
 COLLAPSED_RANK = 2  # effective rank of a batch of latents; a healthy one has dozens
+PCA_FRAMES = 6000  # that the principal components are fitted to
 CHECK_EVERY = 50  # steps between two checks for collapse
 OUTPUTS = ("encoder_mixed_ep*.pth", "encoder.jsonl", "decoder_ep*.pth")  # --fresh moves them aside
 DEFAULTS = {  # of the flags that depend on --objective
-    "joint": {"std": 16.0, "hud_pca": 8, "scene_pca": 128},
+    "joint": {"std": 16.0, "hud_pca": 8},
     "vicreg": {"std": 25.0, "hud_pca": 0, "scene_pca": 0},
 }
 
@@ -71,7 +72,7 @@ def arguments(argv=None):
     stride = Number(int, 1, 8)
     model.add_argument("--strides", type=stride, nargs=4, default=[1, 2, 2, 2], help=strides)
     hud = "numbers of a latent that are principal components of the HUD's pixels (8; vicreg 0)"
-    scene = "numbers of a latent that are those of the scene's: kerbs, lawn (128; vicreg 0)"
+    scene = "numbers of a latent that are those of the scene's (a quarter; vicreg 0)"
     add_flags(
         model,
         ("--channels", Number(int, 4, 512), 64, "of the first stage; 16 is ten times faster"),
@@ -108,6 +109,8 @@ def arguments(argv=None):
     for name, value in DEFAULTS[args.objective].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.scene_pca is None:
+        args.scene_pca = args.dim // 4
     if error := mistake(args):
         p.error(error)
     return args
@@ -382,7 +385,9 @@ def main():
     # the untrained encoder is the line to beat
     probe = Probe(sources, args) if RANK == 0 else None
     if not run.resumed and RANK == 0:
-        fit_pca(encoder, stack_frames(probe.parts[0][0], args.history))
+        chunks = [c for train, _ in sources.values() for c in train]
+        frames = sample_frames(chunks, 1, 1, PCA_FRAMES, args.seed, skip=ZOOM_STEPS)[0]
+        fit_pca(encoder, frames[:, 0])
         values = probe(encoder, device, dtype)
         print("untrained:", table(values))
         run.log.log(0, **{k.replace("val_", "untrained_"): v for k, v in values.items()})

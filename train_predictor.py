@@ -17,6 +17,7 @@ if __name__ == "__main__":
     import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
 import torch
+import torch.nn.functional as F
 
 from buffer import load_sources, provenance, shares_of
 from car import MAX_STEPS
@@ -29,6 +30,7 @@ from support.dreams import draw_dreams, dream_windows, load_decoder
 from support.latents import WindowSampler, load_latents
 from support.run import Run, lock_stage, refuse_nan
 
+LOOKS_EVERY = 4  # windows of a batch of which one trains the looks
 SWAPPED = "another episode's actions"
 OUTPUTS = ("predictor_ep*.pth", "predictor.jsonl")  # --fresh moves them aside
 
@@ -48,21 +50,37 @@ def arguments():
 
 
 def loss_fn(nets, z, act):
-    """Mean squared error of the whole rollout: z (B, H + 1, D), act (B, H, 3) -> (loss, logs)."""
-    z_hat = nets["predictor"].rollout(z[:, 0], act).float()
-    steps = (z_hat - z[:, 1:]).pow(2).mean(dim=(0, 2))  # (H,)
-    return steps.mean(), {"first_step": steps[0].detach(), "last_step": steps[-1].detach()}
+    """Mean squared error of the whole rollout: z (B, H + 1, D), act (B, H, 3) -> (loss, logs).
+
+    The planned part in all windows, the looks in every LOOKS_EVERY-th.
+    """
+    predictor, dim = nets["predictor"], nets["predictor"].dim
+    now, then = z[:, 0], z[:, 1:]
+    h = predictor.states(now[:, :dim], act)
+    steps = predictor.latents(h, now[:, :dim]).float() - then[..., :dim]
+    steps = steps.pow(2).mean(dim=(0, 2))  # (H,)
+    loss, logs = steps.mean(), {"first_step": steps[0], "last_step": steps[-1]}
+    if predictor.looks:
+        some = slice(None, None, LOOKS_EVERY)
+        looks = predictor.future_looks(h[some], now[some, dim:]).float()
+        logs["looks"] = F.mse_loss(looks, then[some, :, dim:])
+        loss = loss + logs["looks"]
+    return loss, {name: x.detach() for name, x in logs.items()}
 
 
 @torch.no_grad()
 def evaluate(predictor, sampler, device, dtype, batches=4):
-    """{row: error per step (H,)} on held-out tracks: this predictor and its trivial baselines."""
+    """{row: error per step (H,)} on held-out tracks: this predictor and its trivial baselines.
+
+    Errors are those of the planned part.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         untrained = Predictor(**predictor.args).to(device).eval()
     rows = {}
     for i in range(batches):
         z, act = (x.to(device) for x in sampler(i))
+        z = z[..., : predictor.dim]
         other = sampler.swapped(i).to(device)
         with autocast(device, dtype):
             rollouts = {

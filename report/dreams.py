@@ -1,7 +1,8 @@
 """Part 2: how long rollouts hold.
 
 The figure is the squared error of each predicted latent over that of copy-last, the present latent
-itself. Beside it stand the true predictor with another episode's actions, and an untrained one.
+itself, over the planned part. Beside it stand the true predictor with another episode's actions,
+and an untrained one.
 """
 
 import numpy as np
@@ -11,7 +12,7 @@ from report.episodes import other_episode, rows_by_source, sources_of
 from report.futures import MOVING
 from report.probes import AHEAD
 from report.statistics import bootstrap_intervals
-from support.dreams import draw_dream, dream, load_decoder
+from support.dreams import draw_dream, dream
 from support.pictures import ornament
 from support.progress import progress
 
@@ -20,7 +21,7 @@ FAR = 30  # latents ahead to which rollouts are followed
 
 def evaluate_rollouts(models, samples, cfg, sheet):
     """Part 2: {"all" or source: {row: [estimate of each step]}}. Draws some to the file `sheet`."""
-    z, act = samples.z(0, FAR), samples.act(FAR)
+    z, act, planned = samples.z(0, FAR), samples.act(FAR), models.encoder.planned
     other = act[other_episode(samples, cfg.seed)]
     z_hat = {
         "this predictor": models.rollout(models.predictor, z[:, 0], act),
@@ -28,7 +29,8 @@ def evaluate_rollouts(models, samples, cfg, sheet):
         "swapped actions": models.rollout(models.predictor, z[:, 0], other),
         "untrained predictor": models.rollout(models.untrained_predictor, z[:, 0], act),
     }
-    error = {name: (x - z[:, 1:]).pow(2).mean(dim=2).numpy() for name, x in z_hat.items()}
+    squares = lambda x: (x - z[:, 1:])[..., :planned].pow(2)
+    error = {name: squares(x).mean(dim=2).numpy() for name, x in z_hat.items()}
     ratio = lambda x, copy: x.mean(axis=0) / copy.mean(axis=0)
     out = {}
     for source, rows in progress(rows_by_source(samples).items(), desc="rollouts", leave=False):
@@ -64,11 +66,11 @@ def draw_rollouts(models, samples, error, path):
     Without a decoder of this encoder nothing is drawn.
     """
     H, encoder = max(AHEAD), models.encoder
-    if (decoder := load_decoder(models.folder, models.key, models.device)) is None:
+    if models.decoder is None:
         return
     some = samples[telling_rows(samples, error[:, H - 1], H)]
     obs = some.frames(np.arange(1 - encoder.history, H + 1))
-    pair = dream(encoder, models.predictor, decoder, obs, some.act(H), models.device)
+    pair = dream(encoder, models.predictor, models.decoder, obs, some.act(H), models.device)
     with ornament(path):
         draw_dream(*pair, list(some.source), path, encoder.repeat / FPS)
         print(f"drawn: {path}")

@@ -8,6 +8,7 @@ from report.episodes import TRAINED, UNTRAINED, Samples, blocks
 from support.checkpoints import fingerprint, latest, load_models, require_dir
 from support.cli import fail
 from support.device import autocast
+from support.dreams import load_decoder
 from support.latents import encode
 from support.progress import progress
 
@@ -27,6 +28,7 @@ class Models:
         self.path, self.key = latest(self.folder, "encoder_mixed"), fingerprint(nets["encoder"])
         self.encoder, self.predictor, self.cost = map(nets.get, ("encoder", "predictor", "cost"))
         self.cost_payload = payloads.get("cost")
+        self.decoder = load_decoder(self.folder, self.key, device)
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -11,9 +11,11 @@ from report.dreams import FAR
 from report.episodes import TRAINED
 from report.futures import COLOURS, SCORERS
 from report.plans import STD
-from report.probes import AHEAD, OFF_ROAD, PROBED
+from report.probes import AHEAD, LOOKS, OFF_ROAD, PROBED
 from support.pictures import plain, pyplot, save_figure
+from support.reconstruction import SCORES
 
+PIXEL_STEPS = (1, 2, 3, 5, 10, 15)  # in the table of decoded rollouts
 STEPS = (1, 2, 3, 5, 10, 15, 20, FAR)  # latents ahead in the table of rollout errors
 
 
@@ -30,7 +32,8 @@ class Table(NamedTuple):
 def probes_table(found):
     n = found["this encoder"]["speed"]["n"]
     title = f"1. Probes: R² where the road is in view (n = {n}), AUC of a wheel off the road"
-    return Table(title, [*PROBED, OFF_ROAD], {name: [*row.values()] for name, row in found.items()})
+    columns = [*PROBED, OFF_ROAD, *LOOKS]
+    return Table(title, columns, {name: [*row.values()] for name, row in found.items()})
 
 
 def rollouts_table(found):
@@ -55,6 +58,20 @@ def plans_table(found):
     title = f"4. Plans: rank correlation of low energy and outcome in {n} states; regrets in tiles"
     tiles = tuple(name for name in rows if "regret" in name or name == STD)
     return Table(title, list(found), rows, uncoloured=tiles)
+
+
+def present_table(found):
+    rows = found["present"]
+    title = f"5. Reconstructions of the present (n = {rows['this decoder'][0]['n']} frames)"
+    return Table(title, list(SCORES), rows, uncoloured=tuple(rows))
+
+
+def pixels_table(found):
+    found = found["rollouts"]
+    title = f"5. Decoded rollouts: PSNR in dB (n = {found['all']['copy-last'][0]['n']})"
+    rows = {f"{name}, {s}": row for s, by in found.items() for name, row in by.items()}
+    rows = {name: [row[k - 1] for k in PIXEL_STEPS] for name, row in rows.items()}
+    return Table(title, [f"+{k}" for k in PIXEL_STEPS], rows, uncoloured=tuple(rows))
 
 
 def as_text(estimate):

@@ -4,6 +4,11 @@ Physical quantities are scored by R² where the road is in view: |offset| < 7 un
 < 1 rad. A wheel off the road is scored by AUC in all frames. Half of the variance of side speed
 lies in slides, a hundredth of the frames: its R² rests on these, as its interval shows.
 
+Looks are read from the true pixels, in all frames: whether a kerb is in view on the left, and on
+the right (AUC; frames with fewer than KERB_PIXELS of one are left out); how far ahead the next kerb
+is, in rows of the picture, where there is one (R²); whether a point of the lawn, ahead on the left,
+lies on a light square (AUC).
+
 Three nulls and bounds stand beside this encoder: an untrained one, principal components of the
 pixels, and the same net trained with the labels. Probes of predicted latents follow.
 """
@@ -23,14 +28,18 @@ from car.telemetry import IN_VIEW
 from networks import stack_frames
 from report.episodes import UNTRAINED, blocks, choose_samples
 from report.statistics import auc, bootstrap_intervals, r2
-from support.augment import jitter_
+from support.augment import CAR, jitter_
 from support.cli import fail
 from support.device import autocast
 from support.progress import progress
+from support.reconstruction import channels_last, regions
 from support.run import cosine, optimise
 
 PROBED = ("speed", "yaw_rate", "lateral_offset", "heading_error", "curvature_20", "side_speed")
 OFF_ROAD = "off road (AUC)"
+LOOKS = ("kerb left (AUC)", "kerb right (AUC)", "kerb distance", "lawn phase (AUC)")
+KERB_PIXELS = 4  # about one tile's kerb
+LAWN_POINT, LIGHT_GREEN = (28, 12), 217  # row and column; between the greens of the squares
 SUPERVISED = "supervised bound, saw the labels"
 AHEAD = (1, 5, 15)  # latents ahead at which rollouts are probed and futures are scored
 MIN_FRAMES = 30  # training frames with the road in view that a probe needs
@@ -44,7 +53,26 @@ class Labels(NamedTuple):
     y: np.ndarray  # (n, len(PROBED))
     in_view: np.ndarray  # (n,) bool: the road is in view
     off_road: np.ndarray  # (n,) bool: a wheel is off the road
+    looks: np.ndarray  # (n, len(LOOKS)) 0 or 1, or a distance; nan where there is none
     track: np.ndarray  # (n,)
+
+
+def true_frames(samples, ahead=0):
+    """(n, 64, 64, 3) uint8: the newest frame, `ahead` latents later."""
+    return channels_last(samples.frames(np.array([ahead]))[:, 0])
+
+
+def looks_of(frames):
+    """Labels.looks of frames (n, 64, 64, 3) uint8."""
+    masks = regions(frames)
+    kerbs, (row, column) = masks["kerbs"], LAWN_POINT
+    counts = kerbs[:, :, :32].sum((1, 2)), kerbs[:, :, 32:].sum((1, 2))
+    in_view = [np.where((0 < n) & (n < KERB_PIXELS), np.nan, n > 0) for n in counts]
+    ahead = kerbs[:, : CAR[0].start].any(axis=2)[:, ::-1]  # rows from the car on
+    distance = np.where(ahead.any(axis=1), ahead.argmax(axis=1), np.nan)
+    light = frames[:, row, column, 1] > LIGHT_GREEN
+    lawn = np.where(masks["lawn"][:, row, column], light, np.nan)
+    return np.stack([*in_view, distance, lawn], axis=1)
 
 
 def labels_of(samples, ahead=0):
@@ -53,6 +81,7 @@ def labels_of(samples, ahead=0):
         np.stack([samples.state(name, ahead) for name in PROBED], axis=1),
         samples.within(IN_VIEW, ahead),
         samples.state("wheels_off_road", ahead) > 0,
+        looks_of(true_frames(samples, ahead)),
         samples.track,
     )
 
@@ -63,22 +92,33 @@ def ridge(x, y, alpha=1.0):
 
 
 def fit_probe(z, labels):
-    """Probes of latents z (n, D) -> predict(z) = (quantities (m, 6), off-road score (m,))."""
+    """Probes of latents z (n, D) -> predict(z): quantities (m, 6), off-road score (m,), looks."""
     if (n := labels.in_view.sum()) < MIN_FRAMES:
         fail(f"only {n} training frames have the road in view; raise --train_frames")
     quantities = ridge(z[labels.in_view], labels.y[labels.in_view])
     off_road = ridge(z, labels.off_road.astype(np.float32))
-    return lambda z: (quantities.predict(z), off_road.predict(z))
+    there = [np.isfinite(y) for y in labels.looks.T]
+    looks = [ridge(z[m], y[m]) if m.any() else None for m, y in zip(there, labels.looks.T)]
+    nothing = lambda z: np.full(len(z), np.nan)
+    of_looks = lambda z: [probe.predict(z) if probe else nothing(z) for probe in looks]
+    return lambda z: (quantities.predict(z), off_road.predict(z), of_looks(z))
 
 
 def score_probe(predict, z, labels, cfg):
     """{quantity: estimate} of a fitted probe on evaluation latents z (n, D)."""
-    y_pred, score = predict(z)
+    y_pred, score, looks = predict(z)
     arrays = labels.y, y_pred, labels.in_view
     found = bootstrap_intervals(r2, labels.track, arrays, cfg, labels.in_view.sum())
     ranking = lambda off, score: auc(score[off], score[~off])
     found += bootstrap_intervals(ranking, labels.track, (labels.off_road, score), cfg)
-    return dict(zip((*PROBED, OFF_ROAD), found))
+    for name, y, score in zip(LOOKS, labels.looks.T, looks):
+        there = np.isfinite(y) & np.isfinite(score)
+        two = lambda y, score: auc(score[y > 0.5], score[y < 0.5])
+        distance = lambda y, score: r2(y[:, None], score[:, None], np.ones(len(y), bool))
+        statistic = two if "AUC" in name else distance
+        arrays = y[there], score[there]
+        found += bootstrap_intervals(statistic, labels.track[there], arrays, cfg)
+    return dict(zip((*PROBED, OFF_ROAD, *LOOKS), found))
 
 
 def pixels(samples, offsets):

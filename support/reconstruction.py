@@ -66,7 +66,8 @@ def scores(errors, lawn, red):
         squares, pixels = errors.sum(axis=0).T
         psnr = 10 * np.log10(255**2 * pixels / squares)
         n, x, y, xx, yy, xy = lawn.sum(axis=0)
-        r = (xy - x * y / n) / np.sqrt((xx - x * x / n) * (yy - y * y / n))
+        spread = (xx / n - (x / n) ** 2) * (yy / n - (y / n) ** 2)
+        r = (xy / n - x * y / n**2) / np.sqrt(spread) if spread > 1e-6 else np.nan
         other, kerb = red.sum(axis=0)
         excess = (kerb * np.arange(256)).sum() / kerb.sum() - GRASS_RED
         below = other.cumsum() - other / 2  # pixels that a red of 0..255 beats; half of its equals

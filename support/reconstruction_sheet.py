@@ -40,7 +40,7 @@ def draw_sheet(real, painted, names, epoch, path):
     rows = []  # (label, [(true picture, reconstructed picture, row of the frame)])
     for name in dict.fromkeys(names):
         own = [j for j, source in enumerate(names) if source == name]
-        some = [own[i] for i in np.linspace(0, len(own) - 1, PICTURES).astype(int)]
+        some = [own[i] for i in sorted({*np.linspace(0, len(own) - 1, PICTURES).astype(int)})]
         rows.append((f"{plain(name)}\nheld out", [(real[j], painted[j], j) for j in some]))
     near = lambda frames, j: close_up(frames[j], real[j])
     close = [(near(real, j), near(painted, j), j) for j in kerb_frames(real)]
@@ -50,11 +50,13 @@ def draw_sheet(real, painted, names, epoch, path):
     figsize = 1.75 * PICTURES, 3.7 * len(rows)
     fig, axes = plt.subplots(2 * len(rows), PICTURES, figsize=figsize, layout="constrained")
     for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
+        ax.axis("off")
     for (label, pictures), above, below in zip(rows, axes[::2], axes[1::2]):
         for top, bottom, (true, drawn, j) in zip(above, below, pictures):
-            top.imshow(true, interpolation="nearest")
-            bottom.imshow(drawn, interpolation="nearest")
+            for ax, frame in ((top, true), (bottom, drawn)):
+                ax.axis("on")
+                ax.set(xticks=[], yticks=[])
+                ax.imshow(frame, interpolation="nearest")
             bottom.set_xlabel(f"{decibels[j]:.1f} dB", fontsize=8)
         above[0].set_ylabel(label, fontsize=8)
         below[0].set_ylabel("reconstructed", fontsize=8)

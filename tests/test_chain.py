@@ -446,7 +446,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         ("train_encoder.py --mirror 2", ["--mirror"]),
         ("train_encoder.py --channels 0", ["--channels"]),
         ("train_encoder.py --congeal -1", ["--congeal", "from 0 to", "-1"]),
-        ("train_encoder.py --dim 10", ["--dim 10 --hud_pca 8", "2 numbers"]),
+        ("train_encoder.py --dim 10", ["--dim 10 --hud_pca 8 --scene_pca 2", "leaves 0 numbers"]),
         ("train_encoder.py --batch_size 2", ["--batch_size 2", "data"]),
         ("train_encoder.py --objective vicreg --batch_size 3", ["--batch_size 3", "4 or more"]),
         ("train_encoder.py --targets 1 900", ["1800 steps", "the longest has", "--targets"]),

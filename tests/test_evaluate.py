@@ -14,12 +14,13 @@ from report.dreams import FAR
 from report.futures import SCORERS, VIOLATIONS
 from report.models import Models
 from report.plans import POOLED
-from report.probes import AHEAD, OFF_ROAD, PROBED, SUPERVISED
+from report.probes import AHEAD, LOOKS, OFF_ROAD, PROBED, SUPERVISED
 from support.cli import Refusal
+from support.reconstruction import SCORES
 
 TINY = (
     "--tracks 2 --train_frames 500 --frames 100 --windows 10 --states 1 --samples 16 "
-    "--replayed_plans 4 --supervised_steps 3 --supervised_batch 8 --bootstrap 5"
+    "--replayed_plans 4 --supervised_steps 3 --supervised_batch 8 --ceiling_steps 2 --bootstrap 5"
 ).split()
 SOURCES = ["data_race", "data_recovery", "data"]
 
@@ -55,6 +56,8 @@ def test_the_card_says_what_made_it(card):
         "2. Rollouts",
         "3. Futures",
         "4. Plans",
+        "5. Reconstructions",
+        "5. Decoded rollouts",
         "report_dreams.png",
         "gas up to 0.5, stored with the cost model",
     ):
@@ -90,7 +93,7 @@ def test_every_probe_stands_in_the_card_and_one_saw_labels(card):
         expected |= {f"not predicted +{h}, from z now"}
     assert set(rows) == expected
     for row in rows.values():
-        assert set(row) == {*PROBED, OFF_ROAD}
+        assert set(row) == {*PROBED, OFF_ROAD, *LOOKS}
         for name in PROBED:
             sound(row[name], high=1)
         sound(row[OFF_ROAD], 0, 1)
@@ -107,6 +110,21 @@ def test_rollouts_are_measured_against_copy_last(card):
         assert all(len(row) == FAR and sound(c, 0) > 0 for row in rows.values() for c in row)
         assert all(c["value"] == c["low"] == c["high"] == 1 for c in rows["copy-last"])
     assert found["all"]["copy-last"][0]["n"] == sum(found[s]["copy-last"][0]["n"] for s in SOURCES)
+
+
+def test_reconstructions_stand_beside_other_codes(card):
+    found = card[0]["parts"]["reconstructions"]
+    dim = card[0]["encoder"]["dim"]
+    others = {"ridge regression", "ridge, untrained encoder", f"PCA of the pixels, {dim} numbers"}
+    assert set(found["present"]) == {"this decoder", "autoencoder, 2 steps", *others}
+    for row in found["present"].values():
+        assert len(row) == len(SCORES)
+        assert 5 < sound(row[0]) < 60  # dB
+    assert set(found["rollouts"]) == {"all", *SOURCES}
+    for rows in found["rollouts"].values():
+        names = {"this predictor", "untrained predictor", "copy-last", "the true latent"}
+        assert set(rows) == names and all(len(row) == max(AHEAD) for row in rows.values())
+        assert rows["copy-last"][0]["value"] > rows["copy-last"][-1]["value"]
 
 
 def test_every_violation_is_scored_by_all(card):

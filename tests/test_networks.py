@@ -38,6 +38,34 @@ def test_a_density_of_latents_that_are_all_alike_is_refused(z):
         CostModel(3).fit_density(z, z)
 
 
+def test_looks_change_nothing_of_what_is_planned_with():
+    torch.manual_seed(0)
+    predictor, z, act = Predictor(8, 16, 6, looks=3), torch.randn(5, 11), torch.randn(5, 7, 3)
+    z_hat = predictor.rollout(z, act)
+    assert z_hat.shape == (5, 7, 11)
+    assert torch.equal(z_hat[..., :8], predictor.rollout(z[:, :8], act))
+    z_hat[..., 8:].pow(2).sum().backward()
+    graded = {n: p.grad for n, p in predictor.named_parameters() if p.grad is not None}
+    trained = {name for name, grad in graded.items() if grad.any()}
+    assert trained == {"fade_logit", *(f"look.{i}.{k}" for i in (0, 2) for k in ("weight", "bias"))}
+
+    # they fade: without the head, by the same share each step
+    with torch.no_grad():
+        for p in predictor.look.parameters():
+            p.zero_()
+    faded = predictor.rollout(z, act)[..., 8:] / z[:, None, 8:]
+    assert torch.allclose(faded, 0.5 ** torch.arange(1.0, 8)[None, :, None].expand_as(faded))
+
+
+def test_energies_do_not_see_looks():
+    torch.manual_seed(0)
+    cost, z = CostModel(6), torch.randn(300, 9)
+    cost.fit_density(z, 3 * z)
+    other = torch.cat([z[:, :6], torch.randn(300, 3)], dim=1)
+    for value in (cost.energy, lambda z: cost.energy(z, "classifier"), cost.terminal_value):
+        assert torch.equal(value(z), value(other)) and value(z).shape == (300,)
+
+
 @pytest.fixture
 def nets():
     return random_nets()

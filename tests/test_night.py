@@ -428,7 +428,7 @@ def test_the_watcher_under_torture(given, tmp_path, count):
         STAGES["decoder"].insert(0, "--once")
     did = {int(k): v for k, v in json.loads(deeds.read_text()).items()}
     assert "Traceback" not in run.said
-    drawn = [int(n) for n in re.findall(r"reconstruct_ep(\d+)\.png: mean error", run.said)]
+    drawn = [int(n) for n in re.findall(r"reconstruct_ep(\d+)\.png: [\d.]+ dB", run.said)]
     untouched = [n for n in drawn if did.get(n, "leave") == "leave"]
     assert untouched == sorted(set(untouched))
     for epoch in range(1, count + 1):

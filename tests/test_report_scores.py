@@ -19,7 +19,7 @@ from report.episodes import (
 )
 from report.futures import FILMS, Scale, fit_scales
 from report.page import as_text
-from report.probes import AHEAD, OFF_ROAD, PROBED, Labels, fit_probe, score_probe
+from report.probes import AHEAD, LOOKS, OFF_ROAD, PROBED, Labels, fit_probe, score_probe
 from report.statistics import auc, bootstrap_intervals, spearman
 
 
@@ -52,16 +52,25 @@ def test_films_show_what_their_names_say():
 def test_probes_find_what_is_there_and_nothing_else():
     rng, cfg = np.random.default_rng(0), SimpleNamespace(seed=0, bootstrap=20)
     z = [rng.normal(size=(n, 8)) for n in (800, 300)]
+    looks = lambda x: np.c_[x[:, 5:7] > 0, x[:, 7], x[:, 7] > 1]
     labels = [
-        Labels(x[:, :6] * 3 + 1, np.ones(len(x), bool), x[:, 6] > 0, np.arange(len(x)) % 7)
+        Labels(
+            x[:, :6] * 3 + 1,
+            np.ones(len(x), bool),
+            x[:, 6] > 0,
+            np.where(np.arange(len(x))[:, None] % 5, looks(x), np.nan),
+            np.arange(len(x)) % 7,
+        )
         for x in z
     ]
     found = score_probe(fit_probe(z[0], labels[0]), z[1], labels[1], cfg)
     assert all(found[q]["value"] > 0.999 for q in PROBED) and found[OFF_ROAD]["value"] > 0.97
+    assert all(found[q]["value"] > 0.9 for q in LOOKS)
     noise = [rng.normal(size=x.shape) for x in z]
     found = score_probe(fit_probe(noise[0], labels[0]), noise[1], labels[1], cfg)
     assert all(found[q]["value"] < 0.1 for q in PROBED)
     assert abs(found[OFF_ROAD]["value"] - 0.5) < 0.15
+    assert all(found[q]["value"] < 0.7 for q in LOOKS)
 
 
 def test_swapped_actions_are_of_another_episode():

@@ -14,7 +14,7 @@ from buffer import load_sources, write_chunk
 from car.telemetry import TELEMETRY
 from support.dreams import animate_dream, draw_dream, dream_windows
 from support.latents import Latents, WindowSampler
-from train_decoder import PICTURES, draw_sheet
+from support.reconstruction_sheet import PICTURES, draw_sheet
 
 COLORS = {"data_race": (200, 40, 40), "data_recovery": (40, 200, 40), "data": (40, 40, 200)}
 
@@ -127,14 +127,9 @@ def test_draw_dream_takes_a_row_a_name(tmp_path):
 @pytest.mark.parametrize("counts", [(4, 4, 4), (1, 4, 2), (3, 0, 4)])
 def test_the_sheet_of_reconstructions_has_rows_by_name_where_frames_are_few(tmp_path, counts):
     """A source of few whole frames leaves cells empty; no other one's fill them."""
-    frames = [
-        torch.tensor(COLORS[name]).float().div(255).view(3, 1, 1).expand(3, 64, 64)
-        for name, n in zip(COLORS, counts)
-        for _ in range(n)
-    ]
     names = [name for name, n in zip(COLORS, counts) for _ in range(n)]
-    frames = torch.stack(frames)
-    draw_sheet(frames, frames, names, 1, tmp_path / "s.png")
+    frames = np.stack([np.full((64, 64, 3), COLORS[name], np.uint8) for name in names])
+    draw_sheet(frames, frames.astype(np.float32), names, 1, tmp_path / "s.png")
     assert rows_of(tmp_path / "s.png") == list(dict.fromkeys(names))
     picture = cv2.imread(str(tmp_path / "s.png"))[..., ::-1]
     area = {name: near(picture, COLORS[name]).sum() for name in names}

@@ -17,7 +17,9 @@ from support.plan_config import PlanConfig
 from support.run import optimise
 from tools.bench_env import follow
 
-LAPTOP = "--channels 16 --dim 256 --strides 2 2 2 1 --batch_size 96 --lr 2e-3".split()
+LAPTOP = (
+    "--channels 16 --dim 256 --scene_pca 128 --strides 2 2 2 1 --batch_size 96 --lr 2e-3".split()
+)
 TUNING_TRACK = 200_500  # one that is never collected nor reported
 PLANS = 200  # that are timed
 WARM_UP_PLANS = 4
