@@ -61,14 +61,14 @@ def arguments():
     add("--once", action="store_true", help="draw what is there, do not wait for more")
     add("--newest", action="store_true", help="draw only the newest checkpoint")
     channels = "of the decoder's last map, times 4 in its first"
-    ceiling = "steps of an autoencoder of the same nets, scored too: the most that is possible"
+    autoencoder = "steps of an autoencoder of the same nets, scored too: the most that is possible"
     cli.add_flags(
         p.add_argument_group("model and optimisation"),
         ("--channels", cli.Number(int, 2, 1024), 32, channels),
         ("--steps", cli.positive, 600, "on each checkpoint"),
         ("--batch_size", cli.batch_number, 64, "frames in a step"),
         ("--lr", cli.positive_float, 2e-3, "falls to a tenth over the steps"),
-        ("--ceiling_steps", cli.nonnegative_int, 0, ceiling),
+        ("--autoencoder_steps", cli.nonnegative_int, 0, autoencoder),
     )
     return p.parse_args()
 
@@ -227,7 +227,7 @@ def make_loader(args, sources, encoder, epoch, device):
 def train_autoencoder(encoder, decoder, batches, steps, lr, device, dtype):
     """Fresh nets of both shapes, trained end to end on pixels -> (encoder, decoder).
 
-    Given enough steps, the ceiling of a reconstruction: all of the latent serves it.
+    Given enough steps, the most that is possible: all of the latent serves it.
     batches: endless obs (B, history, 3, 64, 64) uint8 on the device.
     """
     encoder, decoder = encoder.reinitialized(), TinyDecoder(**decoder.args).to(device)
@@ -260,13 +260,13 @@ def score_all(args, run, encoder, sources, frames, painted, z, device, dtype):
         f"PCA of the pixels, {encoder.dim} numbers": frames.pca(encoder.dim),
         "ridge regression": frames.ridge(z_train, z),
     }
-    if args.ceiling_steps:
+    if args.autoencoder_steps:
         batches = make_loader(args, sources, encoder, 0, device).batches()
         obs = (x for x, *_ in on_device(batches, device))
-        sizes = obs, args.ceiling_steps, args.lr, device, dtype
+        sizes = obs, args.autoencoder_steps, args.lr, device, dtype
         pair = train_autoencoder(encoder, run.nets["decoder"], *sizes)
         batches.close()
-        name = f"autoencoder, {args.ceiling_steps} steps"
+        name = f"autoencoder, {args.autoencoder_steps} steps"
         rows[name] = frames.score(reconstruct(*pair, frames.held, device, dtype)[0])
     return rows
 

@@ -16,10 +16,11 @@ GIF_SIDE, GIF_FPS = 320, 2  # screen px of a frame; epochs a second
 
 
 def kerb_frames(real):
-    """Rows of PICTURES frames with many kerb pixels, from all over real (N, 64, 64, 3)."""
+    """Rows of up to PICTURES frames with many kerb pixels, from all over real (N, 64, 64, 3)."""
     kerbs = regions(real)["kerbs"].sum((1, 2))
     parts = np.array_split(np.arange(len(real)), min(PICTURES, len(real)))
-    return [part[kerbs[part].argmax()] for part in parts]
+    most = [part[kerbs[part].argmax()] for part in parts]
+    return [j for j in most if kerbs[j]]
 
 
 def close_up(frame, real):
@@ -44,7 +45,8 @@ def draw_sheet(real, painted, names, epoch, path):
         rows.append((f"{plain(name)}\nheld out", [(real[j], painted[j], j) for j in some]))
     near = lambda frames, j: close_up(frames[j], real[j])
     close = [(near(real, j), near(painted, j), j) for j in kerb_frames(real)]
-    rows.append(("kerbs\nclose up", close))
+    if close:
+        rows.append(("kerbs\nclose up", close))
 
     plt = pyplot()
     figsize = 1.75 * PICTURES, 3.7 * len(rows)
@@ -69,7 +71,7 @@ def add_to_progress(real, painted, epoch, gif):
 
     Epochs behind this one belong to an earlier run and are dropped.
     """
-    j, kept = kerb_frames(real)[0], gif.with_suffix(".npz")
+    j, kept = next(iter(kerb_frames(real)), 0), gif.with_suffix(".npz")
     try:
         with np.load(kept, allow_pickle=False) as file:
             frames = {int(n): file[n] for n in file.files if int(n) < epoch}

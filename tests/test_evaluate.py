@@ -20,7 +20,8 @@ from support.reconstruction import SCORES
 
 TINY = (
     "--tracks 2 --train_frames 500 --frames 100 --windows 10 --states 1 --samples 16 "
-    "--replayed_plans 4 --supervised_steps 3 --supervised_batch 8 --ceiling_steps 2 --bootstrap 5"
+    "--replayed_plans 4 --supervised_steps 3 --supervised_batch 8 --bootstrap 5 "
+    "--autoencoder_steps 2"
 ).split()
 SOURCES = ["data_race", "data_recovery", "data"]
 

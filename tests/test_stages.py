@@ -362,12 +362,12 @@ NUMBERS = {
     "train_encoder": "channels dim embedding history hud_pca scene_pca repeat targets pred std "
     "cov inverse warp congeal mirror sim epochs batch_size steps_per_epoch lr weight_decay seed "
     "threads save_every log_every shares",
-    "train_decoder": "channels steps batch_size ceiling_steps lr seed threads",
+    "train_decoder": "channels steps batch_size autoencoder_steps lr seed threads",
     "train_predictor": "hidden state dropout horizon epochs batch_size lr weight_decay",
     "train_cost_model": "hidden shrinkage epochs batch_size lr weight_decay",
     "evaluate": "track_seed tracks train_frames frames windows states replayed_plans "
     "supervised_steps "
-    "supervised_batch ceiling_steps bootstrap off_road",
+    "supervised_batch autoencoder_steps bootstrap off_road",
     "report.trials": "starts track_seed tracks",
     "benchmark": "repeats frames steps train_steps tracks",
 }

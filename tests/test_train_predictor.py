@@ -16,7 +16,7 @@ from support.dreams import animate_dream, draw_dream, dream_windows
 from support.latents import Latents, WindowSampler
 from support.reconstruction_sheet import PICTURES, draw_sheet
 
-COLORS = {"data_race": (200, 40, 40), "data_recovery": (40, 200, 40), "data": (40, 40, 200)}
+COLORS = {"data_race": (160, 40, 40), "data_recovery": (40, 200, 40), "data": (40, 40, 200)}
 
 
 def episode(folder, number, T=120, color=(0, 0, 0)):
