@@ -134,11 +134,11 @@ class EnergyDriver:
 
     @torch.inference_mode()
     def encode(self, stacks):
-        """Latents (n, D) of n stacks of consecutive frames, every step; the last is the present."""
+        """Planned parts (n, planned) of n stacks of consecutive frames, the present one last."""
         e = self.encoder
         rows = history_rows([len(stacks[0]) - 1], e.history, e.repeat)[0]
         obs = torch.from_numpy(np.stack([x[rows] for x in stacks])).permute(0, 1, 4, 2, 3)
-        return encode(e, obs, self.device, self.dtype)
+        return encode(e, obs, self.device, self.dtype)[:, : e.planned]
 
     @torch.inference_mode()
     def measure(self, latents):

@@ -8,7 +8,8 @@ only where it makes another future:
     frozen, reversed, double speed  the car moves
     swapped and mirrored actions    the two action sequences differ
 
-Two controls should not alarm: the light changes, or another light lasts throughout.
+Two controls should not alarm: the light changes, or another light lasts throughout. So surprise
+looks at the planned part of a latent only: the looks see the light.
 """
 
 import numpy as np
@@ -113,6 +114,7 @@ def expectations(models, samples, other, seed):
         jittered = models.encode_samples(encoder, samples, lambda obs: color_jitter(obs, light))
         for condition, a in actions.items():
             z = jittered if condition == THROUGHOUT else samples.z(0, 0, name)[:, 0]
+            z = z[:, : encoder.planned]
             out[name][condition] = z, models.rollout(predictor, z, a)[:, steps]
     return out
 
@@ -158,8 +160,8 @@ def fit_scales(models, train, cfg):
     """{scorer: Scale} of the scorers that read latents, from windows of training episodes."""
     samples = choose_samples(train, cfg.train_frames, cfg.seed, ahead=max(AHEAD))
     act, steps, out = samples.act(max(AHEAD)), [h - 1 for h in AHEAD], {}
-    for name, (_, predictor) in models.pairs().items():
-        z = samples.z(0, max(AHEAD), name)
+    for name, (encoder, predictor) in models.pairs().items():
+        z = samples.z(0, max(AHEAD), name)[..., : encoder.planned]
         now, future = z[:, 0], z[:, list(AHEAD)]
         out[name] = Scale(now, models.rollout(predictor, now, act)[:, steps], future)
         if name == TRAINED:
@@ -196,7 +198,7 @@ def surprises(models, samples, other, scales, seed):
             change = (obs[:, -1].float() - now[:, -1].float()).abs()
             out["pixel error"][v][:, a] = change.mean(dim=(1, 2, 3))
         for name, (encoder, _) in models.pairs().items():
-            z = models.encode(encoder, obs)
+            z = models.encode(encoder, obs)[:, : encoder.planned]
             for v in scored:
                 z0, z_hat = expected[name].get(v, expected[name]["true"])
                 out[name][v][:, a] = scales[name](z, z0, z_hat[:, a], a)
