@@ -61,7 +61,7 @@ def arguments():
     add("--once", action="store_true", help="draw what is there, do not wait for more")
     add("--newest", action="store_true", help="draw only the newest checkpoint")
     channels = "of the decoder's last map, times 4 in its first"
-    autoencoder = "steps of an autoencoder of the same nets, scored too: the most that is possible"
+    autoencoder = "steps of an autoencoder of the same nets, scored too"
     cli.add_flags(
         p.add_argument_group("model and optimisation"),
         ("--channels", cli.Number(int, 2, 1024), 32, channels),
@@ -225,16 +225,21 @@ def make_loader(args, sources, encoder, epoch, device):
 
 
 def train_autoencoder(encoder, decoder, batches, steps, lr, device, dtype):
-    """Fresh nets of both shapes, trained end to end on pixels -> (encoder, decoder).
+    """Nets of both shapes, trained end to end on pixels -> (encoder, decoder).
 
-    Given enough steps, the most that is possible: all of the latent serves it.
+    All of the latent may serve the picture. The linear image begins as the decoder's.
     batches: endless obs (B, history, 3, 64, 64) uint8 on the device.
     """
-    encoder, decoder = encoder.reinitialized(), TinyDecoder(**decoder.args).to(device)
+    image, encoder, was = decoder.image.state_dict(), encoder.reinitialized(), encoder
+    encoder.mean.copy_(was.mean), encoder.std.copy_(was.std)
+    decoder = TinyDecoder(**decoder.args).to(device)
+    decoder.image.load_state_dict(image)
     nets = [net.to(memory_format=torch.channels_last).train() for net in (encoder, decoder)]
     optim = torch.optim.AdamW([p for net in nets for p in net.parameters()], lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     for step in progress(range(steps), desc="autoencoder", unit="step", leave=False):
+        if cli.Stop.requested:
+            break
         obs = next(batches)
         with autocast(device, dtype):
             z = encoder(stack_frames(obs, encoder.history))
@@ -252,23 +257,14 @@ def reconstruct(encoder, decoder, obs, device, dtype):
     return rec.channels_last(out), z
 
 
-def score_all(args, run, encoder, sources, frames, painted, z, device, dtype):
-    """{row: SCORES} of the decoder and of other codes, on held-out frames."""
-    z_train = encode(encoder, frames.train, device, dtype)
-    rows = {
-        "this decoder": frames.score(painted),
-        f"PCA of the pixels, {encoder.dim} numbers": frames.pca(encoder.dim),
-        "ridge regression": frames.ridge(z_train, z),
-    }
-    if args.autoencoder_steps:
-        batches = make_loader(args, sources, encoder, 0, device).batches()
-        obs = (x for x, *_ in on_device(batches, device))
-        sizes = obs, args.autoencoder_steps, args.lr, device, dtype
-        pair = train_autoencoder(encoder, run.nets["decoder"], *sizes)
-        batches.close()
-        name = f"autoencoder, {args.autoencoder_steps} steps"
-        rows[name] = frames.score(reconstruct(*pair, frames.held, device, dtype)[0])
-    return rows
+def score_autoencoder(args, run, encoder, sources, frames, device, dtype):
+    """SCORES of an autoencoder of --autoencoder_steps."""
+    batches = on_device(make_loader(args, sources, encoder, 0, device).batches(), device)
+    obs = (x for x, *_ in batches)
+    sizes = obs, args.autoencoder_steps, args.lr, device, dtype
+    pair = train_autoencoder(encoder, run.nets["decoder"], *sizes)
+    batches.close()
+    return frames.score(reconstruct(*pair, frames.held, device, dtype)[0])
 
 
 def publish(args, run, epoch, encoder, sources, frames, device, dtype, found):
@@ -278,14 +274,9 @@ def publish(args, run, epoch, encoder, sources, frames, device, dtype, found):
     refuse_nan(painted.sum(), f"step {run.steps} on epoch {epoch}, held out")
     path, sheet = run.models / f"decoder_ep{epoch}.pth", visuals / f"reconstruct_ep{epoch}.png"
     run.write(path, epoch=epoch)
-    run.path.unlink(missing_ok=True)
     rotate(run.models, "decoder", {n for n, _ in numbered(run.models, "encoder_mixed_ep*.pth")})
 
-    # scores beside those of other codes
-    rows = score_all(args, run, encoder, sources, frames, painted, z, device, dtype)
-    own = dict(zip(rec.SCORES, rows["this decoder"]))
-    logged = {"val_psnr": "frame, dB", "val_red_at_kerbs": "red at kerbs", "val_lawn_r": "lawn r"}
-    run.log.log(epoch * run.steps, **{key: own[name] for key, name in logged.items()})
+    # pictures
     with ornament(sheet):
         draw_sheet(frames.real, painted, frames.names, epoch, sheet)
     with ornament(gif := visuals / "reconstruct_progress.gif"):
@@ -293,8 +284,21 @@ def publish(args, run, epoch, encoder, sources, frames, device, dtype, found):
     for made in (path, sheet):  # a newer checkpoint of this name is then drawn too
         with suppress(OSError):
             os.utime(made, ns=(found, found))
+
+    # scores beside those of other codes
+    rows = {"this decoder": frames.score(painted)}
+    own = dict(zip(rec.SCORES, rows["this decoder"]))
+    logged = {"val_psnr": "frame, dB", "val_red_at_kerbs": "red at kerbs", "val_lawn_r": "lawn r"}
+    run.log.log(epoch * run.steps, **{key: own[name] for key, name in logged.items()})
     with ornament(run.log.png):
         run.log.curves()
+    run.path.unlink(missing_ok=True)
+    n = min(encoder.dim, len(frames.train))
+    rows[f"PCA of the pixels, {n} numbers"] = frames.pca(n)
+    rows["ridge regression"] = frames.ridge(encode(encoder, frames.train, device, dtype), z)
+    if args.autoencoder_steps:
+        name = f"autoencoder, {args.autoencoder_steps} steps"
+        rows[name] = score_autoencoder(args, run, encoder, sources, frames, device, dtype)
     print(rec.table(rows))
     print(f"{sheet}: {own['frame, dB']:.2f} dB on {len(painted)} held-out frames", flush=True)
 

@@ -11,7 +11,7 @@ the warp that aligns a frame with all others. --objective vicreg: plain VICReg o
 
     python train_encoder.py --epochs 50 --batch_size 256
     torchrun --nproc_per_node=2 train_encoder.py --epochs 50 --batch_size 256       # two GPUs
-    python train_encoder.py --channels 16 --dim 128 --strides 2 2 2 1 --epochs 4 \\
+    python train_encoder.py --channels 16 --dim 256 --scene_pca 128 --strides 2 2 2 1 --epochs 4 \\
         --steps_per_epoch 150 --batch_size 96 --lr 2e-3 --shares 0.35 0.45 0.2      # a laptop
 """
 
@@ -76,7 +76,7 @@ def arguments(argv=None):
     add_flags(
         model,
         ("--channels", Number(int, 4, 512), 64, "of the first stage; 16 is ten times faster"),
-        ("--dim", Number(int, 3, 8192), 512, "size of a latent; 256 learns in fewer steps"),
+        ("--dim", Number(int, 3, 8192), 512, "size of a latent, all parts together"),
         ("--embedding", Number(int, 3, 16384), 1024, "vicreg: size of the expander"),
         ("--history", Number(int, 1, 16), 3, "frames in a latent; one hides speed and yaw rate"),
         ("--hud_pca", Number(int, 0, HUD_VALUES - 1), None, hud),

@@ -1,5 +1,7 @@
 """The nets that the report card tests, and the same nets with fresh weights."""
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
@@ -28,7 +30,6 @@ class Models:
         self.path, self.key = latest(self.folder, "encoder_mixed"), fingerprint(nets["encoder"])
         self.encoder, self.predictor, self.cost = map(nets.get, ("encoder", "predictor", "cost"))
         self.cost_payload = payloads.get("cost")
-        self.decoder = load_decoder(self.folder, self.key, device)
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -36,6 +37,11 @@ class Models:
             self.untrained_predictor = None
             if self.predictor:
                 self.untrained_predictor = Predictor(**self.predictor.args).to(device).eval()
+
+    @cached_property
+    def decoder(self):
+        """The decoder of this encoder, or None."""
+        return load_decoder(self.folder, self.key, self.device)
 
     def pairs(self):
         """{name: (encoder, predictor)} of the trained and the untrained nets."""

@@ -54,7 +54,7 @@ def evaluate_present(models, train, test, cfg):
     drawn = {"this decoder": decode(models.decoder, z(test, TRAINED), models.device)}
     for name, nets in (("ridge regression", TRAINED), ("ridge, untrained encoder", UNTRAINED)):
         drawn[name] = rec.ridge_baseline(z(fit, nets), fitted, z(test, nets))
-    drawn[f"PCA of the pixels, {dim} numbers"] = rec.pca_baseline(fitted, real, dim)
+    drawn[f"PCA of the pixels, {min(dim, len(fit))} numbers"] = rec.pca_baseline(fitted, real, dim)
     if cfg.autoencoder_steps:
         name = f"autoencoder, {cfg.autoencoder_steps} steps"
         every = choose_samples(train, cfg.train_frames, cfg.seed)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from networks import SCENE_VALUES
+from support.cli import fail
 
 RED_WEIGHT = 2.5  # only kerbs and the car vary in red; 1: 46 grey levels at kerbs, 2.5: 59
 
@@ -15,6 +16,8 @@ def fit_pca(encoder, x):
     Each component gets variance 1. Those of the scene see red RED_WEIGHT times, because kerbs cover
     two pixels in a thousand, and each frame mirrored too, because tracks turn left more often.
     """
+    if len(x) < (n := max(encoder.hud_pca, encoder.scene_pca)):
+        fail(f"{n} components of {len(x)} frames: collect more, or lower --scene_pca")
     if encoder.hud_pca:
         hud = encoder.hud_pixels(x).float().cpu().numpy() / 127.5 - 1
         mean, components = whitening(hud, encoder.hud_pca, "full")
@@ -34,5 +37,6 @@ def whitening(x, n, solver):
     from sklearn.decomposition import PCA  # 1 s, which a refusal need not take
 
     pca = PCA(n, svd_solver=solver, random_state=0).fit(x)
-    size = np.sqrt(np.maximum(pca.explained_variance_, 1e-6))
+    variance = pca.explained_variance_
+    size = np.sqrt(np.maximum(variance, 1e-6 * max(1.0, variance[0])))
     return pca.mean_, (pca.components_ / size[:, None]).T

@@ -77,7 +77,7 @@ def add_to_progress(real, painted, epoch, gif):
             frames = {int(n): file[n] for n in file.files if int(n) < epoch}
         if not np.array_equal(frames.get(0), real[j]):
             frames = {}  # of other data
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
         frames = {}
     frames |= {0: real[j], epoch: painted[j].round().astype(np.uint8)}
     frames = dict(sorted(frames.items()))

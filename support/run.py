@@ -29,7 +29,7 @@ from support.run_log import RunLog
 
 # arguments that may change when a run is resumed
 RUNTIME_ARGS = {"root", "device", "threads", "fresh", "precision", "once", "newest"}
-RUNTIME_ARGS |= {"save_every", "log_every", "arithmetic", "epochs"}
+RUNTIME_ARGS |= {"save_every", "log_every", "arithmetic", "epochs", "autoencoder_steps"}
 
 
 def lock_stage(root, stage):
@@ -233,12 +233,15 @@ class Run:
         return payload
 
     def restore(self, payload):
-        """Restores nets, optimiser, scaler and random states. Refuses other arguments."""
+        """Restores nets, optimiser, scaler and random states. Refuses other arguments.
+
+        A run of older code lacks some arguments; then its nets have to fit.
+        """
         then = payload.get("args", {})
         others = [
             f"--{key} {typed(then.get(key))}, this command has {typed(now)}"
             for key, now in vars(self.args).items()
-            if key not in RUNTIME_ARGS and then.get(key) != str(now)
+            if key not in RUNTIME_ARGS and then.get(key, str(now)) != str(now)
         ]
         if others:
             again = "repeat its arguments, or add --fresh to start again"
