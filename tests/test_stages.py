@@ -17,7 +17,7 @@ from test_chain import refused as refused_script
 from test_night import QUICK, WRITTEN, Run, losses, prepare, refused
 
 from networks import TinyEncoder
-from support.checkpoints import epoch_of, latest, numbered, read, rotate, save
+from support.checkpoints import epoch_of, latest, numbered, read, rotate, save, write_payload
 from support.files import back_up
 from support.run import cosine
 
@@ -59,6 +59,20 @@ def test_more_epochs_go_on_and_fewer_are_said_to_be_done(whole, tmp_path, stage)
     assert again.code == 0 and "already trained" in again.said, again.said
     assert "3 epochs, 1 were asked for" in again.said and len(rows(root, stage)) == size
     refused(Run(stage, root, "--epochs", 4, "--lr", 0.5), "--lr", "0.5", "--fresh")
+
+
+def test_a_run_of_older_code_that_lacks_an_argument_goes_on_where_its_nets_fit(whole, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(whole("predictor"), root, symlinks=True)
+    path = root / "models" / "predictor_resume.pth"
+    payload = read(path)
+    del payload["args"]["dropout"]
+    write_payload(path, payload)
+    done = Run("predictor", root, "--epochs", 3).wait(300)
+    assert done.code == 0 and "3 epochs instead of 2" in done.said, done.said
+    del payload["args"]["hidden"]
+    write_payload(path, payload)
+    refused(Run("predictor", root, "--epochs", 3, "--hidden", 24), "does not fit", "--fresh")
 
 
 # ------------------------------------------------------------------ folders that are there
