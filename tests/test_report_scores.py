@@ -106,7 +106,7 @@ def test_scales_are_of_the_steps_and_nets_they_are_asked_for():
         empty_episode(track, 120, **{TRAINED: walk(1), UNTRAINED: walk(3)}) for track in range(60)
     ]
     models = SimpleNamespace(
-        pairs=lambda: dict.fromkeys((TRAINED, UNTRAINED), (None, None)),
+        pairs=lambda: dict.fromkeys((TRAINED, UNTRAINED), (SimpleNamespace(planned=4), None)),
         rollout=lambda _, z, act: z[:, None].expand(-1, act.shape[1], -1),
     )
     scales = fit_scales(models, episodes[:50], SimpleNamespace(train_frames=2000, seed=0))
