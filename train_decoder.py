@@ -279,11 +279,11 @@ def publish(args, run, epoch, encoder, sources, frames, device, dtype, found):
     # pictures
     with ornament(sheet):
         draw_sheet(frames.real, painted, frames.names, epoch, sheet)
-    with ornament(gif := visuals / "reconstruct_progress.gif"):
-        add_to_progress(frames.real, painted, epoch, gif)
     for made in (path, sheet):  # a newer checkpoint of this name is then drawn too
         with suppress(OSError):
             os.utime(made, ns=(found, found))
+    with ornament(gif := visuals / "reconstruct_progress.gif"):
+        add_to_progress(frames.real, painted, epoch, gif)
 
     # scores beside those of other codes
     rows = {"this decoder": frames.score(painted)}
