@@ -230,10 +230,11 @@ def train_autoencoder(encoder, decoder, batches, steps, lr, device, dtype):
     All of the latent may serve the picture. The linear image begins as the decoder's.
     batches: endless obs (B, history, 3, 64, 64) uint8 on the device.
     """
-    image, encoder, was = decoder.image.state_dict(), encoder.reinitialized(), encoder
-    encoder.mean.copy_(was.mean), encoder.std.copy_(was.std)
+    old_encoder, old_decoder, encoder = encoder, decoder, encoder.reinitialized()
+    encoder.mean.copy_(old_encoder.mean), encoder.std.copy_(old_encoder.std)
     decoder = TinyDecoder(**decoder.args).to(device)
-    decoder.image.load_state_dict(image)
+    if decoder.linear is not None:
+        decoder.image.load_state_dict(old_decoder.image.state_dict())
     nets = [net.to(memory_format=torch.channels_last).train() for net in (encoder, decoder)]
     optim = torch.optim.AdamW([p for net in nets for p in net.parameters()], lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

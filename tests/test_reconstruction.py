@@ -1,5 +1,7 @@
 """Scores of reconstructions against their references, and the pictures of them."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from networks import SCENE_VALUES, TinyDecoder, TinyEncoder
 from support import reconstruction as rec
 from support.pca import RED_WEIGHT, fit_pca
 from support.reconstruction_sheet import add_to_progress, kerb_frames
+from train_decoder import train_autoencoder
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,19 @@ def test_the_decoders_image_is_a_ridge_regression_of_the_components(frames):
     with torch.no_grad():
         decoder.out[-1].weight.zero_(), decoder.out[-1].bias.zero_()
     assert torch.allclose(decoder(z), image)  # the convolutions correct it
+
+
+@pytest.mark.parametrize("linear", [None, 3])
+def test_an_autoencoder_is_trained_with_any_decoder(frames, linear):
+    torch.manual_seed(0)
+    x = torch.from_numpy(frames[:8]).permute(0, 3, 1, 2)
+    encoder = TinyEncoder(4, history=1, dim=9, scene_pca=3)
+    decoder = TinyDecoder(9, channels=4, linear=linear)
+    sizes = itertools.repeat(x[:, None]), 2, 1e-3, torch.device("cpu"), torch.float32
+    pair = train_autoencoder(encoder, decoder, *sizes)
+    assert pair[1](pair[0](x)).isfinite().all()
+    for old, new in zip((encoder, decoder), pair):
+        assert not torch.equal(next(old.parameters()), next(new.parameters()))
 
 
 # ------------------------------------------------------------------ one frame over the epochs
