@@ -146,20 +146,19 @@ class Frames:
             for name, (_, held) in sources.items()
         }
         self.held, self.names = torch.cat(list(held.values())), [n for n in held for _ in held[n]]
-        self.real = rec.channels_last(self.held[:, -1])  # (N, 64, 64, 3) uint8
+        # the frames to reconstruct (N, 64, 64, 3) uint8
+        self.fitted, self.real = (rec.channels_last(x[:, -1]) for x in (self.train, self.held))
         self.baselines = {}
 
     def pca(self, n):
         """SCORES of n principal components of the pixels."""
         if n not in self.baselines:
-            train = rec.channels_last(self.train[:, -1])
-            self.baselines[n] = self.score(rec.pca_baseline(train, self.real, n))
+            self.baselines[n] = self.score(rec.pca_baseline(self.fitted, self.real, n))
         return self.baselines[n]
 
     def ridge(self, z_train, z):
         """SCORES of ridge regression from latents."""
-        train = rec.channels_last(self.train[:, -1])
-        return self.score(rec.ridge_baseline(z_train.cpu(), train, z.cpu()))
+        return self.score(rec.ridge_baseline(z_train.cpu(), self.fitted, z.cpu()))
 
     def score(self, decoded):
         """SCORES of decoded held-out frames (N, 64, 64, 3) in 0..255."""

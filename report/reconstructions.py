@@ -77,16 +77,15 @@ def evaluate_futures(models, samples, cfg):
     }
     error = {name: np.zeros((len(samples), H)) for name in ("copy-last", *rollouts)}
     now = true_frames(samples)
-    mean_square = lambda a, b: np.square(a - b.astype(np.float32)).mean(axis=(1, 2, 3))
     for t in progress(range(H), desc="decode", unit="step", leave=False):
         for rows in blocks(len(samples)):
             real = true_frames(samples[rows], t + 1)
-            error["copy-last"][rows, t] = mean_square(now[rows], real)
+            error["copy-last"][rows, t] = rec.mean_square(real, now[rows])
             for name, z_hat in rollouts.items():
                 drawn = decode(models.decoder, z_hat[rows, t], models.device)
-                error[name][rows, t] = mean_square(drawn, real)
+                error[name][rows, t] = rec.mean_square(real, drawn)
 
-    psnr = lambda squares: 10 * np.log10(255**2 / np.maximum(squares.mean(axis=0), 1e-9))
+    psnr = lambda squares: rec.psnr(squares.mean(axis=0))
     return {
         source: {
             name: bootstrap_intervals(psnr, samples.track[rows], (squares[rows],), cfg)

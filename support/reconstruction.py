@@ -75,10 +75,14 @@ def scores(errors, lawn, red):
     return np.array([*psnr, excess, auc, r])
 
 
-def psnr(real, decoded):
-    """dB (N,) of frames (N, ...) in 0..255."""
-    error = np.square(decoded - real.astype(np.float32)).reshape(len(real), -1).mean(axis=1)
-    return 10 * np.log10(255**2 / np.maximum(error, 1e-9))
+def mean_square(real, decoded):
+    """Mean squared error (N,) of frames (N, 64, 64, 3) in 0..255."""
+    return np.square(decoded - real.astype(np.float32)).mean(axis=(1, 2, 3))
+
+
+def psnr(squares):
+    """dB of mean squared errors of frames in 0..255."""
+    return 10 * np.log10(255**2 / np.maximum(squares, 1e-9))
 
 
 def channels_last(frames):

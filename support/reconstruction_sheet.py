@@ -7,7 +7,7 @@ import numpy as np
 
 from support.files import replace_atomically
 from support.pictures import plain, pyplot, save_figure, save_gif
-from support.reconstruction import psnr, regions
+from support.reconstruction import mean_square, psnr, regions
 from support.window import INK, PAPER, write
 
 PICTURES = 4  # held-out frames of each source on the sheet, and close-ups of kerbs
@@ -37,7 +37,7 @@ def draw_sheet(real, painted, names, epoch, path):
 
     real (N, 64, 64, 3) uint8; painted the same in 0..255; names: the source of each frame.
     """
-    decibels, painted = psnr(real, painted), painted.round().astype(np.uint8)
+    decibels, painted = psnr(mean_square(real, painted)), painted.round().astype(np.uint8)
     rows = []  # (label, [(true picture, reconstructed picture, row of the frame)])
     for name in dict.fromkeys(names):
         own = [j for j, source in enumerate(names) if source == name]
