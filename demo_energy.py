@@ -46,7 +46,7 @@ TRACE = 150  # futures that the graph shows
 
 def arguments():
     p = parser(__doc__, models=True)
-    p.epilog = ui.KEYS_TEXT
+    p.epilog = ui.keys_text()
     add, steps = p.add_argument_group("task").add_argument, Number(int, 1, MAX_STEPS)
     add("--track_seed", type=track_number, default=100_000, help="first track; key r: the next")
     add("--steps", type=steps, default=MAX_STEPS, help="environment steps at most")
@@ -74,15 +74,20 @@ class TeleportedCar:
         return int(self.rng.integers(least, len(self.env.unwrapped.track) - least))
 
     def frames(self, state, actions, count, offset):
-        """(count, 64, 64, 3): the last frames of playing `actions` so many tiles further on.
+        """(count, 64, 64, 3): the last frames of `teleport` with these arguments."""
+        return teleport(self.env, state, actions, offset)[-count:]
 
-        state: {name: value} of the real car's telemetry, on its own track.
-        """
-        tile, heading = state["tile_index"] + offset, -state["heading_error"]
-        side, speed, yaw_rate = state["lateral_offset"], state["speed"], state["yaw_rate"]
-        place_beside(self.env, tile, side, heading, speed, yaw_rate)
-        # stepped without the time limit around it: the twin must not run out of steps
-        return np.stack([self.env.unwrapped.step(a)[0] for a in actions][-count:])
+
+def teleport(env, state, actions, offset):
+    """Places the car of a fast env so many tiles further on -> frames (n, 64, 64, 3) of `actions`.
+
+    state: {name: value} of the telemetry that it continues, but for the place.
+    """
+    tile, heading = state["tile_index"] + offset, -state["heading_error"]
+    side, speed, yaw_rate = state["lateral_offset"], state["speed"], state["yaw_rate"]
+    place_beside(env, tile, side, heading, speed, yaw_rate)
+    # stepped without the time limit around it: the twin must not run out of steps
+    return np.stack([env.unwrapped.step(a)[0] for a in actions])
 
 
 class EnergyDriver:

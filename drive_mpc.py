@@ -45,7 +45,7 @@ from support.pictures import VideoRecorder
 from support.plan_config import ITERATIONS, PlanConfig, planning, take_gas
 from support.progress import progress
 from support.scores import COLUMNS, Report, compare, row_line, row_name, score_settings
-from support.window import KEYS_TEXT, NoWindow, open_window
+from support.window import NoWindow, keys_text, open_window
 from support.workers import FIRST_SEED, chunk_provenance
 
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little
@@ -60,7 +60,7 @@ POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order 
 
 def arguments():
     p = parser(__doc__, models=True)
-    p.epilog = KEYS_TEXT
+    p.epilog = keys_text()
     add = p.add_argument_group("task").add_argument
     add("--episodes", type=Number(int, 1, 100_000), default=3, help="tracks, one episode each")
     add("--track_seed", type=track_number, default=100_000, help="first track; the next follow")
@@ -261,8 +261,12 @@ class Driver:
         return self.action
 
     def replan(self):
-        """Encodes the present and plans from it: sets u and costs."""
-        self.z = self.encode()
+        """Encodes the present and plans from it."""
+        self.plan_from(self.encode())
+
+    def plan_from(self, z):
+        """Plans from the latent z (1, D), a real or a dreamt one: sets u and costs."""
+        self.z = z
         of = self.rollout_cost, self.planned, self.cfg, self.generator
         self.planned, self.costs = plan(self.z, *of)
         self.u = self.planned.u

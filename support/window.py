@@ -37,8 +37,12 @@ KEYS = {
     "q or Esc": "quit",
 }
 KEYS_BAR = "   ".join(f"{key.split()[0]} {what}" for key, what in KEYS.items())
-KEYS_TEXT = ", ".join(f"{key} ({what})" for key, what in KEYS.items())
-KEYS_TEXT = textwrap.fill(f"keys of the window: {KEYS_TEXT}", 98)
+
+
+def keys_text(keys=KEYS):
+    """The keys of a window as text for --help."""
+    words = ", ".join(f"{key} ({what})" for key, what in keys.items())
+    return textwrap.fill(f"keys of the window: {words}", 98)
 
 
 # ------------------------------------------------------------------ drawing
@@ -157,6 +161,7 @@ class Window(NoWindow):
     """
 
     visible = True
+    keys, bar = KEYS, KEYS_BAR
 
     def __init__(self, title):
         """Raises pygame.error where there is no display."""
@@ -254,10 +259,14 @@ class Window(NoWindow):
                     self.quit = True
                 self.changed.notify_all()
 
+    @staticmethod
+    def latin(event):
+        """The key of an event; of another alphabet, the letter that a Latin keyboard has there."""
+        other = 127 < event.key < 1 << 30
+        return ord("a") + event.scancode - pygame.KSCAN_A if other else event.key
+
     def _key(self, event, repeated):
-        key = event.key
-        if 127 < key < 1 << 30:  # another alphabet: the letter that a Latin keyboard has there
-            key = ord("a") + event.scancode - pygame.KSCAN_A
+        key = self.latin(event)
         if key in (pygame.K_s, pygame.K_RIGHT):
             self.paused, self.steps = True, max(self.steps, 1) if repeated else self.steps + 1
         elif repeated:
@@ -284,7 +293,7 @@ class Window(NoWindow):
         picture = self.picture
         if self.help:
             picture = picture // 4
-            for i, (key, what) in enumerate(KEYS.items()):
+            for i, (key, what) in enumerate(self.keys.items()):
                 write(picture, key, 60, 50 + 40 * i, WARM, 32)
                 write(picture, what, 240, 50 + 40 * i, INK, 32)
 
@@ -305,13 +314,13 @@ class Window(NoWindow):
         if not self.paused and abs(pace - 1) > 0.05:
             state += f"{pace:.2f} x real time  "
         x = write(bar, state, 8, 6, WARM, BAR_TEXT)
-        write(bar, KEYS_BAR, x + 8, 6, DIM, BAR_TEXT)
+        write(bar, self.bar, x + 8, 6, DIM, BAR_TEXT)
         screen.blit(pygame.image.frombuffer(bar, (w, BAR), "RGB"), (0, h - BAR))
         pygame.display.flip()
 
 
-def open_window(title):
-    """A Window, or where there is no desktop a NoWindow; says why."""
+def open_window(title, kind=Window):
+    """A Window of this kind, or where there is no desktop a NoWindow; says why."""
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if not (display or sys.platform in ("darwin", "win32")):
         print('no window (no display: README, "Windows"); files only')
@@ -319,7 +328,7 @@ def open_window(title):
     try:
         pygame.display.init()
         if (driver := pygame.display.get_driver()) in SDL_DRIVERS:
-            return Window(title)
+            return kind(title)
         why = f'SDL finds only its driver "{driver}"'
     except pygame.error as e:
         why = e

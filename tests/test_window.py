@@ -1,8 +1,5 @@
 """The window and what is drawn in it."""
 
-import os
-import shutil
-import subprocess
 import sys
 import time
 
@@ -12,9 +9,11 @@ import pygame
 import pytest
 from conftest import REPO
 from processes import finish, start, wait_for
+from windows import needs_xvfb, xvfb
 
 import demo_energy
 import drive_mpc
+import play
 from car.env import make_env
 from car.renderer import picture
 from report.dreams import telling_rows
@@ -228,14 +227,14 @@ def test_what_the_work_raises_is_raised(shown):
 
 
 def test_help_lists_the_keys(capsys, monkeypatch):
-    for module in (drive_mpc, demo_energy):
+    readme = " ".join((REPO / "README.md").read_text().split())
+    for module, keys in ((drive_mpc, KEYS), (demo_energy, KEYS), (play, play.KEYS)):
         monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", "--help"])
         with pytest.raises(SystemExit):
             module.arguments()
         said = " ".join(capsys.readouterr().out.split())
-        assert all(f"{key} ({what})" in said for key, what in KEYS.items())
-    readme = " ".join((REPO / "README.md").read_text().split())
-    assert all(what in readme for what in KEYS.values())
+        assert all(f"{key} ({what})" in said for key, what in keys.items())
+        assert all(what in readme for what in keys.values())
     assert KEYS_BAR.count("   ") == len(KEYS) - 1
 
 
@@ -280,41 +279,18 @@ def test_the_demo_without_a_display_writes_its_files(tmp_path):
     assert band[:25].all() and not band[25:37].any() and band[37:].all()
 
 
-@pytest.mark.skipif(
-    not all(map(shutil.which, ("Xvfb", "xdotool", "import"))),
-    reason="no Xvfb, xdotool or ImageMagick",
-)
+@needs_xvfb
 @pytest.mark.parametrize(
     "name", ["drive_mpc.py", pytest.param("demo_energy.py", marks=pytest.mark.slow)]
 )
 def test_keys_in_a_real_window(tmp_path, name):
     """r leaves a track, q the drive; the film so far is kept, in a lap that was not over."""
-    read, write = os.pipe()
-    server = subprocess.Popen(
-        ["Xvfb", "-displayfd", str(write), "-noreset", "-screen", "0", "1100x800x24"],
-        pass_fds=[write],
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        display = f":{os.read(read, 20).decode().strip()}"
-        press = lambda key: subprocess.run(
-            ["xdotool", "key", key], check=True, env=os.environ | {"DISPLAY": display}
-        )
-        picture = tmp_path / "screen.png"
-
-        def screen():
-            subprocess.run(
-                ["import", "-window", "root", picture],
-                check=True,
-                env=os.environ | {"DISPLAY": display},
-            )
-            return cv2.imread(str(picture)).tobytes()
-
-        args = {
-            "drive_mpc.py": ["--policy", "expert", "--env", "fast"],
-            "demo_energy.py": ["--samples", "4"],
-        }[name]
-        process = start(name, *args, "--threads", "1", root=tmp_path, env={"DISPLAY": display})
+    args = {
+        "drive_mpc.py": ["--policy", "expert", "--env", "fast"],
+        "demo_energy.py": ["--samples", "4"],
+    }[name]
+    with xvfb(tmp_path) as (env, screen, press):
+        process = start(name, *args, "--threads", "1", root=tmp_path, env=env)
         empty = screen()
         wait_for(lambda: screen() != empty or process.poll() is not None)
         waiting = screen()  # the window, before the first picture
@@ -337,9 +313,6 @@ def test_keys_in_a_real_window(tmp_path, name):
             wait_for(lambda: screen() != before)
         press("q")
         code, out, err = finish(process)
-    finally:
-        server.terminate()
-        server.wait()
     assert code == 0, err
     stem = "drive_expert" if name == "drive_mpc.py" else "demo_energy"
     with av.open(str(tmp_path / "visuals" / f"{stem}.mp4")) as found:

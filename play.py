@@ -1,0 +1,498 @@
+"""Drive yourself, in the simulator or in the dream of the world model.
+
+Tab changes between the two, 25 times a second each. A dream starts from the present frames: the
+predictor makes the next latent from the last one and your action, and the decoder draws it. The
+simulator runs on below the dream under the same actions, as its ghost (key g). Speed and yaw rate
+are read off dreamt latents by ridge probes, which are fitted in seconds at the start.
+
+Writes visuals/play.mp4 and .gif of what was recorded (key v). With --data FOLDER, recorded driving
+also becomes episodes there, a source to train on, of tracks from 10,000,000 on. --headless --keys
+FILE replays a script of keys and writes visuals/play.json, what happened in each tick. A line of it
+is "seconds key", "seconds key down" or "seconds key up".
+
+    python play.py
+    python play.py --headless --keys keys.txt
+"""
+
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
+
+import json
+import time
+from collections import deque
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pygame
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from buffer import history_rows
+from car import FPS, ZOOM_STEPS
+from car.env import make_env
+from car.episode import EpisodeRecorder, run_episode
+from car.renderer import picture
+from car.telemetry import TELEMETRY, telemetry
+from collect_recovery_data import FaultyExpert
+from demo_energy import MIN_JUMP, teleport
+from drive_mpc import load_driver, save_episode, to_action
+from support import window as ui
+from support.checkpoints import require_dir
+from support.cli import Stop, fail, parser, run_main, track_number, weight
+from support.files import replace_atomically, writable
+from support.lap_view import VIDEO_FPS
+from support.latents import encode
+from support.pictures import VideoRecorder
+from support.plan_config import planning
+from support.workers import FIRST_SEED
+
+KEYS = {
+    "arrow keys": "steer, gas and brake; they override the autopilot",
+    "Tab": "dream or simulator",
+    "g": "ghost: the simulator under the same actions",
+    "a": "autopilot: the planner drives",
+    "e": "energies of your driving and of the best plan",
+    "t": "teleport",
+    "0 to 9": "temperature of the dream: 0 the mean, 5 as trained",
+    "r": "new track",
+    "space": "pause",
+    "s": "one step",
+    "v": "record on or off",
+    "f": "full screen",
+    "h": "help",
+    "q or Esc": "quit",
+}
+BAR = "arrows drive   Tab dream   g ghost   a autopilot   e energies   t teleport   space pause"
+BAR += "   v record   r new track   h help   q quit"
+ARROWS = {"left", "right", "up", "down"}
+STEER, GAS, BRAKE = 0.4, 0.6, 0.3  # of a held key; the joint stops at 0.4, full gas spins the car
+RAMP = np.array((0.08, 0.06, 0.05))  # most change of steer, gas and brake in a tick
+TICK = 2 / FPS  # s
+PLAN_MS = 20.0  # of a tick, for a plan
+LEAST_SAMPLES = 16  # candidates of a plan on a slow machine
+AHEAD = 5  # latents after which a rollout is compared with what came, as in demo_energy.py
+TRACE = 150  # ticks that the graph shows
+PROBE_EPISODES, PROBE_STEPS = 16, 250  # driving from which the probes are fitted
+READ = "speed", "yaw_rate"  # what they read
+GHOST = 300, 240  # px
+ENERGIES = {  # name: colour
+    "yours": ui.WARM,
+    "best plan": (90, 200, 120),
+    f"surprise, {AHEAD * TICK:.1f} s": (240, 90, 90),
+}
+
+
+def arguments():
+    p = parser(__doc__, models=True)
+    p.epilog = ui.keys_text(KEYS)
+    add = p.add_argument_group("task").add_argument
+    add("--track_seed", type=track_number, help="first track; key r: the next")
+    add("--dream", action="store_true", help="begin in the dream")
+    refresh = "s of a dream after which it starts from the simulator again, 0: never"
+    add("--refresh", type=weight, default=2.0, help=refresh)
+    add("--data", help="folder in ROOT for the episodes that are recorded")
+    add("--keys", type=Path, help="file of keys that are pressed, for --headless")
+    add("--headless", action="store_true", help="no window: needs --keys, records all of it")
+    planning(p)
+    args = p.parse_args()
+    if args.headless != bool(args.keys):
+        p.error("--headless and --keys belong together")
+    if args.track_seed is None:
+        args.track_seed = FIRST_SEED if args.data else 100_000
+    if args.data and args.track_seed < FIRST_SEED:
+        p.error(f"--data: tracks below {FIRST_SEED} are never learned from")
+    return args
+
+
+# ------------------------------------------------------------------ keys
+
+
+class PlayWindow(ui.Window):
+    """A window whose keys drive: `take` -> (keys that are down, keys pressed since the last)."""
+
+    keys, bar = KEYS, BAR
+
+    def __init__(self, title):
+        super().__init__(title)
+        self.recording, self.pressed = False, deque()
+
+    def _key(self, event, repeated):
+        name = pygame.key.name(self.latin(event))
+        if name in ("f", "h", "q", "escape"):
+            super()._key(event, repeated)
+        elif not repeated or name == "s":
+            self.pressed.append(name)
+
+    def take(self, seconds):
+        pressed = [self.pressed.popleft() for _ in range(len(self.pressed))]
+        return {pygame.key.name(key) for key in list(self.held)}, pressed
+
+
+class KeyScript(ui.NoWindow):
+    """The keys of a file, where nothing is shown; a second after the last one it quits.
+
+    Lines: "1.5 tab" presses a key, "2 left down" and "3 left up" hold it; "#" begins a comment.
+    """
+
+    def __init__(self, path):
+        self.events, self.down = deque(), set()
+        for i, line in enumerate(path.read_text().splitlines()):
+            words = line.split("#")[0].lower().split()
+            if words:
+                self.events.append(self._event(words, f"{path}, line {i + 1}: {line.strip()}"))
+        self.events = deque(sorted(self.events, key=lambda event: event[0]))
+        self.end = (self.events[-1][0] if self.events else 0.0) + 1
+
+    @staticmethod
+    def _event(words, where):
+        try:
+            seconds, key, action = float(words[0]), words[1], (*words[2:], "")[0]
+            assert 0 <= seconds < 1e6 and len(words) <= 3 and action in ("", "down", "up")
+            assert len(key) == 1 or key in ARROWS | {"tab", "space", "escape"}
+        except (ValueError, IndexError, AssertionError):
+            fail(f'{where}; expected "seconds key", "seconds key down" or "seconds key up"')
+        return seconds, key, action
+
+    def take(self, seconds):
+        pressed = []
+        while self.events and self.events[0][0] <= seconds + 1e-9:
+            _, key, action = self.events.popleft()
+            if action == "up":
+                self.down.discard(key)
+                continue
+            pressed.append(key)
+            if action == "down":
+                self.down.add(key)
+        self.quit = self.quit or seconds >= self.end or bool({"q", "escape"} & {*pressed})
+        return set(self.down), pressed
+
+
+# ------------------------------------------------------------------ the game
+
+
+def fit_probes(driver, seed=FIRST_SEED):
+    """Ridge probes of READ from planned latents (n, planned) -> predict(z) (n, 2), and their R².
+
+    Fitted on the driving of the faulty expert, but for its last episode, on which R² is measured.
+    """
+    env, e, parts = make_env("fast"), driver.encoder, []
+    columns = [list(TELEMETRY).index(name) for name in READ]
+    for i in range(PROBE_EPISODES):
+        policy, rng = FaultyExpert(pace=i / PROBE_EPISODES), np.random.default_rng(i)
+        policy.max_steps = PROBE_STEPS
+        arrays, _ = run_episode(env, policy, seed + i, rng)
+        steps = np.arange(ZOOM_STEPS, len(arrays["obs"]))
+        obs = torch.from_numpy(arrays["obs"]).permute(0, 3, 1, 2)
+        obs = obs[history_rows(steps, e.history, e.repeat)]
+        z = encode(e, obs, driver.device, driver.dtype)[:, : e.planned]
+        parts.append((z.cpu().numpy(), arrays["telemetry"][steps][:, columns]))
+    x, y = (np.concatenate(part) for part in zip(*parts[:-1]))
+    probes = make_pipeline(StandardScaler(), Ridge(10.0)).fit(x, y)
+    return probes.predict, probes.score(*parts[-1])
+
+
+class Game:
+    """A car in the simulator and in a dream of it; `tick` plays 40 ms of it.
+
+    The simulator runs in a dream too, under the same actions. `z` (1, D) is the present latent,
+    seen or dreamt.
+    """
+
+    def __init__(self, args, driver, decoder, folder):
+        self.args, self.driver, self.decoder, self.folder = args, driver, decoder, folder
+        self.encoder, self.predictor = driver.encoder, driver.nets["predictor"]
+        self.cost, self.env = driver.nets["cost"], make_env("fast").unwrapped
+        self.probes, self.probes_r2 = fit_probes(driver)
+        self.rng, self.temperature = np.random.default_rng(args.seed), 1.0
+        self.autopilot = self.energies = self.paused = False
+        self.ghost, self.dreaming, self.track = True, args.dream, args.track_seed - 1
+        self.recorder, self.single = None, False
+        self.reset()
+
+    def reset(self):
+        """Begins the next track, behind the opening zoom."""
+        self.end_episode()
+        self.track += 1
+        obs, _ = self.env.reset(seed=self.track)
+        self.driver.reset(self.track)
+        self.driver.frames.append(obs)
+        self.total, self.ended = 0.0, ""
+        self.pedals, self.actions = np.zeros(3), deque(maxlen=2 * self.encoder.span)
+        for _ in range(ZOOM_STEPS):
+            self.step(np.zeros(3, np.float32))
+        self.look()
+
+    def look(self):
+        """Takes the latent of the simulator's frames; a dream begins anew there."""
+        self.z, self.dream_ticks = self.driver.encode(), 0
+        self.past, self.trace = deque(maxlen=AHEAD + 1), deque(maxlen=TRACE)
+
+    def tick(self, held, pressed, recording=False):
+        """Plays a tick with these keys down, and these pressed; `recording` keeps an episode."""
+        for key in pressed:
+            self.press(key)
+        if self.paused and not self.single:
+            return
+        self.single = False
+        if self.folder and recording and not self.recorder and not self.ended:
+            self.recorder = EpisodeRecorder()
+            self.recorder.add(self.driver.frames[-1], telemetry(self.env))
+        if self.recorder and not recording:
+            self.end_episode()
+        if self.autopilot or self.energies:
+            self.plan()
+        self.action = self.controls(held)
+        for _ in range(self.encoder.repeat):
+            self.step(self.action)
+        self.advance()
+
+    def press(self, key):
+        """A key that changes something, other than the arrows."""
+        if key == "tab":
+            self.dreaming = not self.dreaming
+            self.look()
+        elif key == "g":
+            self.ghost = not self.ghost
+        elif key == "a":
+            self.autopilot = not self.autopilot
+        elif key == "e":
+            self.energies = not self.energies
+        elif key == "t" and not self.ended:
+            self.teleport()
+        elif key == "r":
+            self.reset()
+        elif key == "space":
+            self.paused = not self.paused
+        elif key == "s":
+            self.paused = self.single = True
+        elif key.isdigit():
+            self.temperature = int(key) / 5
+
+    def plan(self):
+        """Plans from the present latent, with as many candidates as fit into a tick."""
+        driver, cfg = self.driver, self.driver.cfg
+        start = time.perf_counter()
+        driver.plan_from(self.z)
+        driver.ms.append(1000 * (time.perf_counter() - start))
+        share = (PLAN_MS / driver.ms[-1]) ** 0.5
+        cfg.samples = int(np.clip(cfg.samples * share, LEAST_SAMPLES, self.args.samples))
+
+    def controls(self, held):
+        """The action (3,) of held arrow keys, along ramps, or of the autopilot."""
+        if self.autopilot and not held & ARROWS:
+            self.pedals = to_action(self.driver.u[0]).cpu().numpy()
+            return self.pedals
+        target = np.array(
+            (
+                STEER * (("right" in held) - ("left" in held)),
+                GAS * ("up" in held),
+                BRAKE * ("down" in held),
+            )
+        )
+        self.pedals = self.pedals + np.clip(target - self.pedals, -RAMP, RAMP)
+        return self.pedals.astype(np.float32)
+
+    def step(self, action):
+        """A step of the simulator, as long as its lap goes on."""
+        if self.ended:
+            return
+        obs, reward, terminated, _, info = self.env.step(action)
+        self.driver.frames.append(obs)
+        self.actions.append(action)
+        self.total += reward
+        if self.recorder:
+            self.recorder.add(obs, telemetry(self.env), action, reward)
+        if terminated:
+            self.ended = "lap finished" if info.get("lap_finished") else "left the field"
+            self.end_episode(terminated)
+
+    @torch.inference_mode()
+    def advance(self):
+        """The next latent, and its energies."""
+        act = torch.from_numpy(self.action)[None, None].to(self.driver.device)
+        self.past.append((self.z, act))
+        fresh = self.args.refresh and self.dream_ticks * TICK >= self.args.refresh
+        if self.dreaming and not (fresh and not self.ended):
+            self.z, self.dream_ticks = (
+                self.predictor.rollout(self.z, act)[:, 0],
+                self.dream_ticks + 1,
+            )
+        else:
+            self.z, self.dream_ticks = self.driver.encode(), 0
+        if self.energies and len(self.past) > AHEAD:
+            z, acts = self.past[1][0], torch.cat([a for _, a in list(self.past)[1:]], dim=1)
+            planned = lambda z: z[:, : self.encoder.planned]
+            z_hat = self.predictor.rollout(planned(z), acts)[:, -1]
+            surprise = float((z_hat - planned(self.z)).pow(2).mean())
+            best = float(self.driver.costs.min()) / self.driver.cfg.horizon
+            self.trace.append((float(self.cost.energy(self.z)), best, surprise))
+
+    def teleport(self):
+        """Places the car elsewhere on its track; a dream begins anew there."""
+        self.end_episode()
+        state = dict(zip(TELEMETRY, telemetry(self.env).tolist()))
+        jump = int(self.rng.integers(MIN_JUMP, len(self.env.track) - MIN_JUMP))
+        self.driver.frames.extend(teleport(self.env, state, list(self.actions), jump))
+        self.z, self.dream_ticks = self.driver.encode(), 0
+
+    def end_episode(self, terminated=False):
+        """Writes what was recorded as an episode of --data."""
+        recorder, self.recorder = self.recorder, None
+        if recorder and recorder.actions:
+            recorder.ends = terminated, not terminated
+            row = dict(track_seed=self.track, lap_finished=self.ended == "lap finished")
+            save_episode(self.folder, "human", "fast", row, recorder)
+
+    def read(self):
+        """{name: (in the dream or seen, in the simulator)} of READ."""
+        z = self.z[:, : self.encoder.planned].cpu().numpy()
+        state = dict(zip(TELEMETRY, telemetry(self.env).tolist()))
+        return {n: (float(x), state[n]) for n, x in zip(READ, self.probes(z)[0])}
+
+    @torch.inference_mode()
+    def frame(self):
+        """The present latent as a picture (64, 64, 3) uint8."""
+        x = self.decoder(self.z)[0].clamp(0, 1).mul(255).byte()
+        return x.permute(1, 2, 0).cpu().numpy()
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def compose(game):
+    """The picture (H, W, 3) uint8 of a tick."""
+    canvas, (w, h), read = ui.blank(), ui.VIEW, game.read()
+    dream = game.dreaming
+    enlarge = lambda frame, size: cv2.resize(frame, size, interpolation=cv2.INTER_CUBIC)
+    canvas[:h, :w] = enlarge(game.frame(), ui.VIEW) if dream else picture(game.env, ui.VIEW)
+    if game.paused:
+        ui.banner(canvas, "paused", "space goes on, s makes one step")
+    elif game.ended and not dream:
+        ui.banner(canvas, game.ended, f"return {game.total:.1f}   r: new track")
+
+    # what is shown, and who drives
+    (speed, true_speed), (yaw, true_yaw) = read.values()
+    who = f"autopilot, {game.driver.cfg.samples} futures" if game.autopilot else "you drive"
+    where = f"the dream, temperature {game.temperature:g}" if dream else "the simulator"
+    now = speed if dream else true_speed
+    x = ui.write(canvas, where, 12, h + 10, ui.WARM if dream else ui.INK)
+    ui.write(canvas, f"{who}   speed {now:.0f}   track {game.track}", x + 24, h + 10)
+
+    # the ghost
+    x = w + 24
+    if dream and game.ghost:
+        ui.write(canvas, "ghost: the simulator, same actions", x, 10)
+        canvas[34 : 34 + GHOST[1], x : x + GHOST[0]] = picture(game.env, GHOST)
+        y = 42 + GHOST[1]
+        ui.write(canvas, f"{game.dream_ticks * TICK:.1f} s of dream", x, y, ui.WARM)
+        ui.write(canvas, f"speed {speed:.0f}, ghost {true_speed:.0f}", x, y + 24)
+        ui.write(canvas, f"yaw rate {yaw:+.2f}, ghost {true_yaw:+.2f} rad/s", x, y + 48)
+    elif not dream:
+        ui.write(canvas, "decoded from the latent", x, 10)
+        canvas[34 : 34 + GHOST[1], x : x + GHOST[0]] = enlarge(game.frame(), GHOST)
+        ui.write(canvas, f"return {game.total:.1f}", x, 42 + GHOST[1])
+    draw_pedals(canvas, game.pedals, x, 380)
+    if game.energies:
+        draw_energies(canvas, game.trace)
+    return canvas
+
+
+def draw_pedals(canvas, pedals, x, y):
+    """Draws steering, gas and brake as bars."""
+    rows = ("steer", pedals[0] / STEER, ui.INK), ("gas", pedals[1], (90, 200, 120))
+    for i, (name, value, color) in enumerate((*rows, ("brake", pedals[2] / BRAKE, (240, 90, 90)))):
+        top, left, width = y + 28 * i, x + 70, 220
+        ui.write(canvas, name, x, top, color)
+        canvas[top : top + 16, left : left + width] = ui.GRID
+        zero = left + width // 2 if name == "steer" else left
+        end = zero + round(np.clip(value, -1, 1) * (left + width - zero))
+        canvas[top : top + 16, min(zero, end) : max(zero, end) + 1] = color
+
+
+def draw_energies(canvas, trace):
+    """Draws the energies as lines, the newest at the right."""
+    y = ui.VIEW[1] + 36
+    x = ui.write(canvas, "energy, the newest at the right:", 12, y, ui.DIM)
+    for name, color in ENERGIES.items():
+        x = ui.write(canvas, name, x + 16, y, color)
+    if len(trace) > 1:
+        box, colors = (76, y + 28, ui.VIEW[0] + 250, 118), [*ENERGIES.values()]
+        ui.plot_with_axis(canvas, box, np.array(trace), colors, TRACE)
+
+
+# ------------------------------------------------------------------ main
+
+
+def play(args, window, film):
+    """Plays until the user quits -> (rows of what happened, a tick each; ms of each tick)."""
+    driver, decoder = load_driver(args, args)
+    if decoder is None:
+        fail("a dream needs a decoder of this encoder, see the line above")
+    folder = writable(args.root / args.data) if args.data else None
+    game = Game(args, driver, decoder, folder)
+    print(f"speed and yaw rate are read off latents with R² {game.probes_r2:.3f}")
+    rows, ms = [], []
+    while not window.over:
+        began, seconds = time.perf_counter(), len(rows) * TICK
+        held, pressed = window.take(seconds)
+        if "v" in pressed:
+            window.recording = not window.recording
+        game.tick(held, pressed, window.recording)
+        canvas = compose(game)
+        if window.recording:
+            film.add(canvas)
+        ms.append(1000 * (time.perf_counter() - began))
+        rows.append(row_of(game, seconds, held, pressed))
+        window.show(canvas, seconds)
+    game.end_episode()
+    return rows, ms
+
+
+def row_of(game, seconds, held, pressed):
+    """What happened in a tick, for the JSON."""
+    read = {n: [round(v, 3) for v in pair] for n, pair in game.read().items()}
+    return {
+        "seconds": round(seconds, 2),
+        "keys": sorted(held) + pressed,
+        "dreaming": game.dreaming,
+        "dream_seconds": round(game.dream_ticks * TICK, 2),
+        "autopilot": game.autopilot,
+        "paused": game.paused,
+        "track": game.track,
+        "temperature": game.temperature,
+        "action": [round(float(a), 4) for a in game.pedals],
+        **read,
+        "energies": [float(f"{e:.4g}") for e in game.trace[-1]] if game.trace else None,
+        "return": round(game.total, 1),
+    }
+
+
+def main():
+    args = arguments()
+    require_dir(args.root)
+    Stop()
+    stem, film = writable(args.root / "visuals") / "play", VideoRecorder(VIDEO_FPS)
+    if args.headless:
+        window = KeyScript(args.keys)
+    elif not (window := ui.open_window("TinyJEPA: drive the dream", PlayWindow)).visible:
+        fail("play.py needs a window, or --headless --keys FILE")
+    rows, ms = window.run(lambda: play(args, window, film))
+
+    p50, p99 = np.percentile(ms, (50, 99))
+    print(f"{len(rows)} ticks, p50 {p50:.1f} ms, p99 {p99:.1f} ms of {1000 * TICK:.0f}")
+    files = film.save(stem)
+    if args.headless:
+        report = {"keys": str(args.keys), "ms_p50": p50, "ms_p99": p99, "ticks": rows}
+        text = json.dumps(report, indent=1).encode()
+        replace_atomically(path := stem.with_suffix(".json"), lambda f: f.write(text))
+        files.append(path)
+    if files:
+        print(", ".join(map(str, files)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
