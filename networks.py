@@ -57,6 +57,8 @@ class TinyEncoder(nn.Module):
         self.args |= dict(strides=list(strides), hud_pca=hud_pca, scene_pca=scene_pca)
         self.history, self.repeat, self.dim = history, repeat, dim
         self.hud_pca, self.scene_pca, self.planned = hud_pca, scene_pca, dim - scene_pca
+
+        # conv part
         from torchvision.models.resnet import BasicBlock, ResNet  # 2 s of import
 
         net = ResNet(BasicBlock, [2, 2, 2, 2])

@@ -22,7 +22,6 @@ import time
 from collections import deque
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pygame
 import torch
@@ -31,10 +30,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from buffer import history_rows
-from car import FPS, ZOOM_STEPS
+from car import ZOOM_STEPS
 from car.env import make_env
 from car.episode import EpisodeRecorder, run_episode
-from car.renderer import picture
 from car.telemetry import TELEMETRY, telemetry
 from collect_recovery_data import FaultyExpert
 from demo_energy import MIN_JUMP, teleport
@@ -47,6 +45,7 @@ from support.lap_view import VIDEO_FPS
 from support.latents import encode
 from support.pictures import VideoRecorder
 from support.plan_config import planning
+from support.play_view import AHEAD, BRAKE, STEER, TICK, TRACE, compose
 from support.workers import FIRST_SEED
 
 KEYS = {
@@ -68,21 +67,12 @@ KEYS = {
 BAR = "arrows drive   Tab dream   g ghost   a autopilot   e energies   t teleport   space pause"
 BAR += "   v record   r new track   h help   q quit"
 ARROWS = {"left", "right", "up", "down"}
-STEER, GAS, BRAKE = 0.4, 0.6, 0.3  # of a held key; the joint stops at 0.4, full gas spins the car
+GAS = 0.6  # of a held key: full gas spins the car
 RAMP = np.array((0.08, 0.06, 0.05))  # most change of steer, gas and brake in a tick
-TICK = 2 / FPS  # s
 PLAN_MS = 20.0  # of a tick, for a plan
 LEAST_SAMPLES = 16  # candidates of a plan on a slow machine
-AHEAD = 5  # latents after which a rollout is compared with what came, as in demo_energy.py
-TRACE = 150  # ticks that the graph shows
 PROBE_EPISODES, PROBE_STEPS = 16, 250  # driving from which the probes are fitted
 READ = "speed", "yaw_rate"  # what they read
-GHOST = 300, 240  # px
-ENERGIES = {  # name: colour
-    "yours": ui.WARM,
-    "best plan": (90, 200, 120),
-    f"surprise, {AHEAD * TICK:.1f} s": (240, 90, 90),
-}
 
 
 def arguments():
@@ -201,8 +191,8 @@ class Game:
     seen or dreamt.
     """
 
-    def __init__(self, args, driver, decoder, folder):
-        self.args, self.driver, self.decoder, self.folder = args, driver, decoder, folder
+    def __init__(self, args, driver, folder):
+        self.args, self.driver, self.folder = args, driver, folder
         self.encoder, self.predictor = driver.encoder, driver.nets["predictor"]
         self.cost, self.env = driver.nets["cost"], make_env("fast").unwrapped
         self.probes, self.probes_r2 = fit_probes(driver)
@@ -352,76 +342,6 @@ class Game:
         state = dict(zip(TELEMETRY, telemetry(self.env).tolist()))
         return {n: (float(x), state[n]) for n, x in zip(READ, self.probes(z)[0])}
 
-    @torch.inference_mode()
-    def frame(self):
-        """The present latent as a picture (64, 64, 3) uint8."""
-        x = self.decoder(self.z)[0].clamp(0, 1).mul(255).byte()
-        return x.permute(1, 2, 0).cpu().numpy()
-
-
-# ------------------------------------------------------------------ pictures
-
-
-def compose(game):
-    """The picture (H, W, 3) uint8 of a tick."""
-    canvas, (w, h), read = ui.blank(), ui.VIEW, game.read()
-    dream = game.dreaming
-    enlarge = lambda frame, size: cv2.resize(frame, size, interpolation=cv2.INTER_CUBIC)
-    canvas[:h, :w] = enlarge(game.frame(), ui.VIEW) if dream else picture(game.env, ui.VIEW)
-    if game.paused:
-        ui.banner(canvas, "paused", "space goes on, s makes one step")
-    elif game.ended and not dream:
-        ui.banner(canvas, game.ended, f"return {game.total:.1f}   r: new track")
-
-    # what is shown, and who drives
-    (speed, true_speed), (yaw, true_yaw) = read.values()
-    who = f"autopilot, {game.driver.cfg.samples} futures" if game.autopilot else "you drive"
-    where = f"the dream, temperature {game.temperature:g}" if dream else "the simulator"
-    now = speed if dream else true_speed
-    x = ui.write(canvas, where, 12, h + 10, ui.WARM if dream else ui.INK)
-    ui.write(canvas, f"{who}   speed {now:.0f}   track {game.track}", x + 24, h + 10)
-
-    # the ghost
-    x = w + 24
-    if dream and game.ghost:
-        ui.write(canvas, "ghost: the simulator, same actions", x, 10)
-        canvas[34 : 34 + GHOST[1], x : x + GHOST[0]] = picture(game.env, GHOST)
-        y = 42 + GHOST[1]
-        ui.write(canvas, f"{game.dream_ticks * TICK:.1f} s of dream", x, y, ui.WARM)
-        ui.write(canvas, f"speed {speed:.0f}, ghost {true_speed:.0f}", x, y + 24)
-        ui.write(canvas, f"yaw rate {yaw:+.2f}, ghost {true_yaw:+.2f} rad/s", x, y + 48)
-    elif not dream:
-        ui.write(canvas, "decoded from the latent", x, 10)
-        canvas[34 : 34 + GHOST[1], x : x + GHOST[0]] = enlarge(game.frame(), GHOST)
-        ui.write(canvas, f"return {game.total:.1f}", x, 42 + GHOST[1])
-    draw_pedals(canvas, game.pedals, x, 380)
-    if game.energies:
-        draw_energies(canvas, game.trace)
-    return canvas
-
-
-def draw_pedals(canvas, pedals, x, y):
-    """Draws steering, gas and brake as bars."""
-    rows = ("steer", pedals[0] / STEER, ui.INK), ("gas", pedals[1], (90, 200, 120))
-    for i, (name, value, color) in enumerate((*rows, ("brake", pedals[2] / BRAKE, (240, 90, 90)))):
-        top, left, width = y + 28 * i, x + 70, 220
-        ui.write(canvas, name, x, top, color)
-        canvas[top : top + 16, left : left + width] = ui.GRID
-        zero = left + width // 2 if name == "steer" else left
-        end = zero + round(np.clip(value, -1, 1) * (left + width - zero))
-        canvas[top : top + 16, min(zero, end) : max(zero, end) + 1] = color
-
-
-def draw_energies(canvas, trace):
-    """Draws the energies as lines, the newest at the right."""
-    y = ui.VIEW[1] + 36
-    x = ui.write(canvas, "energy, the newest at the right:", 12, y, ui.DIM)
-    for name, color in ENERGIES.items():
-        x = ui.write(canvas, name, x + 16, y, color)
-    if len(trace) > 1:
-        box, colors = (76, y + 28, ui.VIEW[0] + 250, 118), [*ENERGIES.values()]
-        ui.plot_with_axis(canvas, box, np.array(trace), colors, TRACE)
-
 
 # ------------------------------------------------------------------ main
 
@@ -432,7 +352,7 @@ def play(args, window, film):
     if decoder is None:
         fail("a dream needs a decoder of this encoder, see the line above")
     folder = writable(args.root / args.data) if args.data else None
-    game = Game(args, driver, decoder, folder)
+    game = Game(args, driver, folder)
     print(f"speed and yaw rate are read off latents with R² {game.probes_r2:.3f}")
     rows, ms = [], []
     while not window.over:
@@ -441,7 +361,7 @@ def play(args, window, film):
         if "v" in pressed:
             window.recording = not window.recording
         game.tick(held, pressed, window.recording)
-        canvas = compose(game)
+        canvas = compose(game, decoder)
         if window.recording:
             film.add(canvas)
         ms.append(1000 * (time.perf_counter() - began))

@@ -47,14 +47,20 @@ def dream_windows(sources, encoder, horizon, seed=0):
 
 
 @torch.no_grad()
+def paint(decoder, z):
+    """Latents z (N, D) -> pictures (N, 64, 64, 3) uint8."""
+    frames = decoder(z).clamp(0, 1).mul(255).byte().cpu()
+    return frames.permute(0, 2, 3, 1).numpy()
+
+
+@torch.no_grad()
 def dream(encoder, predictor, decoder, obs, act, device):
     """Real frames and decoded rollouts, both (n, H + 1, 64, 64, 3) uint8; 0 is the present."""
     n, h = len(obs), encoder.history
     z0 = encoder(stack_frames(obs[:, :h].to(device), h))
     z = torch.cat([z0[:, None], predictor.rollout(z0, act.to(device))], dim=1)  # (n, H + 1, D)
-    frames = decoder(z.flatten(0, 1)).clamp(0, 1).mul(255).byte().cpu()
-    frames = frames.view(n, -1, 3, 64, 64)
-    return obs[:, h - 1 :].permute(0, 1, 3, 4, 2).numpy(), frames.permute(0, 1, 3, 4, 2).numpy()
+    frames = paint(decoder, z.flatten(0, 1)).reshape(n, -1, 64, 64, 3)
+    return obs[:, h - 1 :].permute(0, 1, 3, 4, 2).numpy(), frames
 
 
 def draw_dreams(encoder, predictor, decoder, windows, sources, sheet, device):

@@ -9,6 +9,7 @@ import torch
 from car import FPS, MAX_STEPS, ZOOM_STEPS
 from car.renderer import picture
 from support import window as ui
+from support.dreams import paint
 
 VIDEO_FPS = 25  # of two environment steps one is shown
 THUMBNAIL = 160  # px, a small picture
@@ -123,6 +124,5 @@ class LapView:
         """{name: picture (64, 64, 3) uint8} of a third, two thirds and the end of the plan."""
         z_hat = driver.rollout()
         picks = sorted({max(0, len(z_hat) * k // 3 - 1) for k in (1, 2, 3)})
-        out = self.decoder(z_hat[picks]).clamp(0, 1).mul(255).byte().cpu()
         names = [f"rollout, {(k + 1) * driver.encoder.repeat / FPS:.2f} s" for k in picks]
-        return dict(zip(names, out.permute(0, 2, 3, 1).numpy()))
+        return dict(zip(names, paint(self.decoder, z_hat[picks])))

@@ -48,6 +48,7 @@ def draw_sheet(real, painted, names, epoch, path):
     if close:
         rows.append(("kerbs\nclose up", close))
 
+    # true above reconstructed
     plt = pyplot()
     figsize = 1.75 * PICTURES, 3.7 * len(rows)
     fig, axes = plt.subplots(2 * len(rows), PICTURES, figsize=figsize, layout="constrained")
