@@ -29,8 +29,8 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from buffer import history_rows
-from car import ZOOM_STEPS
+from buffer import MADE_BY, history_rows, index
+from car import FPS, MAX_STEPS, ZOOM_STEPS
 from car.env import make_env
 from car.episode import EpisodeRecorder, run_episode
 from car.telemetry import TELEMETRY, telemetry
@@ -55,7 +55,6 @@ KEYS = {
     "a": "autopilot: the planner drives",
     "e": "energies of your driving and of the best plan",
     "t": "teleport",
-    "0 to 9": "temperature of the dream: 0 the mean, 5 as trained",
     "r": "new track",
     "space": "pause",
     "s": "one step",
@@ -64,15 +63,18 @@ KEYS = {
     "h": "help",
     "q or Esc": "quit",
 }
-BAR = "arrows drive   Tab dream   g ghost   a autopilot   e energies   t teleport   space pause"
-BAR += "   v record   r new track   h help   q quit"
+BAR = "h help   q quit   arrows drive   Tab dream   g ghost   a autopilot   e energies   t teleport"
+BAR += "   space pause   v record   r new track"
 ARROWS = {"left", "right", "up", "down"}
+SCRIPTED = ARROWS | {"tab", "space", "q", *"gaetrsv"}  # keys of a script
 GAS = 0.6  # of a held key: full gas spins the car
 RAMP = np.array((0.08, 0.06, 0.05))  # most change of steer, gas and brake in a tick
-PLAN_MS = 20.0  # of a tick, for a plan
+TICK_MS, PLAN_MS = 1000 * TICK, (4.0, 30.0)  # of a tick; least and most of it for a plan
+SPARE_MS = 4.0  # of a tick that stay free
 LEAST_SAMPLES = 16  # candidates of a plan on a slow machine
 PROBE_EPISODES, PROBE_STEPS = 16, 250  # driving from which the probes are fitted
 READ = "speed", "yaw_rate"  # what they read
+LEAST_EPISODE = 2 * ZOOM_STEPS  # steps; the trainers leave out the first ZOOM_STEPS of each
 
 
 def arguments():
@@ -90,11 +92,18 @@ def arguments():
     args = p.parse_args()
     if args.headless != bool(args.keys):
         p.error("--headless and --keys belong together")
-    if args.track_seed is None:
-        args.track_seed = FIRST_SEED if args.data else 100_000
-    if args.data and args.track_seed < FIRST_SEED:
+    if args.data and (args.track_seed or FIRST_SEED) < FIRST_SEED:
         p.error(f"--data: tracks below {FIRST_SEED} are never learned from")
+    if args.data in MADE_BY:
+        p.error(f"--data {args.data}: belongs to {MADE_BY[args.data]}; choose another name")
     return args
+
+
+def first_track(folder):
+    """The track to begin with: behind those whose driving is in the folder already."""
+    if not folder:
+        return 100_000
+    return max([FIRST_SEED, *(c.meta["track_seed"] for c in index(folder)[0])]) + 1
 
 
 # ------------------------------------------------------------------ keys
@@ -109,8 +118,13 @@ class PlayWindow(ui.Window):
         super().__init__(title)
         self.recording, self.pressed = False, deque()
 
+    @property
+    def over(self):
+        """As of any window, and when it is lost: nobody could drive or quit."""
+        return super().over or not self.visible
+
     def _key(self, event, repeated):
-        name = pygame.key.name(self.latin(event))
+        name = key_name(self.latin(event))
         if name in ("f", "h", "q", "escape"):
             super()._key(event, repeated)
         elif not repeated or name == "s":
@@ -118,7 +132,13 @@ class PlayWindow(ui.Window):
 
     def take(self, seconds):
         pressed = [self.pressed.popleft() for _ in range(len(self.pressed))]
-        return {pygame.key.name(key) for key in list(self.held)}, pressed
+        return {key_name(key) for key in list(self.held)}, pressed
+
+
+def key_name(key):
+    """pygame's name of a key; the arrows of a keypad are arrows."""
+    keypad = {pygame.K_KP4: "left", pygame.K_KP6: "right", pygame.K_KP8: "up", pygame.K_KP2: "down"}
+    return keypad.get(key) or pygame.key.name(key)
 
 
 class KeyScript(ui.NoWindow):
@@ -129,7 +149,7 @@ class KeyScript(ui.NoWindow):
 
     def __init__(self, path):
         self.events, self.down = deque(), set()
-        for i, line in enumerate(path.read_text().splitlines()):
+        for i, line in enumerate(path.read_text(errors="replace").splitlines()):
             words = line.split("#")[0].lower().split()
             if words:
                 self.events.append(self._event(words, f"{path}, line {i + 1}: {line.strip()}"))
@@ -141,9 +161,10 @@ class KeyScript(ui.NoWindow):
         try:
             seconds, key, action = float(words[0]), words[1], (*words[2:], "")[0]
             assert 0 <= seconds < 1e6 and len(words) <= 3 and action in ("", "down", "up")
-            assert len(key) == 1 or key in ARROWS | {"tab", "space", "escape"}
+            assert key in SCRIPTED
         except (ValueError, IndexError, AssertionError):
-            fail(f'{where}; expected "seconds key", "seconds key down" or "seconds key up"')
+            keys = " ".join(sorted(SCRIPTED))
+            fail(f'{where}; expected "seconds key", with "down" or "up" behind it or not; {keys}')
         return seconds, key, action
 
     def take(self, seconds):
@@ -156,7 +177,7 @@ class KeyScript(ui.NoWindow):
             pressed.append(key)
             if action == "down":
                 self.down.add(key)
-        self.quit = self.quit or seconds >= self.end or bool({"q", "escape"} & {*pressed})
+        self.quit = self.quit or seconds >= self.end or "q" in pressed
         return set(self.down), pressed
 
 
@@ -196,10 +217,10 @@ class Game:
         self.encoder, self.predictor = driver.encoder, driver.nets["predictor"]
         self.cost, self.env = driver.nets["cost"], make_env("fast").unwrapped
         self.probes, self.probes_r2 = fit_probes(driver)
-        self.rng, self.temperature = np.random.default_rng(args.seed), 1.0
-        self.autopilot = self.energies = self.paused = False
-        self.ghost, self.dreaming, self.track = True, args.dream, args.track_seed - 1
-        self.recorder, self.single = None, False
+        self.rng, self.recorder, self.plan_ms = np.random.default_rng(args.seed), None, PLAN_MS[0]
+        self.autopilot = self.energies = self.paused = self.single = self.manual = False
+        self.ghost, self.dreaming = True, args.dream
+        self.track = (args.track_seed or first_track(folder)) - 1
         self.reset()
 
     def reset(self):
@@ -209,7 +230,7 @@ class Game:
         obs, _ = self.env.reset(seed=self.track)
         self.driver.reset(self.track)
         self.driver.frames.append(obs)
-        self.total, self.ended = 0.0, ""
+        self.total, self.ended, self.trace = 0.0, "", deque(maxlen=TRACE)
         self.pedals, self.actions = np.zeros(3), deque(maxlen=2 * self.encoder.span)
         for _ in range(ZOOM_STEPS):
             self.step(np.zeros(3, np.float32))
@@ -218,7 +239,7 @@ class Game:
     def look(self):
         """Takes the latent of the simulator's frames; a dream begins anew there."""
         self.z, self.dream_ticks = self.driver.encode(), 0
-        self.past, self.trace = deque(maxlen=AHEAD + 1), deque(maxlen=TRACE)
+        self.past = deque(maxlen=AHEAD + 1)
 
     def tick(self, held, pressed, recording=False):
         """Plays a tick with these keys down, and these pressed; `recording` keeps an episode."""
@@ -227,14 +248,19 @@ class Game:
         if self.paused and not self.single:
             return
         self.single = False
+
+        # an episode begins or ends
         if self.folder and recording and not self.recorder and not self.ended:
             self.recorder = EpisodeRecorder()
             self.recorder.add(self.driver.frames[-1], telemetry(self.env))
+            self.drivers = set()
         if self.recorder and not recording:
             self.end_episode()
+
+        # plan, act, see
         if self.autopilot or self.energies:
             self.plan()
-        self.action = self.controls(held)
+        self.action = self.controls(held | (ARROWS & {*pressed}))
         for _ in range(self.encoder.repeat):
             self.step(self.action)
         self.advance()
@@ -258,21 +284,25 @@ class Game:
             self.paused = not self.paused
         elif key == "s":
             self.paused = self.single = True
-        elif key.isdigit():
-            self.temperature = int(key) / 5
 
     def plan(self):
-        """Plans from the present latent, with as many candidates as fit into a tick."""
-        driver, cfg = self.driver, self.driver.cfg
+        """Plans from the present latent, takes the time."""
         start = time.perf_counter()
-        driver.plan_from(self.z)
-        driver.ms.append(1000 * (time.perf_counter() - start))
-        share = (PLAN_MS / driver.ms[-1]) ** 0.5
-        cfg.samples = int(np.clip(cfg.samples * share, LEAST_SAMPLES, self.args.samples))
+        self.driver.plan_from(self.z)
+        self.plan_ms = 1000 * (time.perf_counter() - start)
+
+    def fit_plans(self, tick_ms):
+        """Sets how many candidates the next plan has, from what the last tick took of the time."""
+        cfg = self.driver.cfg
+        share = np.clip(TICK_MS - SPARE_MS - tick_ms + self.plan_ms, *PLAN_MS) / self.plan_ms
+        cfg.samples = int(np.clip(cfg.samples * share**0.5, LEAST_SAMPLES, self.args.samples))
 
     def controls(self, held):
         """The action (3,) of held arrow keys, along ramps, or of the autopilot."""
-        if self.autopilot and not held & ARROWS:
+        self.manual = bool(held & ARROWS) or not self.autopilot
+        if self.recorder:
+            self.drivers.add("human" if self.manual else "autopilot")
+        if not self.manual:
             self.pedals = to_action(self.driver.u[0]).cpu().numpy()
             return self.pedals
         target = np.array(
@@ -295,6 +325,8 @@ class Game:
         self.total += reward
         if self.recorder:
             self.recorder.add(obs, telemetry(self.env), action, reward)
+            if len(self.recorder.actions) >= MAX_STEPS:
+                self.end_episode()  # the next tick begins another one
         if terminated:
             self.ended = "lap finished" if info.get("lap_finished") else "left the field"
             self.end_episode(terminated)
@@ -304,21 +336,25 @@ class Game:
         """The next latent, and its energies."""
         act = torch.from_numpy(self.action)[None, None].to(self.driver.device)
         self.past.append((self.z, act))
-        fresh = self.args.refresh and self.dream_ticks * TICK >= self.args.refresh
-        if self.dreaming and not (fresh and not self.ended):
-            self.z, self.dream_ticks = (
-                self.predictor.rollout(self.z, act)[:, 0],
-                self.dream_ticks + 1,
-            )
+        z = self.dream(act) if self.dreaming else None
+        refresh = self.args.refresh and self.dream_ticks * TICK >= self.args.refresh
+        if z is None:
+            self.z = self.driver.encode()
+        elif refresh and not self.ended or not z.isfinite().all():
+            self.look()
         else:
-            self.z, self.dream_ticks = self.driver.encode(), 0
+            self.z, self.dream_ticks = z, self.dream_ticks + 1
         if self.energies and len(self.past) > AHEAD:
-            z, acts = self.past[1][0], torch.cat([a for _, a in list(self.past)[1:]], dim=1)
             planned = lambda z: z[:, : self.encoder.planned]
-            z_hat = self.predictor.rollout(planned(z), acts)[:, -1]
-            surprise = float((z_hat - planned(self.z)).pow(2).mean())
-            best = float(self.driver.costs.min()) / self.driver.cfg.horizon
-            self.trace.append((float(self.cost.energy(self.z)), best, surprise))
+            acts = torch.cat([a for _, a in list(self.past)[1:]], dim=1)
+            z_hat = self.predictor.rollout(planned(self.past[1][0]), acts)[:, -1]
+            surprise = (z_hat - planned(self.z)).pow(2).mean()
+            best = self.cost.energy(self.driver.rollout()).mean()
+            self.trace.append([float(e) for e in (self.cost.energy(self.z), best, surprise)])
+
+    def dream(self, act):
+        """The latent that follows on the present one under act (1, 1, 3)."""
+        return self.predictor.rollout(self.z, act)[:, 0]
 
     def teleport(self):
         """Places the car elsewhere on its track; a dream begins anew there."""
@@ -329,12 +365,12 @@ class Game:
         self.z, self.dream_ticks = self.driver.encode(), 0
 
     def end_episode(self, terminated=False):
-        """Writes what was recorded as an episode of --data."""
+        """Writes what was recorded as an episode of --data, if it is long enough to learn from."""
         recorder, self.recorder = self.recorder, None
-        if recorder and recorder.actions:
+        if recorder and len(recorder.actions) >= LEAST_EPISODE:
             recorder.ends = terminated, not terminated
             row = dict(track_seed=self.track, lap_finished=self.ended == "lap finished")
-            save_episode(self.folder, "human", "fast", row, recorder)
+            save_episode(self.folder, "-".join(sorted(self.drivers)), "fast", row, recorder)
 
     def read(self):
         """{name: (in the dream or seen, in the simulator)} of READ."""
@@ -347,27 +383,35 @@ class Game:
 
 
 def play(args, window, film):
-    """Plays until the user quits -> (rows of what happened, a tick each; ms of each tick)."""
+    """Plays until the user quits -> (rows of what happened, if headless; ms of each tick)."""
     driver, decoder = load_driver(args, args)
     if decoder is None:
         fail("a dream needs a decoder of this encoder, see the line above")
-    folder = writable(args.root / args.data) if args.data else None
-    game = Game(args, driver, folder)
+    if driver.encoder.repeat / FPS != TICK:
+        fail(f"play.py shows a latent each {TICK_MS:.0f} ms: train an encoder with --repeat 2")
+    game = Game(args, driver, writable(args.root / args.data) if args.data else None)
     print(f"speed and yaw rate are read off latents with R² {game.probes_r2:.3f}")
-    rows, ms = [], []
-    while not window.over:
-        began, seconds = time.perf_counter(), len(rows) * TICK
-        held, pressed = window.take(seconds)
-        if "v" in pressed:
-            window.recording = not window.recording
-        game.tick(held, pressed, window.recording)
-        canvas = compose(game, decoder)
-        if window.recording:
-            film.add(canvas)
-        ms.append(1000 * (time.perf_counter() - began))
-        rows.append(row_of(game, seconds, held, pressed))
-        window.show(canvas, seconds)
-    game.end_episode()
+    rows, ms, tick = [], [], 0
+    try:
+        while not window.over:
+            began, seconds = time.perf_counter(), tick * TICK
+            held, pressed = window.take(seconds)
+            if "v" in pressed:
+                window.recording = not window.recording
+            game.tick(held, pressed, window.recording)
+            canvas = compose(game, decoder)
+            if window.recording:
+                film.add(canvas)
+            if args.headless:
+                rows.append(row_of(game, seconds, held, pressed))
+            if not game.paused:
+                ms.append(1000 * (time.perf_counter() - began))
+            if not args.headless:  # a script replays the same way on any machine
+                game.fit_plans(ms[-1] if ms else 0.0)
+            window.show(canvas, seconds)
+            tick += 1
+    finally:
+        game.end_episode()
     return rows, ms
 
 
@@ -382,7 +426,7 @@ def row_of(game, seconds, held, pressed):
         "autopilot": game.autopilot,
         "paused": game.paused,
         "track": game.track,
-        "temperature": game.temperature,
+        "manual": game.manual,
         "action": [round(float(a), 4) for a in game.pedals],
         **read,
         "energies": [float(f"{e:.4g}") for e in game.trace[-1]] if game.trace else None,
@@ -393,25 +437,26 @@ def row_of(game, seconds, held, pressed):
 def main():
     args = arguments()
     require_dir(args.root)
-    Stop()
-    stem, film = writable(args.root / "visuals") / "play", VideoRecorder(VIDEO_FPS)
+    stem, film, stop = writable(args.root / "visuals") / "play", VideoRecorder(VIDEO_FPS), Stop()
     if args.headless:
         window = KeyScript(args.keys)
-    elif not (window := ui.open_window("TinyJEPA: drive the dream", PlayWindow)).visible:
+    elif not (window := ui.open_window("TinyJEPA: drive the dream", PlayWindow, "")).visible:
         fail("play.py needs a window, or --headless --keys FILE")
-    rows, ms = window.run(lambda: play(args, window, film))
+    try:
+        rows, ms = window.run(lambda: play(args, window, film))
+    finally:
+        files = film.save(stem)
 
-    p50, p99 = np.percentile(ms, (50, 99))
-    print(f"{len(rows)} ticks, p50 {p50:.1f} ms, p99 {p99:.1f} ms of {1000 * TICK:.0f}")
-    files = film.save(stem)
+    if ms:
+        p50, p99 = np.percentile(ms, (50, 99))
+        print(f"{len(ms)} ticks, p50 {p50:.1f} ms, p99 {p99:.1f} ms of {TICK_MS:.0f}")
     if args.headless:
-        report = {"keys": str(args.keys), "ms_p50": p50, "ms_p99": p99, "ticks": rows}
-        text = json.dumps(report, indent=1).encode()
+        text = json.dumps({"keys": str(args.keys), "ticks": rows, "ms": ms}, indent=1).encode()
         replace_atomically(path := stem.with_suffix(".json"), lambda f: f.write(text))
         files.append(path)
     if files:
         print(", ".join(map(str, files)))
-    return 0
+    return 130 if stop else 0
 
 
 if __name__ == "__main__":

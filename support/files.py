@@ -185,6 +185,7 @@ def _unlock(file, path):
 # ------------------------------------------------------------------ provenance
 
 
+@lru_cache
 def git_commit():
     """Commit of the running code, "+" if files differ; "unknown" outside its own repository."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # a hook sets others

@@ -31,8 +31,8 @@ def compose(game, decoder):
 
     # what is shown, and who drives
     (speed, true_speed), (yaw, true_yaw) = read.values()
-    who = f"autopilot, {game.driver.cfg.samples} futures" if game.autopilot else "you drive"
-    where = f"the dream, temperature {game.temperature:g}" if dream else "the simulator"
+    who = "you drive" if game.manual else f"autopilot, {len(game.driver.costs)} futures"
+    where = "the dream" if dream else "the simulator"
     now = speed if dream else true_speed
     x = ui.write(canvas, where, 12, h + 10, ui.WARM if dream else ui.INK)
     ui.write(canvas, f"{who}   speed {now:.0f}   track {game.track}", x + 24, h + 10)
@@ -40,7 +40,8 @@ def compose(game, decoder):
     # the ghost
     x = w + 24
     if dream and game.ghost:
-        ui.write(canvas, "ghost: the simulator, same actions", x, 10)
+        what = f"ghost: {game.ended}" if game.ended else "ghost: the simulator, same actions"
+        ui.write(canvas, what, x, 10)
         canvas[34 : 34 + GHOST[1], x : x + GHOST[0]] = picture(game.env, GHOST)
         y = 42 + GHOST[1]
         ui.write(canvas, f"{game.dream_ticks * TICK:.1f} s of dream", x, y, ui.WARM)

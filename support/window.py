@@ -319,11 +319,11 @@ class Window(NoWindow):
         pygame.display.flip()
 
 
-def open_window(title, kind=Window):
+def open_window(title, kind=Window, without="; files only"):
     """A Window of this kind, or where there is no desktop a NoWindow; says why."""
     display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if not (display or sys.platform in ("darwin", "win32")):
-        print('no window (no display: README, "Windows"); files only')
+        print(f'no window (no display: README, "Windows"){without}')
         return NoWindow()
     try:
         pygame.display.init()
@@ -333,5 +333,5 @@ def open_window(title, kind=Window):
     except pygame.error as e:
         why = e
     pygame.display.quit()
-    print(f'no window ({why}; README, "Windows"); files only')
+    print(f'no window ({why}; README, "Windows"){without}')
     return NoWindow()

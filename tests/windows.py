@@ -16,13 +16,17 @@ needs_xvfb = pytest.mark.skipif(
 
 @contextmanager
 def xvfb(folder):
-    """-> (environment of a process in it, screen() -> its pixels as bytes, press(key))."""
+    """-> (environment of a process in it, screen() -> its pixels as bytes, press(key, how)).
+
+    how: a command of xdotool.
+    """
     read, write = os.pipe()
     server = subprocess.Popen(
         ["Xvfb", "-displayfd", str(write), "-noreset", "-screen", "0", "1100x800x24"],
         pass_fds=[write],
         stderr=subprocess.DEVNULL,
     )
+    os.close(write)  # or a server that does not start is waited for
     try:
         env = {"DISPLAY": f":{os.read(read, 20).decode().strip()}"}
         run = lambda *words: subprocess.run(words, check=True, env=os.environ | env)
@@ -31,7 +35,7 @@ def xvfb(folder):
             run("import", "-window", "root", str(folder / "screen.png"))
             return cv2.imread(str(folder / "screen.png")).tobytes()
 
-        yield env, screen, lambda key: run("xdotool", "key", key)
+        yield env, screen, lambda key, how="key": run("xdotool", how, key)
     finally:
         server.terminate()
         server.wait()
