@@ -184,11 +184,9 @@ class EnergyView(LapView):
 
         # the curve
         if len(driver.trace) > 1:
-            x = ui.write(canvas, "energy, the newest at the right:", 12, h + 36, ui.DIM)
-            for name, (_, color) in FUTURES.items():
-                x = ui.write(canvas, name, x + 12, h + 36, color)
-            box, colors = (76, h + 64, w + 250, 118), [color for _, color in FUTURES.values()]
-            ui.plot_with_axis(canvas, box, np.array(driver.trace), colors, TRACE)
+            title = "energy, the newest at the right:"
+            colors = {name: color for name, (_, color) in FUTURES.items()}
+            ui.graph(canvas, title, colors, driver.trace, 76, h + 36, w + 326, TRACE)
         return canvas
 
 

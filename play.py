@@ -23,7 +23,6 @@ from collections import deque
 from pathlib import Path
 
 import numpy as np
-import pygame
 import torch
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
@@ -37,7 +36,6 @@ from car.telemetry import TELEMETRY, telemetry
 from collect_recovery_data import FaultyExpert
 from demo_energy import MIN_JUMP, teleport
 from drive_mpc import load_driver, save_episode, to_action
-from support import window as ui
 from support.checkpoints import require_dir
 from support.cli import Stop, fail, parser, run_main, track_number, weight
 from support.files import replace_atomically, writable
@@ -45,28 +43,12 @@ from support.lap_view import VIDEO_FPS
 from support.latents import encode
 from support.pictures import VideoRecorder
 from support.plan_config import planning
+from support.play_keys import ARROWS, KEYS, KeyScript, PlayWindow
 from support.play_view import AHEAD, BRAKE, STEER, TICK, TRACE, compose
+from support.window import keys_text, open_window
 from support.workers import FIRST_SEED
 
-KEYS = {
-    "arrow keys": "steer, gas and brake; they override the autopilot",
-    "Tab": "dream or simulator",
-    "g": "ghost: the simulator under the same actions",
-    "a": "autopilot: the planner drives",
-    "e": "energies of your driving and of the best plan",
-    "t": "teleport",
-    "r": "new track",
-    "space": "pause",
-    "s": "one step",
-    "v": "record on or off",
-    "f": "full screen",
-    "h": "help",
-    "q or Esc": "quit",
-}
-BAR = "h help   q quit   arrows drive   Tab dream   g ghost   a autopilot   e energies   t teleport"
-BAR += "   space pause   v record   r new track"
-ARROWS = {"left", "right", "up", "down"}
-SCRIPTED = ARROWS | {"tab", "space", "q", *"gaetrsv"}  # keys of a script
+SWITCHES = {"tab": "dreaming", "g": "ghost", "a": "autopilot", "e": "energies", "space": "paused"}
 GAS = 0.6  # of a held key: full gas spins the car
 RAMP = np.array((0.08, 0.06, 0.05))  # most change of steer, gas and brake in a tick
 TICK_MS, PLAN_MS = 1000 * TICK, (4.0, 30.0)  # of a tick; least and most of it for a plan
@@ -79,7 +61,7 @@ LEAST_EPISODE = 2 * ZOOM_STEPS  # steps; the trainers leave out the first ZOOM_S
 
 def arguments():
     p = parser(__doc__, models=True)
-    p.epilog = ui.keys_text(KEYS)
+    p.epilog = keys_text(KEYS)
     add = p.add_argument_group("task").add_argument
     add("--track_seed", type=track_number, help="first track; key r: the next")
     add("--dream", action="store_true", help="begin in the dream")
@@ -104,81 +86,6 @@ def first_track(folder):
     if not folder:
         return 100_000
     return max([FIRST_SEED, *(c.meta["track_seed"] for c in index(folder)[0])]) + 1
-
-
-# ------------------------------------------------------------------ keys
-
-
-class PlayWindow(ui.Window):
-    """A window whose keys drive: `take` -> (keys that are down, keys pressed since the last)."""
-
-    keys, bar = KEYS, BAR
-
-    def __init__(self, title):
-        super().__init__(title)
-        self.recording, self.pressed = False, deque()
-
-    @property
-    def over(self):
-        """As of any window, and when it is lost: nobody could drive or quit."""
-        return super().over or not self.visible
-
-    def _key(self, event, repeated):
-        name = key_name(self.latin(event))
-        if name in ("f", "h", "q", "escape"):
-            super()._key(event, repeated)
-        elif not repeated or name == "s":
-            self.pressed.append(name)
-
-    def take(self, seconds):
-        pressed = [self.pressed.popleft() for _ in range(len(self.pressed))]
-        return {key_name(key) for key in list(self.held)}, pressed
-
-
-def key_name(key):
-    """pygame's name of a key; the arrows of a keypad are arrows."""
-    keypad = {pygame.K_KP4: "left", pygame.K_KP6: "right", pygame.K_KP8: "up", pygame.K_KP2: "down"}
-    return keypad.get(key) or pygame.key.name(key)
-
-
-class KeyScript(ui.NoWindow):
-    """The keys of a file, where nothing is shown; a second after the last one it quits.
-
-    Lines: "1.5 tab" presses a key, "2 left down" and "3 left up" hold it; "#" begins a comment.
-    """
-
-    def __init__(self, path):
-        self.events, self.down = deque(), set()
-        for i, line in enumerate(path.read_text(errors="replace").splitlines()):
-            words = line.split("#")[0].lower().split()
-            if words:
-                self.events.append(self._event(words, f"{path}, line {i + 1}: {line.strip()}"))
-        self.events = deque(sorted(self.events, key=lambda event: event[0]))
-        self.end = (self.events[-1][0] if self.events else 0.0) + 1
-
-    @staticmethod
-    def _event(words, where):
-        try:
-            seconds, key, action = float(words[0]), words[1], (*words[2:], "")[0]
-            assert 0 <= seconds < 1e6 and len(words) <= 3 and action in ("", "down", "up")
-            assert key in SCRIPTED
-        except (ValueError, IndexError, AssertionError):
-            keys = " ".join(sorted(SCRIPTED))
-            fail(f'{where}; expected "seconds key", with "down" or "up" behind it or not; {keys}')
-        return seconds, key, action
-
-    def take(self, seconds):
-        pressed = []
-        while self.events and self.events[0][0] <= seconds + 1e-9:
-            _, key, action = self.events.popleft()
-            if action == "up":
-                self.down.discard(key)
-                continue
-            pressed.append(key)
-            if action == "down":
-                self.down.add(key)
-        self.quit = self.quit or seconds >= self.end or "q" in pressed
-        return set(self.down), pressed
 
 
 # ------------------------------------------------------------------ the game
@@ -267,21 +174,14 @@ class Game:
 
     def press(self, key):
         """A key that changes something, other than the arrows."""
+        if key in SWITCHES:
+            setattr(self, SWITCHES[key], not getattr(self, SWITCHES[key]))
         if key == "tab":
-            self.dreaming = not self.dreaming
             self.look()
-        elif key == "g":
-            self.ghost = not self.ghost
-        elif key == "a":
-            self.autopilot = not self.autopilot
-        elif key == "e":
-            self.energies = not self.energies
         elif key == "t" and not self.ended:
             self.teleport()
         elif key == "r":
             self.reset()
-        elif key == "space":
-            self.paused = not self.paused
         elif key == "s":
             self.paused = self.single = True
 
@@ -305,13 +205,8 @@ class Game:
         if not self.manual:
             self.pedals = to_action(self.driver.u[0]).cpu().numpy()
             return self.pedals
-        target = np.array(
-            (
-                STEER * (("right" in held) - ("left" in held)),
-                GAS * ("up" in held),
-                BRAKE * ("down" in held),
-            )
-        )
+        turn = ("right" in held) - ("left" in held)
+        target = np.array((STEER * turn, GAS * ("up" in held), BRAKE * ("down" in held)))
         self.pedals = self.pedals + np.clip(target - self.pedals, -RAMP, RAMP)
         return self.pedals.astype(np.float32)
 
@@ -402,12 +297,14 @@ def play(args, window, film):
             canvas = compose(game, decoder)
             if window.recording:
                 film.add(canvas)
+
+            # a script replays the same way on any machine: its plans stay as large as they are
             if args.headless:
                 rows.append(row_of(game, seconds, held, pressed))
             if not game.paused:
                 ms.append(1000 * (time.perf_counter() - began))
-            if not args.headless:  # a script replays the same way on any machine
-                game.fit_plans(ms[-1] if ms else 0.0)
+            if ms and not args.headless:
+                game.fit_plans(ms[-1])
             window.show(canvas, seconds)
             tick += 1
     finally:
@@ -440,7 +337,7 @@ def main():
     stem, film, stop = writable(args.root / "visuals") / "play", VideoRecorder(VIDEO_FPS), Stop()
     if args.headless:
         window = KeyScript(args.keys)
-    elif not (window := ui.open_window("TinyJEPA: drive the dream", PlayWindow, "")).visible:
+    elif not (window := open_window("TinyJEPA: drive the dream", PlayWindow, "")).visible:
         fail("play.py needs a window, or --headless --keys FILE")
     try:
         rows, ms = window.run(lambda: play(args, window, film))

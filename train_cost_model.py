@@ -131,10 +131,9 @@ def load_inputs(args, device, dtype, stop):
     there = [name for name in args.data if chunk_files(args.root / name)]
     if missing := [name for name in needed if name not in there]:
         lacking, how = " and ".join(missing), "; ".join(made_by(args.root / n) for n in missing)
-        data = (
-            f"--data {' '.join(args.data)}: the cost model needs {EXPERT}, {RANDOM} and {RECOVERY}"
-        )
-        fail(f"{data}, and there is no episode of {lacking}; {how}")
+        given = f"--data {' '.join(args.data)}"
+        need = f"the cost model needs {EXPERT}, {RANDOM} and {RECOVERY}"
+        fail(f"{given}: {need}, and there is no episode of {lacking}; {how}")
     sources = load_sources(args.root, args.data, ZOOM_STEPS + 2)
     lock_stage(args.root, "cost_model")
     models = args.root / "models"

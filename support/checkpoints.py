@@ -15,30 +15,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from networks import (
-    CostModel,
-    InverseModel,
-    Predictor,
-    Projector,
-    TinyDecoder,
-    TinyEncoder,
-    WarpHead,
-)
+from networks import CostModel, Predictor, TinyDecoder, TinyEncoder
 from support import REPO
 from support.cli import Refusal, command, fail, typed
 from support.files import git_commit, replace_atomically, versions
 
 PRETRAINED = REPO / "models" / "pretrained"
 SCHEMA = 2  # of checkpoints; another one is refused
-NETS = {
-    "encoder": TinyEncoder,
-    "projector": Projector,
-    "inverse": InverseModel,
-    "warp": WarpHead,
-    "decoder": TinyDecoder,
-    "predictor": Predictor,
-    "cost": CostModel,
-}
+# what is built from a checkpoint; the encoder's heads serve its training only
+NETS = {"encoder": TinyEncoder, "decoder": TinyDecoder, "predictor": Predictor, "cost": CostModel}
 KEPT, KEPT_EVERY = 3, 10  # rotation keeps a stage's last checkpoints, and every so-many-th epoch
 YOUNG_S = 600  # seconds; rotation keeps younger checkpoints, which a watcher may be reading
 TEMPORARY = re.compile(  # names of half-written checkpoints
@@ -60,10 +45,9 @@ def save(path, nets, **state):
     """
     for name, net in nets.items():
         if broken := not_finite(net.state_dict()):
-            fail(
-                f"step {state.get('step')}: {name}'s {broken} is not finite; {path} was not "
-                "written; use --precision fp32, or a lower --lr with --fresh"
-            )
+            retry = "use --precision fp32, or a lower --lr with --fresh"
+            step = f"step {state.get('step')}: {name}'s {broken} is not finite"
+            fail(f"{step}; {path} was not written; {retry}")
     nets = {
         name: {"class": type(net).__name__, "args": net.args, "weights": net.state_dict()}
         for name, net in nets.items()

@@ -189,19 +189,14 @@ def _unlock(file, path):
 def git_commit():
     """Commit of the running code, "+" if files differ; "unknown" outside its own repository."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # a hook sets others
-
-    def git(*args):
-        command = ["git", "-C", REPO, *args]
-        return subprocess.run(command, capture_output=True, text=True, env=env).stdout.strip()
-
+    env["GIT_CEILING_DIRECTORIES"] = str(REPO.parent)  # a repository around it is another's
+    words = "describe --always --dirty=+ --abbrev=12 --exclude=*".split()
+    command = ["git", "-C", REPO, *words]
     try:
-        top = git("rev-parse", "--show-toplevel")
-        if not top or Path(top).resolve() != REPO:
-            return "unknown"
-        changed = git("status", "--porcelain", "-uno")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "") or "unknown"
+        found = subprocess.run(command, capture_output=True, text=True, env=env).stdout.strip()
     except OSError:  # git is not installed
-        return "unknown"
+        found = ""
+    return found or "unknown"
 
 
 def code_key():

@@ -3,7 +3,6 @@
 from collections import deque
 
 import cv2
-import numpy as np
 import torch
 
 from car import FPS, MAX_STEPS, ZOOM_STEPS
@@ -68,10 +67,8 @@ class LapView:
         """
         canvas, (w, h) = ui.blank(), ui.VIEW
         canvas[:h, :w] = picture(env, ui.VIEW)
-        line = (
-            f"{self.name}   track {self.track}   step {self.step}   return {self.total:.1f}{line}"
-        )
-        ui.write(canvas, line, 12, h + 10)
+        where = f"{self.name}   track {self.track}   step {self.step}"
+        ui.write(canvas, f"{where}   return {self.total:.1f}{line}", 12, h + 10)
         if zoom:
             ui.banner(canvas, "waiting for the zoom")
         return canvas
@@ -97,11 +94,8 @@ class LapView:
         if plans and not zoom:
             self.draw_plan(canvas, driver)
         if len(self.costs) > 1:
-            x = ui.write(canvas, "cost of the candidates:", 12, LOW, ui.DIM)
-            x = ui.write(canvas, "median", x + 12, LOW, ui.INK)
-            ui.write(canvas, "lowest", x + 12, LOW, ui.WARM)
-            box = 60, LOW + 24, ui.VIEW[0] - 72, 118
-            ui.plot_with_axis(canvas, box, np.array(self.costs), (ui.INK, ui.WARM), PLANS)
+            title, colors = "cost of the candidates:", {"median": ui.INK, "lowest": ui.WARM}
+            ui.graph(canvas, title, colors, self.costs, 60, LOW, ui.VIEW[0] - 12, PLANS)
         return canvas
 
     def draw_plan(self, canvas, driver):

@@ -156,10 +156,8 @@ def load_latents(args, stage, sources, device, dtype, stop, predictor=None):
     encoder, _ = load_frozen(newest, "encoder", device, "train_encoder.py")
     key = fingerprint(encoder)
     if predictor and predictor["encoder_key"] != key:
-        path, anew = (
-            latest(models, "predictor"),
-            command("train_predictor.py", args.root, "--fresh"),
-        )
+        path = latest(models, "predictor")
+        anew = command("train_predictor.py", args.root, "--fresh")
         fail(f"{path}: was trained on another encoder than {newest}; run {anew}")
     resume = models / f"{stage}_resume.pth"
     if resume.is_file() and not args.fresh:

@@ -103,9 +103,8 @@ def check_meta(meta):
         raise ValueError(f"chunk schema {meta['schema']}, this code reads {CHUNK_SCHEMA}")
     T, total = meta["frames"], meta["return_"]
     if not 0 < T <= LONGEST_EPISODE or not math.isfinite(total):
-        raise ValueError(
-            f"{T} steps with a return of {total}, expected 1 to {LONGEST_EPISODE} steps"
-        )
+        found = f"{T} steps with a return of {total}"
+        raise ValueError(f"{found}, expected 1 to {LONGEST_EPISODE} steps")
 
 
 def array_specs(T, columns):

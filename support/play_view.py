@@ -53,7 +53,8 @@ def compose(game, decoder):
         ui.write(canvas, f"return {game.total:.1f}", x, 42 + GHOST[1])
     draw_pedals(canvas, game.pedals, x, 380)
     if game.energies:
-        draw_energies(canvas, game.trace)
+        title, ends = "energy, the newest at the right:", (76, h + 36, w + 326)
+        ui.graph(canvas, title, ENERGIES, game.trace, *ends, TRACE)
     return canvas
 
 
@@ -67,14 +68,3 @@ def draw_pedals(canvas, pedals, x, y):
         zero = left + width // 2 if name == "steer" else left
         end = zero + round(np.clip(value, -1, 1) * (left + width - zero))
         canvas[top : top + 16, min(zero, end) : max(zero, end) + 1] = color
-
-
-def draw_energies(canvas, trace):
-    """Draws the energies as lines, the newest at the right."""
-    y = ui.VIEW[1] + 36
-    x = ui.write(canvas, "energy, the newest at the right:", 12, y, ui.DIM)
-    for name, color in ENERGIES.items():
-        x = ui.write(canvas, name, x + 16, y, color)
-    if len(trace) > 1:
-        box, colors = (76, y + 28, ui.VIEW[0] + 250, 118), [*ENERGIES.values()]
-        ui.plot_with_axis(canvas, box, np.array(trace), colors, TRACE)

@@ -123,9 +123,8 @@ def compare(reports, env_name):
     tracks = [e["track_seed"] for r in reports for e in r["episodes"]]
     width = max(10, *(len(r["policy"]) for r in reports))
     columns = "    mean ± std median  worst    laps missed  steps plan ms"
-    lines = [
-        f"{'driver':{width}}  {columns}   tracks {min(tracks)} to {max(tracks)}, {env_name} env"
-    ]
+    where = f"tracks {min(tracks)} to {max(tracks)}, {env_name} env"
+    lines = [f"{'driver':{width}}  {columns}   {where}"]
     for r in reports:
         mean = lambda key: np.mean([e[key] for e in r["episodes"]])
         laps = f"{r['laps_finished']}/{len(r['episodes'])}"

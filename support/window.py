@@ -118,6 +118,16 @@ def plot_with_axis(canvas, box, values, colors, length):
     return low, high
 
 
+def graph(canvas, title, colors, values, left, top, right, length):
+    """Draws a title, the names of {name: colour} behind it, and values (n, k) below as k lines."""
+    x = write(canvas, title, 12, top, DIM)
+    for name, color in colors.items():
+        x = write(canvas, name, x + 12, top, color)
+    if len(values) > 1:
+        box = left, top + 28, right - left, 118
+        plot_with_axis(canvas, box, np.array(values), list(colors.values()), length)
+
+
 def banner(canvas, *lines):
     """Writes lines of text on a dark band in the middle of the car's view."""
     (w, h), height = VIEW, 34 * len(lines) + 18
