@@ -228,10 +228,10 @@ class TinyDecoder(nn.Module):
 
     linear: the last numbers of the latent are principal components, from which the image is drawn
     as it is. The correction: a 4x4 map, three transposed convolutions, two convolutions that see
-    the linear image too. None: no linear image, and a fourth transposed convolution.
+    the linear image too.
     """
 
-    def __init__(self, dim=512, channels=64, linear=None):
+    def __init__(self, dim=512, channels=64, linear=0):
         super().__init__()
         self.args = dict(dim=dim, channels=channels, linear=linear)
         self.w = w = channels
@@ -243,9 +243,6 @@ class TinyDecoder(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.body = nn.Sequential(up(4 * w, 2 * w), up(2 * w, w), up(w, w // 2))  # (w / 2, 32, 32)
-        if linear is None:
-            self.body.append(nn.ConvTranspose2d(w // 2, 3, 4, stride=2, padding=1))
-            return
         self.image = nn.Linear(linear + 1, 3 * OBS_SIZE**2, bias=False)
         self.out = nn.Sequential(
             nn.Conv2d(w // 2 + 12, w, 3, padding=1),
@@ -271,8 +268,6 @@ class TinyDecoder(nn.Module):
         """(N, D) -> frames (N, 3, 64, 64), about 0..1 in float32; clamp to show them."""
         x = self.stem(z).view(-1, 4 * self.w, 4, 4)
         x = self.body(x.contiguous(memory_format=torch.channels_last))
-        if self.linear is None:
-            return torch.sigmoid(x.float())
         with torch.autocast(z.device.type, enabled=False):
             image = self.image(self.components(z.float())).view(-1, 3, OBS_SIZE, OBS_SIZE)
         x = self.out(torch.cat([x, 4 * F.pixel_unshuffle(image, 2) - 2], dim=1))

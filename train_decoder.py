@@ -232,8 +232,7 @@ def train_autoencoder(encoder, decoder, batches, steps, lr, device, dtype):
     old_encoder, old_decoder, encoder = encoder, decoder, encoder.reinitialized()
     encoder.mean.copy_(old_encoder.mean), encoder.std.copy_(old_encoder.std)
     decoder = TinyDecoder(**decoder.args).to(device)
-    if decoder.linear is not None:
-        decoder.image.load_state_dict(old_decoder.image.state_dict())
+    decoder.image.load_state_dict(old_decoder.image.state_dict())
     nets = [net.to(memory_format=torch.channels_last).train() for net in (encoder, decoder)]
     optim = torch.optim.AdamW([p for net in nets for p in net.parameters()], lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
