@@ -16,7 +16,7 @@ import drive_mpc
 from car.env import make_env
 from networks import CostModel
 from support.cli import Refusal, Stop
-from support.scores import Report, row_name, score_settings
+from support.scores import Report, compare, row_name, score_settings, top_speed_return
 from support.window import NoWindow
 
 
@@ -240,3 +240,15 @@ def test_scores_go_to_stdout_whatever_it_is(tmp_path, into):
     report, _ = json.JSONDecoder().raw_decode(said[said.index("{") :])
     assert report["finished"] and len(report["episodes"]) == 1
     assert "driver" in said and "100000" in said  # and all else that was printed
+
+
+def test_the_table_says_how_far_below_top_speed_a_driver_is():
+    """300 tiles of 3.5 units at 100 units/s take 525 steps, which cost 52.5."""
+    assert top_speed_return(300) == pytest.approx(947.5)
+    rows = [{"tiles": 300 - m, "tiles_missed": m, "return": 930.0 + m} for m in (0, 2)]
+    for i, row in enumerate(rows):
+        row |= {"track_seed": i, "steps": 700, "plan_ms_p50": 1.0}
+    numbers = dict.fromkeys(("mean", "std", "median", "worst"), 931.0)
+    report = numbers | {"policy": "mpc", "laps_finished": 1, "models": None, "episodes": rows}
+    line = compare([report], "fast").splitlines()[1]
+    assert "16.5 ±  1.0" in line
