@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 from buffer import history_rows
 from car import FPS, MAX_STEPS, ZOOM_STEPS
 from car.env import make_env
-from car.telemetry import TELEMETRY, place_beside, telemetry
+from car.telemetry import place_beside, telemetry_of
 from drive_mpc import BaselineDriver, drive, load_driver
 from support import window as ui
 from support.checkpoints import find_models, latest, load_models, require_dir
@@ -128,7 +128,7 @@ class EnergyDriver:
 
     def propose(self):
         """{name: the last frames of a proposed future}, the true one first."""
-        state = dict(zip(TELEMETRY, telemetry(self.env).tolist()))  # for the false futures only
+        state = telemetry_of(self.env)  # for the false futures only
         same, other = self.twins
         near, far = same.random_offset(MIN_JUMP), other.random_offset()
         return {

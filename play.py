@@ -32,7 +32,7 @@ from buffer import MADE_BY, history_rows, index
 from car import FPS, MAX_STEPS, ZOOM_STEPS
 from car.env import make_env
 from car.episode import EpisodeRecorder, run_episode
-from car.telemetry import TELEMETRY, telemetry
+from car.telemetry import TELEMETRY, telemetry, telemetry_of
 from collect_recovery_data import FaultyExpert
 from demo_energy import MIN_JUMP, teleport
 from drive_mpc import load_driver, save_episode, to_action
@@ -254,7 +254,7 @@ class Game:
     def teleport(self):
         """Places the car elsewhere on its track; a dream begins anew there."""
         self.end_episode()
-        state = dict(zip(TELEMETRY, telemetry(self.env).tolist()))
+        state = telemetry_of(self.env)
         jump = int(self.rng.integers(MIN_JUMP, len(self.env.track) - MIN_JUMP))
         self.driver.frames.extend(teleport(self.env, state, list(self.actions), jump))
         self.z, self.dream_ticks = self.driver.encode(), 0
@@ -270,7 +270,7 @@ class Game:
     def read(self):
         """{name: (in the dream or seen, in the simulator)} of READ."""
         z = self.z[:, : self.encoder.planned].cpu().numpy()
-        state = dict(zip(TELEMETRY, telemetry(self.env).tolist()))
+        state = telemetry_of(self.env)
         return {n: (float(x), state[n]) for n, x in zip(READ, self.probes(z)[0])}
 
 

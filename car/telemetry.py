@@ -164,6 +164,11 @@ def telemetry(env):
     )
 
 
+def telemetry_of(env):
+    """{name: value} of the telemetry of env."""
+    return dict(zip(TELEMETRY, telemetry(env).tolist()))
+
+
 def place_car(env, x, y, angle, speed=0.0, yaw_rate=0.0):
     """Replace the car by one at (x, y) units, facing `angle` rad (0: +y), in any kind of env.
 

@@ -31,14 +31,7 @@ from scipy.stats import binomtest
 
 from car import FPS, ZOOM_STEPS
 from car.env import make_env
-from car.telemetry import (
-    RECOVERY_HOLD,
-    TELEMETRY,
-    centre_line,
-    is_recovered,
-    place_beside,
-    telemetry,
-)
+from car.telemetry import RECOVERY_HOLD, centre_line, is_recovered, place_beside, telemetry_of
 from collect_race_data import MAX_OFFSET, RACE_PACES, Expert
 from drive_mpc import BRAKE, STEER, BaselineDriver, load_driver, to_action
 from report.page import print_table
@@ -74,11 +67,6 @@ def arguments():
     p.add_argument("--tracks", type=count, default=20, help="how many tracks")
     planning(p)
     return p.parse_args()
-
-
-def telemetry_of(env):
-    """{name: value} of the telemetry of env."""
-    return dict(zip(TELEMETRY, telemetry(env).tolist()))
 
 
 def reset_past_zoom(env, seed):
