@@ -24,9 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.linear_model import Ridge
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from buffer import MADE_BY, history_rows, index
 from car import FPS, MAX_STEPS, ZOOM_STEPS
@@ -40,7 +37,7 @@ from support.checkpoints import require_dir
 from support.cli import Stop, fail, parser, run_main, track_number, weight
 from support.files import replace_atomically, writable
 from support.lap_view import VIDEO_FPS
-from support.latents import encode
+from support.latents import encode, ridge
 from support.pictures import VideoRecorder
 from support.plan_config import planning
 from support.play_keys import ARROWS, KEYS, KeyScript, PlayWindow
@@ -108,7 +105,7 @@ def fit_probes(driver, seed=FIRST_SEED):
         z = encode(e, obs, driver.device, driver.dtype)[:, : e.planned]
         parts.append((z.cpu().numpy(), arrays["telemetry"][steps][:, columns]))
     x, y = (np.concatenate(part) for part in zip(*parts[:-1]))
-    probes = make_pipeline(StandardScaler(), Ridge(10.0)).fit(x, y)
+    probes = ridge(x, y, alpha=10.0)
     return probes.predict, probes.score(*parts[-1])
 
 
@@ -262,7 +259,9 @@ class Game:
     def end_episode(self, terminated=False):
         """Writes what was recorded as an episode of --data, if it is long enough to learn from."""
         recorder, self.recorder = self.recorder, None
-        if recorder and len(recorder.actions) >= LEAST_EPISODE:
+        if recorder and len(recorder.actions) < LEAST_EPISODE:
+            print(f"{len(recorder.actions) / FPS:.1f} s are too short for an episode: not kept")
+        elif recorder:
             recorder.ends = terminated, not terminated
             row = dict(track_seed=self.track, lap_finished=self.ended == "lap finished")
             save_episode(self.folder, "-".join(sorted(self.drivers)), "fast", row, recorder)

@@ -45,7 +45,7 @@ from support.checkpoints import rotate
 from support.cli import Number, add_flags, fail, fraction, optimisation, parser, run_main, weight
 from support.device import autocast, on_device, set_up
 from support.distributed import RANK, RANKS, wrap_ddp
-from support.latents import encode
+from support.latents import encode, ridge
 from support.pca import fit_pca
 from support.run import Run, lock_stage, refuse_nan
 from vicreg import covariance, effective_rank, variance, vicreg_loss
@@ -317,12 +317,9 @@ class Probe:
         encoder.fit_standardization(za.to(device))
         r2 = np.full(len(PROBED), np.nan)  # a few random drives may never see the road
         if ma.any() and mb.any():
-            from sklearn.linear_model import Ridge  # 1 s, which a refusal need not take
-            from sklearn.metrics import r2_score
-            from sklearn.pipeline import make_pipeline
-            from sklearn.preprocessing import StandardScaler
+            from sklearn.metrics import r2_score  # 1 s, which a refusal need not take
 
-            y_pred = make_pipeline(StandardScaler(), Ridge()).fit(za[ma], ya[ma]).predict(zb[mb])
+            y_pred = ridge(za[ma], ya[ma]).predict(zb[mb])
             r2 = r2_score(yb[mb], y_pred, multioutput="raw_values", force_finite=False)
         conv = encoder.conv_dims(zb)
         scores = {"val_r2_" + name: value for name, value in zip(PROBED, r2)}

@@ -21,9 +21,10 @@ from car.telemetry import IN_VIEW, TELEMETRY
 from demo_energy import MIN_JUMP, TeleportedCar
 from networks import normalize_action
 from report.episodes import BLOCK, TRAINED, UNTRAINED, channels_first, choose_samples, other_episode
-from report.probes import AHEAD, ridge
+from report.probes import AHEAD
 from report.statistics import auc, bootstrap_intervals
 from support.augment import jitter_
+from support.latents import ridge
 from support.progress import progress
 
 SCORERS = TRAINED, UNTRAINED, "pixel error", "copy-last"

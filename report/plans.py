@@ -27,10 +27,10 @@ from car.telemetry import centre_line
 from collect_race_data import Expert
 from drive_mpc import Plan, RolloutCost, draw_plans, plan, to_action
 from report.episodes import TRAINED, channels_first, choose_samples, rows_by_source, sources_of
-from report.probes import ridge
 from report.simulator import restore_state
 from report.statistics import bootstrap_intervals, spearman
 from support.cli import fail
+from support.latents import ridge
 from support.progress import progress
 
 IN_SIGHT = 20.0, math.pi / 2  # units and rad from the centre line: a plan can still find the road

@@ -19,9 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
-from sklearn.linear_model import Ridge
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from car.telemetry import IN_VIEW
@@ -31,6 +28,7 @@ from report.statistics import auc, bootstrap_intervals, r2
 from support.augment import CAR, jitter_
 from support.cli import fail
 from support.device import autocast
+from support.latents import ridge
 from support.progress import progress
 from support.reconstruction import channels_last, regions
 from support.run import cosine, optimise
@@ -84,11 +82,6 @@ def labels_of(samples, ahead=0):
         looks_of(true_frames(samples, ahead)),
         samples.track,
     )
-
-
-def ridge(x, y, alpha=1.0):
-    """A ridge regression of y on standardised x (n, D), fitted."""
-    return make_pipeline(StandardScaler(), Ridge(alpha=alpha)).fit(x, y)
 
 
 def fit_probe(z, labels):

@@ -34,6 +34,15 @@ def encode(encoder, obs, device, dtype, raw=False):
     return torch.cat(out)
 
 
+def ridge(x, y, alpha=1.0):
+    """A ridge regression of y on standardised x (n, D), fitted: a probe, if x are latents."""
+    from sklearn.linear_model import Ridge  # 1 s, which a refusal need not take
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), Ridge(alpha=alpha)).fit(x, y)
+
+
 class Latents:
     """Latents of every frame of every chunk, in half precision on disk, memory-mapped.
 

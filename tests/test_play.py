@@ -189,7 +189,9 @@ def game(tmp_path, monkeypatch):
     return play.Game(args, play.load_driver(args, args)[0], tmp_path)
 
 
-def test_an_episode_ends_with_the_field_and_before_it_is_too_long(game, tmp_path, monkeypatch):
+def test_an_episode_ends_with_the_field_and_before_it_is_too_long(
+    game, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(play, "MAX_STEPS", 150)
     for _ in range(2000):
         game.tick({"up"}, [], recording=True)
@@ -205,6 +207,10 @@ def test_an_episode_ends_with_the_field_and_before_it_is_too_long(game, tmp_path
     assert game.total == before and game.recorder is None
     game.tick(set(), ["r"])
     assert not game.ended and game.total > before
+    game.tick(set(), [], recording=True)
+    game.tick(set(), [])
+    assert "too short for an episode" in capsys.readouterr().out
+    assert len(index(tmp_path)[0]) == len(chunks)
 
 
 def test_energies_are_those_of_the_density(game):
