@@ -284,8 +284,8 @@ class NoModelDriver(Driver):
         super().reset(track_seed)
         self.now = None
 
-    def replan(self):
-        self.z, before = self.encode(), self.now
+    def plan_from(self, z):
+        self.z, before = z, self.now
         self.now = float(self.nets["cost"].energy(self.z, self.cfg.energy))
         self.u = torch.cat([self.u[1:], self.u[-1:]])
         if before is None or self.now > before:

@@ -1,7 +1,8 @@
 """Drive yourself, in the simulator or in the dream of the world model.
 
 Tab changes between the two, 25 times a second each. A dream starts from the present frames: the
-predictor makes the next latent from the last one and your action, and the decoder draws it. The
+dream model samples the next latent from the last ones and your actions, and the decoder draws it.
+Without a dream model the predictor makes the next latent, which holds for two seconds. The
 simulator runs on below the dream under the same actions, as its ghost (key g). Speed and yaw rate
 are read off dreamt latents by ridge probes, which are fitted in seconds at the start.
 
@@ -33,14 +34,15 @@ from car.telemetry import TELEMETRY, telemetry, telemetry_of
 from collect_recovery_data import FaultyExpert
 from demo_energy import MIN_JUMP, teleport
 from drive_mpc import load_driver, save_episode, to_action
-from support.checkpoints import require_dir
+from support.checkpoints import fingerprint, require_dir
 from support.cli import Stop, fail, parser, run_main, track_number, weight
+from support.dreams import load_dream
 from support.files import replace_atomically, writable
 from support.lap_view import VIDEO_FPS
 from support.latents import encode, ridge
 from support.pictures import VideoRecorder
 from support.plan_config import planning
-from support.play_keys import ARROWS, KEYS, KeyScript, PlayWindow
+from support.play_keys import ARROWS, DIGITS, KEYS, KeyScript, PlayWindow
 from support.play_view import AHEAD, BRAKE, STEER, TICK, TRACE, compose
 from support.window import keys_text, open_window
 from support.workers import FIRST_SEED
@@ -49,6 +51,8 @@ SWITCHES = {"tab": "dreaming", "g": "ghost", "a": "autopilot", "e": "energies", 
 GAS = 0.6  # of a held key: full gas spins the car
 RAMP = np.array((0.08, 0.06, 0.05))  # most change of steer, gas and brake in a tick
 TICK_MS, PLAN_MS = 1000 * TICK, (4.0, 30.0)  # of a tick; least and most of it for a plan
+REFRESH = 2.0  # s for which a dream of the predictor holds
+USUAL = 5  # of the keys 0 to 9: a temperature of 1
 SPARE_MS = 4.0  # of a tick that stay free
 LEAST_SAMPLES = 16  # candidates of a plan on a slow machine
 PROBE_EPISODES, PROBE_STEPS = 16, 250  # driving from which the probes are fitted
@@ -62,8 +66,8 @@ def arguments():
     add = p.add_argument_group("task").add_argument
     add("--track_seed", type=track_number, help="first track; key r: the next")
     add("--dream", action="store_true", help="begin in the dream")
-    refresh = "s of a dream after which it starts from the simulator again, 0: never"
-    add("--refresh", type=weight, default=2.0, help=refresh)
+    refresh = "s of a dream after which it starts from the simulator again, 0: never (default: 0,"
+    add("--refresh", type=weight, help=f"{refresh} or {REFRESH:g} without a dream model)")
     add("--data", help="folder in ROOT for the episodes that are recorded")
     add("--keys", type=Path, help="file of keys that are pressed, for --headless")
     add("--headless", action="store_true", help="no window: needs --keys, records all of it")
@@ -120,6 +124,12 @@ class Game:
         self.args, self.driver, self.folder = args, driver, folder
         self.encoder, self.predictor = driver.encoder, driver.nets["predictor"]
         self.cost, self.env = driver.nets["cost"], make_env("fast").unwrapped
+        key = fingerprint(self.encoder)
+        self.model = load_dream(Path(driver.models), key, driver.device)
+        self.refresh = args.refresh
+        if self.refresh is None:
+            self.refresh = 0.0 if self.model else REFRESH
+        self.temperature, self.generator = 1.0, torch.Generator(driver.device)
         self.probes, self.probes_r2 = fit_probes(driver)
         self.rng, self.recorder, self.plan_ms = np.random.default_rng(args.seed), None, PLAN_MS[0]
         self.autopilot = self.energies = self.paused = self.single = self.manual = False
@@ -142,7 +152,7 @@ class Game:
 
     def look(self):
         """Takes the latent of the simulator's frames; a dream begins anew there."""
-        self.z, self.dream_ticks = self.driver.encode(), 0
+        self.z, self.dream_ticks, self.memory = self.driver.encode(), 0, None
         self.past = deque(maxlen=AHEAD + 1)
 
     def tick(self, held, pressed, recording=False):
@@ -181,6 +191,8 @@ class Game:
             self.reset()
         elif key == "s":
             self.paused = self.single = True
+        elif key in DIGITS:
+            self.temperature = int(key) / USUAL
 
     def plan(self):
         """Plans from the present latent, takes the time."""
@@ -229,7 +241,7 @@ class Game:
         act = torch.from_numpy(self.action)[None, None].to(self.driver.device)
         self.past.append((self.z, act))
         z = self.dream(act) if self.dreaming else None
-        refresh = self.args.refresh and self.dream_ticks * TICK >= self.args.refresh
+        refresh = self.refresh and self.dream_ticks * TICK >= self.refresh
         if z is None:
             self.z = self.driver.encode()
         elif refresh and not self.ended or not z.isfinite().all():
@@ -246,7 +258,11 @@ class Game:
 
     def dream(self, act):
         """The latent that follows on the present one under act (1, 1, 3)."""
-        return self.predictor.rollout(self.z, act)[:, 0]
+        if self.model is None:
+            return self.predictor.rollout(self.z, act)[:, 0]
+        of = self.memory, self.temperature, self.generator
+        z, self.memory = self.model.step(self.z, act[:, 0], *of)
+        return z
 
     def teleport(self):
         """Places the car elsewhere on its track; a dream begins anew there."""
@@ -254,7 +270,7 @@ class Game:
         state = telemetry_of(self.env)
         jump = int(self.rng.integers(MIN_JUMP, len(self.env.track) - MIN_JUMP))
         self.driver.frames.extend(teleport(self.env, state, list(self.actions), jump))
-        self.z, self.dream_ticks = self.driver.encode(), 0
+        self.z, self.dream_ticks, self.memory = self.driver.encode(), 0, None
 
     def end_episode(self, terminated=False):
         """Writes what was recorded as an episode of --data, if it is long enough to learn from."""

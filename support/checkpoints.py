@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dream import DreamModel
 from networks import CostModel, Predictor, TinyDecoder, TinyEncoder
 from support import REPO
 from support.cli import Refusal, command, fail, typed
@@ -24,6 +25,7 @@ PRETRAINED = REPO / "models" / "pretrained"
 SCHEMA = 2  # of checkpoints; another one is refused
 # what is built from a checkpoint; the encoder's heads serve its training only
 NETS = {"encoder": TinyEncoder, "decoder": TinyDecoder, "predictor": Predictor, "cost": CostModel}
+NETS |= {"dream": DreamModel}
 KEPT, KEPT_EVERY = 3, 10  # rotation keeps a stage's last checkpoints, and every so-many-th epoch
 YOUNG_S = 600  # seconds; rotation keeps younger checkpoints, which a watcher may be reading
 TEMPORARY = re.compile(  # names of half-written checkpoints

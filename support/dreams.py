@@ -7,8 +7,8 @@ from tqdm import tqdm
 from buffer import Loader
 from car import FPS
 from networks import stack_frames
-from support.checkpoints import build, numbered, read
-from support.cli import Refusal, command
+from support.checkpoints import build, hint, numbered, read
+from support.cli import Refusal
 from support.pictures import ornament, plain, pyplot, save_figure, save_gif
 from support.window import GRID, INK, PAPER, write
 
@@ -18,18 +18,34 @@ GIF_GAP = 8  # screen pixels between two windows
 GIF_FPS = 8
 
 
-def load_decoder(models, key, device):
-    """The newest decoder in a folder that was trained on this encoder, or None with a line."""
-    for _, path in reversed(numbered(models, "decoder_ep*.pth")):
+def load_newest(models, name, key, device):
+    """The newest decoder or dream model in a folder that was trained on this encoder, or None."""
+    for _, path in reversed(numbered(models, f"{name}_ep*.pth")):
         try:
-            payload = read(path, "train_decoder.py")
+            payload = read(path, f"train_{name}.py")
             if payload.get("encoder_key") == key:
-                return build(payload, "decoder", path).to(device).eval().requires_grad_(False)
+                return build(payload, name, path).to(device).eval().requires_grad_(False)
         except (Refusal, OSError) as e:  # nothing stops for a picture
             tqdm.write(f"skipped: {e}")
-    how = command("train_decoder.py", models.parent, "--once")
-    tqdm.write(f"no decoder of this encoder, so no pictures of rollouts; {how} makes it")
     return None
+
+
+def load_decoder(models, key, device):
+    """The newest decoder in a folder that was trained on this encoder, or None with a line."""
+    decoder = load_newest(models, "decoder", key, device)
+    if decoder is None:
+        how = hint(models / "decoder_ep1.pth", "train_decoder.py", "--once")
+        tqdm.write(f"no decoder of this encoder, so no pictures of rollouts{how}")
+    return decoder
+
+
+def load_dream(models, key, device):
+    """The newest dream model in a folder that was trained on this encoder, or None with a line."""
+    model = load_newest(models, "dream", key, device)
+    if model is None:
+        how = hint(models / "dream_ep1.pth", "train_dream.py")
+        tqdm.write(f"no dream model of this encoder, so dreams hold for two seconds{how}")
+    return model
 
 
 def dream_windows(sources, encoder, horizon, seed=0):

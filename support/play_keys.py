@@ -14,6 +14,7 @@ KEYS = {
     "a": "autopilot: the planner drives",
     "e": "energies of your driving and of the best plan",
     "t": "teleport",
+    "0 to 9": "temperature of the dream: 0 none, 5 usual",
     "r": "new track",
     "space": "pause",
     "s": "one step",
@@ -25,7 +26,8 @@ KEYS = {
 BAR = "h help   q quit   arrows drive   Tab dream   g ghost   a autopilot   e energies   t teleport"
 BAR += "   space pause   v record   r new track"
 ARROWS = {"left", "right", "up", "down"}
-SCRIPTED = ARROWS | {"tab", "space", "q", *"gaetrsv"}  # keys of a script
+DIGITS = "0123456789"
+SCRIPTED = ARROWS | {"tab", "space", "q", *"gaetrsv", *DIGITS}  # keys of a script
 
 
 class PlayWindow(ui.Window):

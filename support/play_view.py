@@ -44,7 +44,8 @@ def compose(game, decoder):
         ui.write(canvas, what, x, 10)
         canvas[34 : 34 + GHOST[1], x : x + GHOST[0]] = picture(game.env, GHOST)
         y = 42 + GHOST[1]
-        ui.write(canvas, f"{game.dream_ticks * TICK:.1f} s of dream", x, y, ui.WARM)
+        heat = f", temperature {game.temperature:g}" if game.model else ""
+        ui.write(canvas, f"{game.dream_ticks * TICK:.1f} s of dream{heat}", x, y, ui.WARM)
         ui.write(canvas, f"speed {speed:.0f}, ghost {true_speed:.0f}", x, y + 24)
         ui.write(canvas, f"yaw rate {yaw:+.2f}, ghost {true_yaw:+.2f} rad/s", x, y + 48)
     elif not dream:

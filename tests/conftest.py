@@ -40,6 +40,10 @@ CHAIN = {  # stage: the README's command, small
         "--hidden",
         "64",
     ],
+    "train_dream.py": [
+        *["--epochs", "2", "--steps_per_epoch", "10", "--batch_size", "16", "--horizon", "8"],
+        *["--hidden", "32", "--width", "64"],
+    ],
     "train_cost_model.py": ["--epochs", "1", "--steps_per_epoch", "20", "--batch_size", "64"],
 }
 

@@ -66,6 +66,7 @@ def test_training_leaves_checkpoints_logs_and_pictures(chain):
         ("encoder", "encoder_mixed_ep2.pth"),
         ("decoder", "decoder_ep2.pth"),
         ("predictor", "predictor_ep2.pth"),
+        ("dream", "dream_ep2.pth"),
         ("cost_model", "cost_model_final.pth"),
     ):
         head, *rows = lines(models / f"{stage}.jsonl")
@@ -368,6 +369,7 @@ def refused(done, *words):
         ("train_encoder.py", ["data_race", "collect_race_data.py"]),
         ("train_decoder.py", ["data_race", "collect_race_data.py"]),
         ("train_predictor.py", ["data_race", "collect_race_data.py"]),
+        ("train_dream.py", ["data_race", "collect_race_data.py"]),
         ("train_cost_model.py", ["data_race", "collect_race_data.py"]),
     ],
 )
@@ -480,6 +482,7 @@ def test_a_last_file_that_is_gone_or_damaged_is_written_anew(chain, tmp_path):
     for name, last in (
         ("train_encoder.py", "encoder_mixed_ep2.pth"),
         ("train_predictor.py", "predictor_ep2.pth"),
+        ("train_dream.py", "dream_ep2.pth"),
         ("train_cost_model.py", "cost_model_final.pth"),
     ):
         path = tmp_path / "models" / last

@@ -58,18 +58,24 @@ STAGES = {
         "--batch_size",
         "48",
     ],
+    "dream": [
+        *[*ONE, *LOOP, "--hidden", "16", "--width", "32"],
+        *["--horizon", "4", "--batch_size", "12"],
+    ],
     "cost_model": [*ONE, *LOOP, "--hidden", "32", "--batch_size", "48"],
 }
 WRITTEN = {
     "encoder": "encoder_mixed_ep2",
     "decoder": "decoder_ep2",
     "predictor": "predictor_ep2",
+    "dream": "dream_ep2",
     "cost_model": "cost_model_final",
 }
 READ = {
     "encoder": (),
     "decoder": ("encoder_mixed_ep1", "encoder_mixed_ep2"),
     "predictor": ("encoder_mixed_ep2",),
+    "dream": ("encoder_mixed_ep2",),
     "cost_model": ("encoder_mixed_ep2", "predictor_ep2"),
 }
 QUICK = [

@@ -14,6 +14,7 @@ from windows import needs_xvfb, xvfb
 
 import play
 from buffer import index, read_chunk
+from dream import DreamModel
 
 av = pytest.importorskip("av")
 QUICK = ["--samples", "16", "--threads", "1", "--headless"]
@@ -220,6 +221,23 @@ def test_energies_are_those_of_the_density(game):
     yours, best, surprise = game.trace[-1]
     assert yours == pytest.approx(float(game.cost.energy(game.z)))
     assert best > 0 and surprise > 0
+
+
+def test_a_dream_model_samples_at_the_temperature_of_the_keys(game):
+    torch.manual_seed(0)
+    game.model = DreamModel(game.encoder.dim, hidden=8, width=16).eval()
+    futures = []
+    for key in ("0", "0", "5", "5"):
+        game.dreaming = False
+        game.press("tab")
+        game.press(key)
+        game.action, z = np.zeros(3, np.float32), game.z
+        game.advance()
+        assert game.temperature == int(key) / 5 and game.dream_ticks == 1
+        futures.append(game.z - z)
+    assert torch.equal(*futures[:2]) and not torch.equal(*futures[2:]) and game.memory is not None
+    game.teleport()
+    assert game.memory is None
 
 
 def test_a_dream_that_overflows_begins_anew(game):

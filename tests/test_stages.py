@@ -378,6 +378,7 @@ NUMBERS = {
     "threads save_every log_every shares",
     "train_decoder": "channels steps batch_size autoencoder_steps lr seed threads",
     "train_predictor": "hidden state dropout horizon epochs batch_size lr weight_decay",
+    "train_dream": "hidden width depth horizon epochs batch_size lr weight_decay",
     "train_cost_model": "hidden shrinkage epochs batch_size lr weight_decay",
     "evaluate": "track_seed tracks train_frames frames windows states replayed_plans "
     "supervised_steps "

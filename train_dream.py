@@ -1,0 +1,123 @@
+"""Day 3, if you like: the dream model. It samples the latents to come, so that dreams hold.
+
+Reads ROOT/models/encoder_mixed_ep*.pth and the data, through the same cache of latents as the
+predictor. Writes models/dream_ep{N}.pth, models/dream.jsonl, visuals/dream_curves.png. Prints the
+held-out error of the flow beside copy-last, and with another episode's actions. The planner does
+not use it; `play.py` and `evaluate.py --parts long_dreams` do.
+
+    python train_dream.py --epochs 50
+"""
+
+if __name__ == "__main__":
+    import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
+
+import torch
+
+from buffer import load_sources, provenance, shares_of
+from car import MAX_STEPS
+from dream import DreamModel
+from support.checkpoints import rotate
+from support.cli import Number, Stop, add_flags, optimisation, parser, run_main
+from support.device import autocast, set_up
+from support.distributed import RANK, RANKS, wrap_ddp
+from support.latents import WindowSampler, load_latents
+from support.run import Run, lock_stage, refuse_nan
+
+OUTPUTS = ("dream_ep*.pth", "dream.jsonl")  # --fresh moves them aside
+CHANGES = 8192  # of latents, from which their whitening is fitted
+
+
+def arguments():
+    p = parser(__doc__, data=True)
+    size = Number(int, 1, 16384)
+    add_flags(
+        p.add_argument_group("model"),
+        ("--hidden", size, 512, "size of the memory"),
+        ("--width", size, 1024, "of the flow's layers"),
+        ("--depth", Number(int, 1, 64), 2, "blocks of the flow"),
+        ("--horizon", Number(int, 2, MAX_STEPS), 48, "latents in a window"),
+    )
+    optimisation(p, batch_size=64)
+    return p.parse_args()
+
+
+def loss_fn(nets, z, act):
+    """The flow's squared error: z (B, H + 1, D), act (B, H, 3) -> (loss, logs)."""
+    error = nets["dream"].loss(z, act)
+    return error.mean(), {"first_step": error[:, 0].mean().detach()}
+
+
+@torch.no_grad()
+def evaluate(model, sampler, device, dtype, batches=2):
+    """{row: held-out error}: of the model, with another episode's actions, and of copy-last."""
+    rows = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for i in range(batches):
+            z, act = (x.to(device) for x in sampler(i))
+            with autocast(device, dtype):
+                errors = {
+                    "val_loss": model.loss(z, act),
+                    "val_swapped": model.loss(z, sampler.swapped(i).to(device)),
+                    "val_copy_last": ((z[:, 1:] - z[:, :-1]) @ model.whiten).pow(2),
+                }
+            for name, error in errors.items():
+                rows[name] = rows.get(name, 0) + float(error.float().mean()) / batches
+    return rows
+
+
+def main():
+    args = arguments()
+    stop = Stop()  # encoding may take long
+    device, dtype = set_up(args, "dream", ranks=True)
+    sources = load_sources(args.root, args.data, 1, 0, args.shares, args.batch_size)
+    args.data = list(sources)
+    lock_stage(args.root, "dream")
+
+    # data: windows of cached latents
+    latents, encoder, key = load_latents(args, "dream", sources, device, dtype, stop)
+    of = args.shares, args.seed
+    sampler = WindowSampler(latents, sources, 0, args.batch_size, args.horizon, *of, RANK, RANKS)
+    held = WindowSampler(latents, sources, 1, 256, args.horizon, seed=args.seed)
+
+    model = DreamModel(encoder.dim, args.hidden, args.width, args.depth).to(device)
+    z, _ = WindowSampler(latents, sources, 0, CHANGES, 1, *of)(0)
+    model.fit_changes((z[:, 1] - z[:, 0]).to(device))
+    nets = {"dream": model}
+    optim = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    per_epoch = args.steps_per_epoch or sampler.steps_per_epoch
+    frames = dict(zip(sources, sampler.K * shares_of(sources, args.batch_size, args.shares)))
+    data = provenance(sources) | {"encoder_key": key}
+    run = Run(args, "dream", nets, optim, scaler, per_epoch, OUTPUTS, frames, data)
+    newest = lambda: run.models / f"dream_ep{run.epoch}.pth"
+
+    if run.step >= run.steps:
+        return run.already_trained(newest(), run.write)
+    loss_of = wrap_ddp(loss_fn, nets)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    run.begin(f"{size:.2f}M dream model, {len(latents.z):,} latents")
+
+    while run.step < run.steps:
+        model.train()
+        z, act = (x.to(device, non_blocking=True) for x in sampler(run.step))
+        with autocast(device, dtype):
+            loss, logs = loss_of(z, act)
+        run.optimise(loss)
+        run.advance(loss, logs)
+        if run.at_epoch_end():
+            rows = evaluate(model.eval(), held, device, dtype)
+            refuse_nan(rows["val_loss"], f"step {run.step}, held out")
+            run.log.log(run.step, **rows)
+            run.write(newest())
+            rotate(run.models, "dream")
+        if run.save_or_stop():
+            return run.stopped()
+    if RANK == 0:
+        words = ", ".join(f"{name[4:]} {error:.3f}" for name, error in rows.items())
+        print(f"{newest()}: {run.summary(device)}; held-out error: {words}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
