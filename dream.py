@@ -1,96 +1,153 @@
 """The dream model: it samples the next latent, again and again, so that a dream holds.
 
-The predictor gives the mean of what may come, which blurs after two seconds. Here a recurrent net
+The predictor gives the mean of what may come, which blurs within two seconds. Here a recurrent net
 remembers what was seen, and a flow draws one of the latents that may follow.
 Shapes: `z` (B, D) or (B, T, D), all of a latent; `act` (B, 3) or (B, T, 3).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from networks import ACT, INITIAL_STEP, normalize_action
+from networks import ACT, INITIAL_STEP, Predictor, normalize_action
 
-MAX_NOISE = 0.5  # of the latents seen in training, in units of a usual change of the latent
-SEEN_NOISE = 0.1  # what a dream says that its latents have
+MAX_NOISE = 1.0  # of the latents seen in training, in units of `scale`
+ANCHOR = 16  # latents of a rollout of the predictor before it starts anew
+FAR = 5.0  # what a guess differs from the linear one at most, in units of `scale`
 FLOW_STEPS = 6  # of Euler's method
 FREQUENCIES = 8  # of the flow's time
-LEAST_VARIANCE = 1e-3  # of a direction of change, over the mean of all
+GATES = 0.6, 0.2  # first shares of the two guesses in what is expected
+
+
+class Memory(NamedTuple):
+    """What a dream remembers from one step to the next."""
+
+    h: torch.Tensor  # (1, B, hidden) of the GRU
+    start: torch.Tensor  # (B, D) where the rollout of the predictor began
+    act: torch.Tensor  # (B, <= ANCHOR, 3) its actions
 
 
 class DreamModel(nn.Module):
-    """p(z[t+1] | z[0..t], act[0..t]): a GRU remembers, a flow samples the change of the latent.
+    """p(z[t+1] | z[0..t], act[0..t]): a GRU remembers, a flow samples what linear maps lack.
 
-    Changes are whitened: y = (z[t+1] - z[t]) W. The flow goes straight from noise at time 0 to y at
-    time 1 (flow matching, Lipman et al. 2022). Its net predicts y itself: what the past determines
-    comes out without noise. In training the latents seen carry noise of a known level (Valevski et
-    al. 2024, GameNGen): so the net learns to mend its own errors.
+    The flow works with y = (z[t+1] - linear(z[t], act[t])) / scale. It goes straight from noise at
+    time 0 to y at time 1 (flow matching, Lipman et al. 2022). Its net predicts y itself, so what
+    the past determines comes out without noise. It sees two guesses of the frozen predictor, of
+    which it has a copy: from the latent before, and the rollout from up to ANCHOR latents ago.
+    In training the latents seen carry noise of a known level (Valevski et al. 2024, GameNGen): so
+    the net learns to mend its own errors.
     """
 
-    def __init__(self, dim=512, hidden=512, width=1024, depth=2):
+    def __init__(self, predictor, hidden=512, width=1024, depth=2):
+        """predictor: the arguments of a Predictor."""
         super().__init__()
-        self.args = dict(dim=dim, hidden=hidden, width=width, depth=depth)
-        self.dim = dim
+        self.args = dict(predictor=predictor, hidden=hidden, width=width, depth=depth)
+        self.predictor = Predictor(**predictor).requires_grad_(False)
+        self.planned = self.predictor.dim
+        self.dim = dim = self.planned + self.predictor.looks
+        self.linear = nn.Linear(dim + ACT, dim).requires_grad_(False)
+        self.register_buffer("scale", torch.ones(dim))
+
         self.memory = nn.GRU(dim + ACT + 1, hidden, batch_first=True)
-        self.condition = nn.Linear(hidden + dim + ACT + 1, width)
+        self.condition = nn.Linear(hidden + dim + ACT + 1 + 2 * self.planned, width)
+        self.gates = nn.Parameter(torch.tensor(GATES)[:, None].repeat(1, self.planned))
         self.into = nn.Linear(dim + 2 * FREQUENCIES, width, bias=False)
         block = lambda: nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
         )
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
-        self.register_buffer("whiten", torch.eye(dim))
-        self.register_buffer("color", torch.eye(dim))
         with torch.no_grad():
             for layer in (*(b[-1] for b in self.blocks), self.out[-1]):
                 layer.weight.mul_(INITIAL_STEP)
 
     @torch.no_grad()
-    def fit_changes(self, change):
-        """Sets the whitening from changes of latents (N, D)."""
-        values, vectors = torch.linalg.eigh(torch.cov(change.double().T))
-        root = values.clamp_min(LEAST_VARIANCE * values.mean()).sqrt()
-        self.whiten.copy_(vectors / root @ vectors.T)
-        self.color.copy_(vectors * root @ vectors.T)
+    def fit_linear(self, z, act, z_next, ridge=1.0):
+        """Fits the linear map, and the scale of what it lacks, to z (N, D), act (N, 3)."""
+        x = torch.cat([z, normalize_action(act), torch.ones_like(z[:, :1])], dim=1).double()
+        gram = x.T @ x + ridge * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        weight = torch.linalg.solve(gram, x.T @ z_next.double())
+        self.linear.weight.copy_(weight[:-1].T)
+        self.linear.bias.copy_(weight[-1])
+        self.scale.copy_((z_next - x @ weight).std(dim=0).clamp_min(1e-4))
 
-    def remember(self, z, act, noise, h=None):
-        """z (B, T, D), act (B, T, 3), noise (B, T, 1) -> what the flow sees (B, T, width), h."""
+    def expect(self, z, act):
+        """What follows z (..., D) under act (..., 3), linearly."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.linear(torch.cat([z, normalize_action(act)], dim=-1))
+
+    @torch.no_grad()
+    def guesses(self, base, *rollouts):
+        """What rollouts (..., planned) of the predictor add to base (..., D), in units of scale."""
+        P = self.planned
+        return [((z - base[..., :P]) / self.scale[:P]).clamp(-FAR, FAR) for z in rollouts]
+
+    def remember(self, z, act, noise, guesses, h=None):
+        """z (B, T, D), act (B, T, 3), noise (B, T, 1), two guesses (B, T, planned) ->
+        (what the flow is conditioned on: (B, T, width), and the guesses' part of y), h.
+        """
         seen = torch.cat([z, normalize_action(act), noise], dim=2)
         remembered, h = self.memory(seen, h)
-        return self.condition(torch.cat([remembered, seen], dim=2)), h
+        guessed = sum(gate * guess for gate, guess in zip(self.gates, guesses))
+        guessed = nn.functional.pad(guessed, (0, self.dim - self.planned))
+        return (self.condition(torch.cat([remembered, seen, *guesses], dim=2)), guessed), h
 
-    def denoise(self, x, time, condition):
+    def denoise(self, x, time, condition, guessed):
         """The expected y (..., D), given x (..., D) on the way at time (..., 1) in 0..1."""
         waves = time * torch.arange(1, FREQUENCIES + 1, device=x.device) * math.pi / 2
         y = self.into(torch.cat([x, waves.sin(), waves.cos()], dim=-1)) + condition
         for block in self.blocks:
             y = y + block(y)
-        return self.out(y)
+        return self.out(y).float() + guessed
+
+    def see(self, seen, act, noise):
+        """Windows seen (B, T, D), act (B, T, 3), noise (B, T, 1) -> (base (B, T, D), condition).
+
+        The predictor guesses from each latent, and from every ANCHOR-th.
+        """
+        base, planned = self.expect(seen, act), seen[..., : self.planned]
+        with torch.no_grad():
+            one = self.predictor.rollout(planned.flatten(0, 1), act.reshape(-1, 1, ACT))
+            parts = zip(planned.split(ANCHOR, dim=1), act.split(ANCHOR, dim=1))
+            long = torch.cat([self.predictor.rollout(z[:, 0], a) for z, a in parts], dim=1)
+        guesses = self.guesses(base, one.view_as(long), long)
+        return base, self.remember(seen, act, noise, guesses)[0]
 
     def loss(self, z, act):
         """Squared error (B, T) of the flow's y: z (B, T + 1, D), act (B, T, 3)."""
-        noise = MAX_NOISE * torch.rand(len(z), 1, 1, device=z.device).expand(-1, act.shape[1], 1)
-        with torch.autocast(z.device.type, enabled=False):
-            seen = z[:, :-1] + noise * (torch.randn_like(z[:, 1:]) @ self.color)
-            y = (z[:, 1:] - seen) @ self.whiten
-        time = torch.rand_like(noise)
+        noise = torch.rand(len(z), 1, 1, device=z.device).expand(-1, act.shape[1], 1)
+        seen = z[:, :-1] + MAX_NOISE * noise**2 * self.scale * torch.randn_like(z[:, 1:])
+        base, condition = self.see(seen, act, noise)
+        y, time = (z[:, 1:] - base) / self.scale, torch.rand_like(noise)
         x = torch.lerp(torch.randn_like(y), y, time)
-        condition, _ = self.remember(seen, act, noise)
-        return (self.denoise(x, time, condition).float() - y).pow(2).mean(dim=2)
+        return (self.denoise(x, time, *condition) - y).pow(2).mean(dim=2)
 
     @torch.no_grad()
-    def step(self, z, act, h=None, temperature=1.0, generator=None):
-        """Samples the latent that follows z (B, D) under act (B, 3) -> (it, the memory h).
+    def step(self, z, act, memory=None, temperature=1.0, generator=None):
+        """Samples the latent that follows z (B, D) under act (B, 3) -> (it, the next Memory).
 
-        h: of the step before, None at the start of a dream. temperature: of the noise that the flow
-        starts from; 0 draws the same latent each time.
+        memory: of the step before, None at the start of a dream. temperature: how far the sample
+        may be from the mean; 0 is the mean, 1 as it was learned.
         """
-        noise = z.new_full((len(z), 1, 1), SEEN_NOISE)
-        condition, h = self.remember(z[:, None], act[:, None], noise, h)
-        x = temperature * torch.randn(z.shape, device=z.device, generator=generator)
-        for k in range(FLOW_STEPS):
-            time = z.new_full((len(z), 1), k / FLOW_STEPS)
-            y = self.denoise(x, time, condition[:, 0]).float()
+        h, start, acts = memory or Memory(None, z, act[:, None][:, :0])
+        if acts.shape[1] == ANCHOR:
+            start, acts = z, acts[:, :0]
+        acts, base, P = torch.cat([acts, act[:, None]], dim=1), self.expect(z, act), self.planned
+        one = self.predictor.rollout(z[:, :P], act[:, None])[:, 0]
+        long = self.predictor.rollout(start[:, :P], acts)[:, -1]
+        guesses = [g[:, None] for g in self.guesses(base, one, long)]
+        seen = z[:, None], act[:, None], z.new_zeros(len(z), 1, 1)
+        condition, h = self.remember(*seen, guesses, h)
+        condition = [c[:, 0] for c in condition]
+
+        # Euler's method
+        time = z.new_zeros(len(z), 1)
+        mean = self.denoise(torch.zeros_like(z), time, *condition)
+        x = torch.randn(z.shape, device=z.device, generator=generator)
+        for k in range(FLOW_STEPS if temperature else 0):
+            y = self.denoise(x, time + k / FLOW_STEPS, *condition)
             x = x + (y - x) / (FLOW_STEPS - k)
-        return z + x @ self.color, h
+        y = mean + temperature * (x - mean)
+        return base + y * self.scale, Memory(h, start, acts)

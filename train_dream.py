@@ -1,7 +1,7 @@
 """Day 3, if you like: the dream model. It samples the latents to come, so that dreams hold.
 
-Reads ROOT/models/encoder_mixed_ep*.pth and the data, through the same cache of latents as the
-predictor. Writes models/dream_ep{N}.pth, models/dream.jsonl, visuals/dream_curves.png. Prints the
+Reads the newest encoder and predictor in ROOT/models, and the data, through the predictor's cache
+of latents. Writes models/dream_ep{N}.pth, models/dream.jsonl, visuals/dream_curves.png. Prints the
 held-out error of the flow beside copy-last, and with another episode's actions. The planner does
 not use it; `play.py` and `evaluate.py --parts long_dreams` do.
 
@@ -16,7 +16,7 @@ import torch
 from buffer import load_sources, provenance, shares_of
 from car import MAX_STEPS
 from dream import DreamModel
-from support.checkpoints import rotate
+from support.checkpoints import fingerprint, latest, load_frozen, rotate
 from support.cli import Number, Stop, add_flags, optimisation, parser, run_main
 from support.device import autocast, set_up
 from support.distributed import RANK, RANKS, wrap_ddp
@@ -24,7 +24,7 @@ from support.latents import WindowSampler, load_latents
 from support.run import Run, lock_stage, refuse_nan
 
 OUTPUTS = ("dream_ep*.pth", "dream.jsonl")  # --fresh moves them aside
-CHANGES = 8192  # of latents, from which their whitening is fitted
+PAIRS = 20_000  # of neighbouring latents, to which the linear map is fitted
 
 
 def arguments():
@@ -35,7 +35,7 @@ def arguments():
         ("--hidden", size, 512, "size of the memory"),
         ("--width", size, 1024, "of the flow's layers"),
         ("--depth", Number(int, 1, 64), 2, "blocks of the flow"),
-        ("--horizon", Number(int, 2, MAX_STEPS), 48, "latents in a window"),
+        ("--horizon", Number(int, 1, MAX_STEPS), 48, "latents in a window"),
     )
     optimisation(p, batch_size=64)
     return p.parse_args()
@@ -59,7 +59,7 @@ def evaluate(model, sampler, device, dtype, batches=2):
                 errors = {
                     "val_loss": model.loss(z, act),
                     "val_swapped": model.loss(z, sampler.swapped(i).to(device)),
-                    "val_copy_last": ((z[:, 1:] - z[:, :-1]) @ model.whiten).pow(2),
+                    "val_copy_last": ((z[:, 1:] - z[:, :-1]) / model.scale).pow(2),
                 }
             for name, error in errors.items():
                 rows[name] = rows.get(name, 0) + float(error.float().mean()) / batches
@@ -75,27 +75,30 @@ def main():
     lock_stage(args.root, "dream")
 
     # data: windows of cached latents
-    latents, encoder, key = load_latents(args, "dream", sources, device, dtype, stop)
+    newest = latest(args.root / "models", "predictor")
+    predictor, payload = load_frozen(newest, "predictor", device, "train_predictor.py")
+    latents, _, key = load_latents(args, "dream", sources, device, dtype, stop, payload)
     of = args.shares, args.seed
     sampler = WindowSampler(latents, sources, 0, args.batch_size, args.horizon, *of, RANK, RANKS)
     held = WindowSampler(latents, sources, 1, 256, args.horizon, seed=args.seed)
 
-    model = DreamModel(encoder.dim, args.hidden, args.width, args.depth).to(device)
-    z, _ = WindowSampler(latents, sources, 0, CHANGES, 1, *of)(0)
-    model.fit_changes((z[:, 1] - z[:, 0]).to(device))
-    nets = {"dream": model}
-    optim = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    model = DreamModel(predictor.args, args.hidden, args.width, args.depth).to(device)
+    model.predictor.load_state_dict(predictor.state_dict())
+    z, act = (x.to(device) for x in WindowSampler(latents, sources, 0, PAIRS, 1, *of)(0))
+    model.fit_linear(z[:, 0], act[:, 0], z[:, 1])
+    nets, learned = {"dream": model}, [p for p in model.parameters() if p.requires_grad]
+    optim = torch.optim.AdamW(learned, args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     per_epoch = args.steps_per_epoch or sampler.steps_per_epoch
     frames = dict(zip(sources, sampler.K * shares_of(sources, args.batch_size, args.shares)))
-    data = provenance(sources) | {"encoder_key": key}
+    data = provenance(sources) | {"encoder_key": key, "predictor_key": fingerprint(predictor)}
     run = Run(args, "dream", nets, optim, scaler, per_epoch, OUTPUTS, frames, data)
     newest = lambda: run.models / f"dream_ep{run.epoch}.pth"
 
     if run.step >= run.steps:
         return run.already_trained(newest(), run.write)
     loss_of = wrap_ddp(loss_fn, nets)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
+    size = sum(p.numel() for p in learned) / 1e6
     run.begin(f"{size:.2f}M dream model, {len(latents.z):,} latents")
 
     while run.step < run.steps:
