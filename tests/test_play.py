@@ -225,7 +225,7 @@ def test_energies_are_those_of_the_density(game):
 
 def test_a_dream_model_samples_at_the_temperature_of_the_keys(game):
     torch.manual_seed(0)
-    game.model = DreamModel(game.encoder.dim, hidden=8, width=16).eval()
+    game.model = DreamModel(game.predictor.args, hidden=8, width=16).eval()
     futures = []
     for key in ("0", "0", "5", "5"):
         game.dreaming = False
