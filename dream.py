@@ -13,7 +13,8 @@ from torch import nn
 
 from networks import ACT, INITIAL_STEP, Predictor, normalize_action
 
-MAX_NOISE = 1.0  # of the latents seen in training, in units of `scale`
+MAX_NOISE = 2.0  # of the latents seen in training, in units of `scale`
+SEEN_NOISE = 0.3  # the level that a dream gives for its own latents; 1 is MAX_NOISE
 ANCHOR = 16  # latents of a rollout of the predictor before it starts anew
 FAR = 5.0  # what a guess differs from the linear one at most, in units of `scale`
 FLOW_STEPS = 6  # of Euler's method
@@ -37,7 +38,8 @@ class DreamModel(nn.Module):
     the past determines comes out without noise. It sees two guesses of the frozen predictor, of
     which it has a copy: from the latent before, and the rollout from up to ANCHOR latents ago.
     In training the latents seen carry noise of a known level (Valevski et al. 2024, GameNGen): so
-    the net learns to mend its own errors.
+    the net learns to mend its own errors. Half of the noise is the same in all of a window, because
+    errors of a dream last.
     """
 
     def __init__(self, predictor, hidden=512, width=1024, depth=2):
@@ -118,7 +120,8 @@ class DreamModel(nn.Module):
     def loss(self, z, act):
         """Squared error (B, T) of the flow's y: z (B, T + 1, D), act (B, T, 3)."""
         noise = torch.rand(len(z), 1, 1, device=z.device).expand(-1, act.shape[1], 1)
-        seen = z[:, :-1] + MAX_NOISE * noise**2 * self.scale * torch.randn_like(z[:, 1:])
+        n = (torch.randn_like(z[:, 1:]) + torch.randn_like(z[:, :1])) / math.sqrt(2)
+        seen = z[:, :-1] + MAX_NOISE * noise**2 * self.scale * n
         base, condition = self.see(seen, act, noise)
         y, time = (z[:, 1:] - base) / self.scale, torch.rand_like(noise)
         x = torch.lerp(torch.randn_like(y), y, time)
@@ -138,7 +141,7 @@ class DreamModel(nn.Module):
         one = self.predictor.rollout(z[:, :P], act[:, None])[:, 0]
         long = self.predictor.rollout(start[:, :P], acts)[:, -1]
         guesses = [g[:, None] for g in self.guesses(base, one, long)]
-        seen = z[:, None], act[:, None], z.new_zeros(len(z), 1, 1)
+        seen = z[:, None], act[:, None], z.new_full((len(z), 1, 1), SEEN_NOISE)
         condition, h = self.remember(*seen, guesses, h)
         condition = [c[:, 0] for c in condition]
 

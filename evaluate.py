@@ -3,7 +3,8 @@
 Part 1, probes: what a linear probe reads from the latents. Part 2, dreams: how long rollouts hold.
 Part 3, futures: which futures are found impossible. Part 4, plans: whether the energy ranks plans
 as the simulator does. Part 5, reconstructions: what the decoder draws of the present and of
-rollouts. The files of `report/` describe each part.
+rollouts. The files of `report/` describe each part. Part 6, long_dreams, whether dreams hold for
+20 s, runs only where --parts names it; it needs a dream model.
 
 It reads ROOT/models, or the weights that come with the code, and the training episodes of
 ROOT/data_race, data_recovery and data, or drives some. Then it drives new episodes of the same
@@ -32,6 +33,7 @@ from report import page
 from report.dreams import FAR, evaluate_rollouts
 from report.episodes import CHOOSING, POLICY_MAKERS, all_episodes, choose_samples
 from report.futures import evaluate_violations
+from report.long_dreams import evaluate_long_dreams
 from report.models import Models
 from report.plans import evaluate_plans
 from report.probes import AHEAD, evaluate_probes
@@ -48,7 +50,17 @@ PARTS = {  # part: the nets that it needs beside the encoder, and its tables
     "futures": (("predictor",), [page.futures_table]),
     "plans": (("predictor", "cost"), [page.plans_table]),
     "reconstructions": (("predictor", "decoder"), [page.present_table, page.pixels_table]),
+    "long_dreams": (
+        ("predictor", "cost", "dream"),
+        [
+            page.long_dreams_table("physics", "R², latents ahead under the actions of real drives"),
+            page.long_dreams_table("stable", "share as near to training latents as real ones"),
+            page.long_dreams_table("roads", "distance of dreamt and real distributions"),
+            page.long_dreams_table("drivers", "what drivers reach in 20 s"),
+        ],
+    ),
 }
+CARD = [part for part in PARTS if part != "long_dreams"]  # which takes as long as all the others
 
 SIZES = {  # flag: least, most, default, help
     "--track_seed": (CHOOSING, CHOOSING + 90_000, CHOOSING, "first of the new tracks"),
@@ -66,6 +78,7 @@ SIZES = {  # flag: least, most, default, help
         300,
         "training steps of the autoencoder of part 5; 0: no row",
     ),
+    "--dreams": (2, 10**4, 8, "states of each kind from which the planner drives in dreams"),
     "--bootstrap": (2, 10**5, 200, "resamples of the tracks behind each interval"),
     "--off_road": (0, 10**6, 17, "tiles that a second off the road costs; an expert makes 17"),
 }
@@ -74,7 +87,7 @@ SIZES = {  # flag: least, most, default, help
 def arguments():
     p = parser(__doc__, models=True)
     text = "some of the card only, in report_only_<parts>.json and .png"
-    p.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help=text)
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=CARD, help=text)
     g = p.add_argument_group("sizes")
     for name, (low, high, default, text) in SIZES.items():
         g.add_argument(name, type=Number(int, low, high), default=default, help=text)
@@ -111,6 +124,7 @@ def evaluate(models, parts, train, test, cfg, planner, sheet):
         "futures": lambda: evaluate_violations(models, train, samples, cfg),
         "plans": lambda: evaluate_plans(models, train, samples, cfg, planner),
         "reconstructions": lambda: evaluate_reconstructions(models, train, test, samples, cfg),
+        "long_dreams": lambda: evaluate_long_dreams(models, train, test, cfg, planner),
     }
     found, tables = {}, []
     for part in parts:
@@ -153,7 +167,7 @@ def main():
         "parts": found,
     }
     body = json.dumps(report, indent=1, allow_nan=False).encode()
-    name = "report" if len(parts) == len(PARTS) else "report_only_" + "_".join(parts)
+    name = "report" if parts == CARD else "report_only_" + "_".join(parts)
     replace_atomically(writable(visuals) / f"{name}.json", lambda f: f.write(body))
     with ornament(visuals / f"{name}.png"):
         title = f"{models.path}, tracks {test[0].track} to {test[-1].track}"

@@ -10,7 +10,7 @@ from report.episodes import TRAINED, UNTRAINED, Samples, blocks
 from support.checkpoints import fingerprint, latest, load_models, require_dir
 from support.cli import fail
 from support.device import autocast
-from support.dreams import load_decoder
+from support.dreams import load_decoder, load_dream
 from support.latents import encode
 from support.progress import progress
 
@@ -42,6 +42,11 @@ class Models:
     def decoder(self):
         """The decoder of this encoder, or None."""
         return load_decoder(self.folder, self.key, self.device)
+
+    @cached_property
+    def dream(self):
+        """The dream model of this encoder, or None."""
+        return load_dream(self.folder, self.key, self.device)
 
     def pairs(self):
         """{name: (encoder, predictor)} of the trained and the untrained nets."""

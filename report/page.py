@@ -74,6 +74,18 @@ def pixels_table(found):
     return Table(title, [f"+{k}" for k in PIXEL_STEPS], rows, uncoloured=tuple(rows))
 
 
+def long_dreams_table(part, title):
+    """The table of a part of `evaluate_long_dreams`."""
+
+    def table(found):
+        rows = {name: [*row.values()] for name, row in found[part].items()}
+        columns = list(next(iter(found[part].values())))
+        plain_rows = tuple(rows) if part == "drivers" else ()
+        return Table(f"6. Long dreams: {title}", columns, rows, part == "roads", plain_rows)
+
+    return table
+
+
 def as_text(estimate):
     """An estimate as "value ± half its interval"; a text stays as it is."""
     if isinstance(estimate, str):

@@ -2,7 +2,7 @@
 
 import torch
 
-from dream import ANCHOR, DreamModel
+from dream import ANCHOR, SEEN_NOISE, DreamModel
 
 CARRY, PUSH, NOISE = 0.9, 0.5, 0.3  # z[t+1] = CARRY z[t] + PUSH (steer, gas, brake) + NOISE e
 PREDICTOR = dict(dim=2, hidden=8, state=4, dropout=0.0, looks=1)
@@ -72,6 +72,6 @@ def test_a_dream_is_what_training_saw_step_by_step_and_its_seed_decides():
         z, memory = model.step(zs[-1], act[:, t], memory, temperature=0.0)
         zs.append(z)
     z = torch.stack(zs, dim=1)
-    base, condition = model.see(z[:, :-1], act, torch.zeros(2, T, 1))
+    base, condition = model.see(z[:, :-1], act, torch.full((2, T, 1), SEEN_NOISE))
     y = model.denoise(torch.zeros_like(base), torch.zeros(2, T, 1), *condition)
     assert torch.allclose(base + y * model.scale, z[:, 1:], atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import script
 
-from evaluate import PARTS, main, possible
+from evaluate import CARD, main, possible
 from report.dreams import FAR
 from report.futures import SCORERS, VIOLATIONS
 from report.models import Models
@@ -49,7 +49,7 @@ def sound(estimate, low=-math.inf, high=math.inf):
 def test_the_card_says_what_made_it(card):
     report, said, _ = card
     assert {"command", "commit", "versions", "args", "checkpoint", "encoder"} <= set(report)
-    assert set(report["parts"]) == set(PARTS)
+    assert set(report["parts"]) == set(CARD)
     tracks = [t for source in SOURCES for t in report["tracks"][source]]
     assert tracks == list(range(200_000, 200_006))  # for choosing, a track an episode
     for words in (

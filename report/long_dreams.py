@@ -1,0 +1,332 @@
+"""Part 6: whether dreams of 20 s hold.
+
+A dream goes on from one latent of a new track: the dream model samples the next latent, again and
+again. The predictor stands beside it, and real latents.
+
+Physics: R² of speed and yaw rate, read off dreamt latents by ridge probes, under the actions that
+were driven. On the lawn, where only the car moves, also after 10 s.
+Stable: the share of dreamt latents that are as near to training latents as 99 in 100 real ones of
+expert and recovery driving (mean distance to the NEIGHBOURS nearest).
+Roads: the planner drives on for 20 s, in the dream and in the simulator, from the same states. The
+figures are Kolmogorov-Smirnov distances of curvature and lateral offset, read off dreamt and real
+latents. The row of real latents compares one half of the real drives with the other.
+Drivers: the same with several drivers, good and bad. The figures are rank correlations over the
+drivers, of what each reaches in the dream and in the simulator.
+"""
+
+import math
+from collections import deque
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.stats import ks_2samp
+from sklearn.neighbors import NearestNeighbors
+
+from buffer import history_rows
+from car.env import make_env
+from car.episode import run_episode
+from car.telemetry import IN_VIEW, TELEMETRY, place_beside
+from collect_data import RandomDriver
+from drive_mpc import Driver, NoModelDriver, to_action
+from report.episodes import TRAINED, Samples, at_latent_rate, channels_first, choose_samples
+from report.simulator import restore_state
+from report.statistics import bootstrap_intervals, r2, spearman
+from support.cli import fail
+from support.latents import ridge
+from support.progress import progress
+
+STEPS = 500  # latents of a dream: 20 s
+SHORT, MIDDLE, LONG = 15, 50, 250  # latents: 0.6, 2 and 10 s
+NEIGHBOURS, INSIDE = 5, 0.99
+BOUND = 100.0  # of each number of a dreamt latent: the predictor's dreams explode
+TRAINING = 20_000  # latents at most, among which neighbours are looked for
+MOTION, ROAD = ("speed", "yaw_rate"), ("curvature_20", "lateral_offset")
+STARTS = {"data_race": "expert", "data": "random"}  # of driving, from which the planner goes on
+OWN, PREDICTOR, REAL, NOTHING = "dream model", "predictor", "real latents", "the present latent"
+DRIVERS = {  # changes of the planner's settings
+    "2 plans": {"samples": 2},
+    "4 plans": {"samples": 4},
+    "16 plans": {"samples": 16},
+    "64 plans": {"samples": 64},
+    "density": {"samples": 64, "energy": "density"},
+    "classifier": {"samples": 64, "energy": "classifier"},
+    "a third of the gas": {"samples": 64, "max_gas": 0.33},
+    "untrained predictor": {"samples": 64},
+    "no_model": {},
+    "random": {},
+}
+
+
+class LawnDriver(RandomDriver):
+    """Random driving that begins far beside the road."""
+
+    max_steps = 1000
+
+    def start(self, env, rng):
+        tile, side = rng.integers(len(env.unwrapped.track)), rng.choice([-1, 1])
+        offset, askew, speed = side * rng.uniform(25, 60), rng.uniform(-3, 3), rng.uniform(0, 40)
+        place_beside(env, tile, offset, askew, speed)
+        return True
+
+
+class RandomActions:
+    """The actions of collect_data.py, for whom latents mean nothing."""
+
+    def reset(self, track):
+        self.policy = RandomDriver()
+        self.policy.reset(None, np.random.default_rng(track))
+
+    def action(self, z):
+        return torch.from_numpy(self.policy.act(None))
+
+
+class Planner:
+    """A Driver of drive_mpc.py that is asked for one action after another."""
+
+    def __init__(self, driver):
+        self.driver, self.reset = driver, driver.reset
+
+    def action(self, z):
+        """z (1, D) -> (3,)"""
+        self.driver.plan_from(z)
+        return to_action(self.driver.u[0])
+
+
+def make_driver(models, planner, name):
+    """A Planner with the settings that DRIVERS gives to this name, or RandomActions."""
+    if name == "random":
+        return RandomActions()
+    nets = dict(encoder=models.encoder, predictor=models.predictor, cost=models.cost)
+    if name == "untrained predictor":
+        nets["predictor"] = models.untrained_predictor
+    kind = NoModelDriver if name == "no_model" else Driver
+    changed = replace(planner, **DRIVERS.get(name, {}))
+    return Planner(kind(nets, changed, models.device, models.dtype))
+
+
+# ------------------------------------------------------------------ dreams and drives
+
+
+class Dream:
+    """A dream from latents z (n, D): `step(act (n, 3))` -> the latents that follow."""
+
+    def __init__(self, models, z, seed=0):
+        self.model, self.z, self.memory = models.dream, z, None
+        self.generator = torch.Generator(z.device).manual_seed(seed)
+
+    def step(self, act):
+        of = dict(memory=self.memory, generator=self.generator)
+        self.z, self.memory = self.model.step(self.z, act, **of)
+        return self.z
+
+
+class PredictorDream:
+    """The same of the predictor, one latent after another."""
+
+    def __init__(self, models, z, seed=0):
+        self.predictor, self.z = models.predictor, z
+
+    @torch.no_grad()
+    def step(self, act):
+        self.z = self.predictor.rollout(self.z, act[:, None])[:, 0]
+        return self.z
+
+
+def under_actions(models, name, z, act):
+    """Latents (n, H, D) that follow on z (n, D) under act (n, H, 3)."""
+    if name == PREDICTOR:
+        return models.rollout(models.predictor, z, act)
+    dream, act = Dream(models, z.to(models.device)), act.to(models.device)
+    return torch.stack([dream.step(a) for a in act.unbind(1)], dim=1).cpu()
+
+
+def driven_dream(models, kind, starts, steps, driver):
+    """Latents (n, steps, D) of dreams from Samples, in which drivers made by `driver()` drive."""
+    z = starts.z(0, 0)[:, 0].to(models.device)
+    dream, drivers, out = kind(models, z), [driver() for _ in z], []
+    for one, track in zip(drivers, starts.track):
+        one.reset(int(track))
+    for _ in range(steps):
+        out.append(z.cpu())
+        act = torch.stack([one.action(row[None]) for one, row in zip(drivers, z)])
+        z = dream.z = dream.step(act.to(z)).nan_to_num(0).clamp(-BOUND, BOUND)
+    return torch.stack(out, dim=1)
+
+
+def real_drives(models, starts, steps, driver):
+    """The same in the simulator, from the state of each sample. A car that leaves the field stands
+    there."""
+    env, e, one, out = make_env("fast"), models.encoder, driver(), []
+    for x, k in starts:
+        env.reset(seed=x.track)
+        env.unwrapped.t = math.inf  # the zoom is over
+        restore_state(env, x.saved[k])
+        one.reset(x.track)
+        past = x.obs[np.maximum(k + models.frame_offsets(), 0)]
+        frames, ended = deque(past.repeat(e.repeat, axis=0), maxlen=e.span), False
+        rows = history_rows([e.span - 1], e.history, e.repeat)[0]
+        z = []
+        for _ in range(steps):
+            obs = channels_first(np.stack([frames[i] for i in rows])[None])
+            z.append(models.encode(e, obs))
+            action = one.action(z[-1].to(models.device)).cpu().numpy()
+            for _ in range(0 if ended else e.repeat):
+                frame, _, ended, *_ = env.step(action)
+                frames.append(frame)
+        out.append(torch.cat(z))
+    env.close()
+    return torch.stack(out)
+
+
+# ------------------------------------------------------------------ figures
+
+
+class Reader:
+    """What ridge probes read off latents, and how near training latents are."""
+
+    def __init__(self, models, train, test, cfg):
+        self.planned = models.encoder.planned
+        samples = choose_samples(train, cfg.train_frames, cfg.seed)
+        z, view = samples.z(0, 0)[:, 0], samples.within(IN_VIEW)
+        seen = z[:, : self.planned].numpy()
+        values = lambda names: np.stack([samples.state(name) for name in names], axis=1)
+        off_road = samples.state("wheels_off_road") > 0
+        self.probes = {
+            "motion": ridge(seen, values(MOTION)),
+            "road": ridge(seen[view], values(ROAD)[view]),
+            "off road": ridge(seen, off_road.astype(float)),
+        }
+        self.near = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(z[:TRAINING].numpy())
+        real = [x.z[TRAINED][x.first :: 5] for x in test if x.source != "data"]
+        self.limit = np.quantile(self.distance(torch.cat(real)), INSIDE)
+
+    def distance(self, z):
+        """(...) mean distance of latents (..., D) to training latents."""
+        found, _ = self.near.kneighbors(z.flatten(0, -2).numpy())
+        return found.mean(axis=1).reshape(z.shape[:-1])
+
+    def inside(self, z):
+        """(...) whether latents (..., D) are as near to training latents as real ones are."""
+        return (self.distance(z) <= self.limit).astype(float)
+
+    def __call__(self, name, z):
+        """(..., k) of latents (..., D)."""
+        found = self.probes[name].predict(z[..., : self.planned].flatten(0, -2).numpy())
+        return found.reshape(*z.shape[:-1], -1)
+
+
+def lawn_samples(models, cfg):
+    """Samples of new random drives whose wheels stay off the road for LONG latents."""
+    env, episodes = make_env("fast"), []
+    first = cfg.track_seed + 4 * cfg.tracks  # behind those of the other episodes
+    for track in range(first, first + cfg.tracks):
+        arrays, _ = run_episode(env, LawnDriver(), track, np.random.default_rng([cfg.seed, track]))
+        episodes.append(at_latent_rate("lawn", track, arrays, models.encoder.repeat))
+    env.close()
+    models.encode_episodes(episodes)
+    off = list(TELEMETRY).index("wheels_off_road")
+    rows = [
+        (e, k)
+        for e, x in enumerate(episodes)
+        for k in range(x.first, len(x.obs) - LONG, MIDDLE)
+        if (x.state[k : k + LONG + 1, off] == 4).all()
+    ]
+    if not rows:
+        fail("--tracks: no random drive stays on the lawn for 10 s; take more of them")
+    return Samples(episodes, *np.array(rows).T)
+
+
+def physics(models, reader, samples, at, cfg):
+    """({row: [R² of MOTION, at each of `at` latents ahead]}, {row: (n,) inside after the last})."""
+    z, act = samples.z(0, at[-1]), samples.act(at[-1])
+    futures = {name: under_actions(models, name, z[:, 0], act) for name in (OWN, PREDICTOR)}
+    futures |= {REAL: z[:, 1:], NOTHING: z[:, :1].expand_as(z[:, 1:])}
+    rows = {name: [] for name in futures}
+    every = lambda y, y_pred: r2(y, y_pred, np.ones(len(y), bool))
+    for t in at:
+        y = np.stack([samples.state(name, t) for name in MOTION], axis=1)
+        for name, future in futures.items():
+            arrays = y, reader("motion", future[:, t - 1])
+            rows[name] += bootstrap_intervals(every, samples.track, arrays, cfg)
+    del futures[NOTHING]
+    return rows, {name: reader.inside(x[:, at[-1] - 1]) for name, x in futures.items()}
+
+
+def evaluate_long_dreams(models, train, test, cfg, planner):
+    """Part 6: {"physics", "stable", "roads", "drivers": {row: {column: estimate}}}."""
+    reader, out = Reader(models, train, test, cfg), {"physics": {}, "stable": {}, "roads": {}}
+    mean = lambda x: x.mean()
+
+    def add(part, column, rows):
+        for name, estimate in rows.items():
+            out[part].setdefault(name, {})[column] = estimate
+
+    # under the actions of real drives
+    windows = choose_samples(test, cfg.windows, cfg.seed, 0, MIDDLE)
+    cases = {
+        "expert": (windows[windows.source == "data_race"], (SHORT, MIDDLE)),
+        "recovery": (windows[windows.source == "data_recovery"], (SHORT, MIDDLE)),
+        "lawn": (lawn_samples(models, cfg), (MIDDLE, LONG)),
+    }
+    for case, (samples, at) in progress(cases.items(), desc="dreams", leave=False):
+        rows, inside = physics(models, reader, samples, at, cfg)
+        for i, (t, name) in enumerate((t, name) for t in at for name in MOTION):
+            add("physics", f"{case} +{t}, {name}", {row: x[i] for row, x in rows.items()})
+        share = lambda x, samples=samples: bootstrap_intervals(mean, samples.track, (x,), cfg)[0]
+        add("stable", f"{case} +{at[-1]}", {row: share(x) for row, x in inside.items()})
+
+    # the planner drives on
+    driver = lambda name=None: lambda: make_driver(models, planner, name)
+    for source, kind in progress(STARTS.items(), desc="drives", leave=False):
+        some = [x for x in test if x.source == source]
+        starts = choose_samples(some, cfg.dreams, cfg.seed, models.encoder.history, MIDDLE)
+        real = real_drives(models, starts, STEPS, driver())
+        driven = {
+            OWN: driven_dream(models, Dream, starts, STEPS, driver()),
+            PREDICTOR: driven_dream(models, PredictorDream, starts, STEPS, driver()),
+            REAL: real,
+        }
+        last = {name: reader.inside(z[:, LONG::10]) for name, z in driven.items()}
+        share = lambda x: bootstrap_intervals(mean, starts.track, (x,), cfg)[0]
+        add("stable", f"{kind}, planner +{LONG} to {STEPS}", {n: share(x) for n, x in last.items()})
+        truth = reader("road", real)
+        for i, name in enumerate(ROAD):
+            ks = lambda x, y: ks_2samp(x.ravel(), y.ravel()).statistic
+            of = {row: (truth[..., i], reader("road", z)[..., i]) for row, z in driven.items()}
+            half = len(truth) // 2
+            of[REAL] = truth[:half, :, i], truth[half : 2 * half, :, i]
+            tracks = {row: starts.track[: len(x)] for row, (x, _) in of.items()}
+            rows = {r: bootstrap_intervals(ks, tracks[r], xy, cfg)[0] for r, xy in of.items()}
+            add("roads", f"{kind}, {name}", rows)
+
+    # drivers, good and bad
+    some = [x for x in test if x.source == "data_race"]
+    starts = choose_samples(some, max(2, cfg.dreams // 2), cfg.seed, models.encoder.history, MIDDLE)
+    reached = {"simulator": [], OWN: [], PREDICTOR: []}
+    for name in progress(DRIVERS, desc="drivers", leave=False):
+        drives = {
+            "simulator": real_drives(models, starts, STEPS, driver(name)),
+            OWN: driven_dream(models, Dream, starts, STEPS, driver(name)),
+            PREDICTOR: driven_dream(models, PredictorDream, starts, STEPS, driver(name)),
+        }
+        for where, z in drives.items():
+            energy = models.cost.energy(z.to(models.device)).mean().item()
+            on_road = (reader("off road", z) < 0.5).mean()
+            reached[where].append((energy, on_road))
+    out["drivers"] = compare_drivers({k: np.array(v) for k, v in reached.items()})
+    return out
+
+
+def compare_drivers(reached):
+    """{driver, or "rank correlation": {column: estimate without interval}}.
+
+    reached: {"simulator", or a dream: (drivers, 2)}.
+    """
+    out, estimate = {}, lambda value: {"value": float(value), "low": None, "high": None}
+    for i, figure in enumerate(("energy", "on the road")):
+        for where, values in reached.items():
+            rank = spearman(values[:, i], reached["simulator"][:, i])
+            for name, value in zip((*DRIVERS, "rank correlation"), (*values[:, i], rank)):
+                out.setdefault(name, {})[f"{figure}, {where}"] = estimate(value)
+    return out

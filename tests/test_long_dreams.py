@@ -1,0 +1,91 @@
+"""Part 6 of the report card: dreams of 20 s, run small."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_evaluate import SOURCES, TINY, sound
+
+import evaluate
+from report import long_dreams
+from report.episodes import choose_samples, drive_episodes
+from report.long_dreams import DRIVERS, OWN, PREDICTOR, REAL, compare_drivers, make_driver
+from report.models import Models
+from support.plan_config import PlanConfig
+
+SMALL = {"STEPS": 16, "SHORT": 3, "MIDDLE": 5, "LONG": 12}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for name, value in SMALL.items():
+        monkeypatch.setattr(long_dreams, name, value)
+
+
+def test_all_tables_stand_in_the_card(chain, small, monkeypatch, capsys):
+    root, _ = chain
+    words = [*TINY, "--parts", "long_dreams", "--dreams", "2", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words, "--root", str(root)])
+    assert evaluate.main() == 0
+    report = json.loads((root / "visuals" / "report_only_long_dreams.json").read_text())
+    found, said = report["parts"]["long_dreams"], capsys.readouterr().out
+    assert said.count("6. Long dreams") == 4
+    assert all(sound(x, high=1) <= 1 for row in found["physics"].values() for x in row.values())
+    for part in ("stable", "roads"):
+        assert set(found[part]) == {OWN, PREDICTOR, REAL}
+        assert all(0 <= sound(x) <= 1 for row in found[part].values() for x in row.values())
+    assert set(found["drivers"]) == {*DRIVERS, "rank correlation"}
+    ranks = found["drivers"]["rank correlation"]
+    assert ranks["energy, simulator"]["value"] == pytest.approx(1)
+    assert all(-1 <= x["value"] <= 1 for x in ranks.values())
+
+
+@pytest.fixture(scope="module")
+def driven(chain):
+    """(Models, Samples of new episodes with their latents)."""
+    models = Models(chain[0], None, torch.device("cpu"), torch.float32, 0)
+    tracks = {name: range(200_000 + i, 200_001 + i) for i, name in enumerate(SOURCES)}
+    episodes = list(drive_episodes(tracks, 0, models.encoder.repeat))
+    models.encode_episodes(episodes)
+    return models, choose_samples(episodes, 2, 0, models.encoder.history, 20)
+
+
+def test_drives_begin_where_the_samples_are(driven):
+    models, starts = driven
+    driver = lambda: make_driver(models, PlanConfig(samples=4, max_gas=1.0), None)
+    z = long_dreams.real_drives(models, starts, 3, driver)
+    assert torch.allclose(z[:, 0], starts.z(0, 0)[:, 0], atol=1e-4)
+    for kind in (long_dreams.Dream, long_dreams.PredictorDream):
+        dreamt = long_dreams.driven_dream(models, kind, starts, 3, driver)
+        assert torch.equal(dreamt[:, 0], starts.z(0, 0)[:, 0]) and dreamt.isfinite().all()
+
+
+def test_the_same_actions_make_the_same_drive(driven, monkeypatch):
+    """A driver that repeats an episode's actions in the simulator gets its latents."""
+    models, starts = driven
+
+    class Replay:
+        def __init__(self):
+            self.row = -1
+
+        def reset(self, track):
+            self.row, self.t = self.row + 1, 0
+
+        def action(self, z):
+            x, k = starts.episodes[starts.e[self.row]], starts.k[self.row]
+            self.t += 1
+            return torch.from_numpy(x.act[k + self.t - 1])
+
+    z = long_dreams.real_drives(models, starts, 4, Replay)
+    true, still = starts.z(0, 3), starts.z(0, 0)
+    assert (z - true)[:, 3].pow(2).mean() < 0.2 * (still - true)[:, 3].pow(2).mean()
+
+
+def test_drivers_are_ranked_as_in_the_simulator_or_not():
+    best_first = np.arange(2.0 * len(DRIVERS)).reshape(-1, 2)
+    found = compare_drivers({"simulator": best_first, OWN: best_first**3, PREDICTOR: -best_first})
+    ranks = found["rank correlation"]
+    assert ranks[f"energy, {OWN}"]["value"] == pytest.approx(1)
+    assert ranks[f"on the road, {PREDICTOR}"]["value"] == pytest.approx(-1)
