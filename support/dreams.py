@@ -43,8 +43,8 @@ def load_dream(models, key, device):
     """The newest dream model in a folder that was trained on this encoder, or None with a line."""
     model = load_newest(models, "dream", key, device)
     if model is None:
-        how = hint(models / "dream_ep1.pth", "train_dream.py")
-        tqdm.write(f"no dream model of this encoder, so dreams hold for two seconds{how}")
+        what = "no dream model of this encoder: the predictor dreams, for two seconds at most"
+        tqdm.write(f"{what}; train_dream.py makes one from ROOT/models and its data")
     return model
 
 

@@ -37,7 +37,8 @@ def draw_sheet(real, painted, names, epoch, path):
 
     real (N, 64, 64, 3) uint8; painted the same in 0..255; names: the source of each frame.
     """
-    decibels, painted = psnr(mean_square(real, painted)), painted.round().astype(np.uint8)
+    squares, painted = mean_square(real, painted), painted.round().astype(np.uint8)
+    decibels, overall = psnr(squares), psnr(squares.mean())
     rows = []  # (label, [(true picture, reconstructed picture, row of the frame)])
     for name in dict.fromkeys(names):
         own = [j for j, source in enumerate(names) if source == name]
@@ -63,7 +64,8 @@ def draw_sheet(real, painted, names, epoch, path):
             bottom.set_xlabel(f"{decibels[j]:.1f} dB", fontsize=8)
         above[0].set_ylabel(label, fontsize=8)
         below[0].set_ylabel("reconstructed", fontsize=8)
-    fig.suptitle(f"encoder epoch {epoch}: mean of {decibels.mean():.1f} dB a frame", fontsize=9)
+    title = f"encoder epoch {epoch}: {overall:.1f} dB over {len(real):,} held-out frames"
+    fig.suptitle(title, fontsize=9)
     save_figure(fig, path)
 
 
