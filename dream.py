@@ -65,6 +65,12 @@ class DreamModel(nn.Module):
             for layer in (*(b[-1] for b in self.blocks), self.out[-1]):
                 layer.weight.mul_(INITIAL_STEP)
 
+    def train(self, mode=True):
+        """As of any net, but the predictor stays as it is used: without dropout."""
+        super().train(mode)
+        self.predictor.eval()
+        return self
+
     @torch.no_grad()
     def fit_linear(self, z, act, z_next, ridge=1.0):
         """Fits the linear map, and the scale of what it lacks, to z (N, D), act (N, 3)."""

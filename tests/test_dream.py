@@ -53,6 +53,15 @@ def test_the_linear_map_and_its_scale_are_those_of_the_process():
     assert torch.allclose(model.scale, torch.full((3,), NOISE), rtol=0.05)
 
 
+def test_the_predictor_keeps_its_weights_and_drops_nothing():
+    model = DreamModel(PREDICTOR | {"dropout": 0.5}, hidden=8, width=8).train()
+    assert model.training and not model.predictor.training
+    z, act = process(4, 3)
+    model.loss(z, act).mean().backward()
+    assert all(p.grad is None for p in model.predictor.parameters())
+    assert all(p.grad is not None for p in model.memory.parameters())
+
+
 def test_a_dream_is_what_training_saw_step_by_step_and_its_seed_decides():
     torch.manual_seed(0)
     model, T = DreamModel(PREDICTOR, hidden=8, width=16).eval(), ANCHOR + 3
