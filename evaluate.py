@@ -64,7 +64,7 @@ CARD = [part for part in PARTS if part != "long_dreams"]  # which takes as long 
 
 SIZES = {  # flag: least, most, default, help
     "--track_seed": (CHOOSING, CHOOSING + 90_000, CHOOSING, "first of the new tracks"),
-    "--tracks": (2, 3333, 16, "new tracks of each kind of driving"),
+    "--tracks": (2, 2500, 16, "new tracks of each kind of driving"),
     "--train_frames": (200, 10**7, 3000, "latents of each folder that probes are fitted to"),
     "--frames": (60, 10**7, 2400, "frames of each kind of driving that probes are tested on"),
     "--windows": (2, 10**6, 200, "windows of each kind that are rolled out and violated"),

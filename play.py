@@ -34,7 +34,7 @@ from car.telemetry import TELEMETRY, telemetry, telemetry_of
 from collect_recovery_data import FaultyExpert
 from demo_energy import MIN_JUMP, teleport
 from drive_mpc import load_driver, save_episode, to_action
-from support.checkpoints import fingerprint, require_dir
+from support.checkpoints import require_dir
 from support.cli import Stop, fail, parser, run_main, track_number, weight
 from support.dreams import load_dream
 from support.files import replace_atomically, writable
@@ -124,8 +124,8 @@ class Game:
         self.args, self.driver, self.folder = args, driver, folder
         self.encoder, self.predictor = driver.encoder, driver.nets["predictor"]
         self.cost, self.env = driver.nets["cost"], make_env("fast").unwrapped
-        key = fingerprint(self.encoder)
-        self.model = load_dream(Path(driver.models), key, driver.device)
+        nets = self.encoder, self.predictor
+        self.model = load_dream(Path(driver.models), *nets, driver.device)
         self.refresh = args.refresh
         if self.refresh is None:
             self.refresh = 0.0 if self.model else REFRESH
@@ -143,6 +143,7 @@ class Game:
         self.track += 1
         obs, _ = self.env.reset(seed=self.track)
         self.driver.reset(self.track)
+        self.generator.manual_seed(self.args.seed + self.track)
         self.driver.frames.append(obs)
         self.total, self.ended, self.trace = 0.0, "", deque(maxlen=TRACE)
         self.pedals, self.actions = np.zeros(3), deque(maxlen=2 * self.encoder.span)

@@ -2,8 +2,8 @@
 
 Reads the newest encoder and predictor in ROOT/models, and the data, through the predictor's cache
 of latents. Writes models/dream_ep{N}.pth, models/dream.jsonl, visuals/dream_curves.png. Prints the
-held-out error of the flow beside copy-last, and with another episode's actions. The planner does
-not use it; `play.py` and `evaluate.py --parts long_dreams` do.
+held-out error of its mean, in units of the linear map's, beside another episode's actions and
+copy-last. The planner does not use it; `play.py` and `evaluate.py --parts long_dreams` do.
 
     python train_dream.py --epochs 50
 """
@@ -14,7 +14,7 @@ if __name__ == "__main__":
 import torch
 
 from buffer import load_sources, provenance, shares_of
-from car import MAX_STEPS
+from car import MAX_STEPS, ZOOM_STEPS
 from dream import DreamModel
 from support.checkpoints import fingerprint, latest, load_frozen, rotate
 from support.cli import Number, Stop, add_flags, optimisation, parser, run_main
@@ -49,20 +49,24 @@ def loss_fn(nets, z, act):
 
 @torch.no_grad()
 def evaluate(model, sampler, device, dtype, batches=2):
-    """{row: held-out error}: of the model, with another episode's actions, and of copy-last."""
+    """{row: held-out error}: of the loss; of the model's mean, with the true actions and another
+    episode's, of the linear map, and of copy-last, all in the same units.
+    """
     rows = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for i in range(batches):
-            z, act = (x.to(device) for x in sampler(i))
-            with autocast(device, dtype):
-                errors = {
-                    "val_loss": model.loss(z, act),
-                    "val_swapped": model.loss(z, sampler.swapped(i).to(device)),
-                    "val_copy_last": ((z[:, 1:] - z[:, :-1]) / model.scale).pow(2),
-                }
-            for name, error in errors.items():
-                rows[name] = rows.get(name, 0) + float(error.float().mean()) / batches
+    for i in range(batches):
+        z, act = (x.to(device) for x in sampler(i))
+        other = sampler.swapped(i).to(device)
+        with torch.random.fork_rng(), autocast(device, dtype):
+            torch.manual_seed(i)
+            errors = {
+                "val_loss": model.loss(z, act),
+                "val_mean": model.mean_error(z, act),
+                "val_swapped": model.mean_error(z, other),
+                "val_linear": ((z[:, 1:] - model.expect(z[:, :-1], act)) / model.scale).pow(2),
+                "val_copy_last": ((z[:, 1:] - z[:, :-1]) / model.scale).pow(2),
+            }
+        for name, error in errors.items():
+            rows[name] = rows.get(name, 0) + float(error.float().mean()) / batches
     return rows
 
 
@@ -78,13 +82,16 @@ def main():
     newest = latest(args.root / "models", "predictor")
     predictor, payload = load_frozen(newest, "predictor", device, "train_predictor.py")
     latents, _, key = load_latents(args, "dream", sources, device, dtype, stop, payload)
-    of = args.shares, args.seed
-    sampler = WindowSampler(latents, sources, 0, args.batch_size, args.horizon, *of, RANK, RANKS)
-    held = WindowSampler(latents, sources, 1, 256, args.horizon, seed=args.seed)
+    of = dict(shares=args.shares, seed=args.seed)
+    window = dict(horizon=args.horizon, skip=ZOOM_STEPS)
+    ranks = dict(rank=RANK, ranks=RANKS)
+    sampler = WindowSampler(latents, sources, 0, args.batch_size, **window, **of, **ranks)
+    held = WindowSampler(latents, sources, 1, 256, **window, seed=args.seed)
 
     model = DreamModel(predictor.args, args.hidden, args.width, args.depth).to(device)
     model.predictor.load_state_dict(predictor.state_dict())
-    z, act = (x.to(device) for x in WindowSampler(latents, sources, 0, PAIRS, 1, *of)(0))
+    pairs = WindowSampler(latents, sources, 0, PAIRS, 1, **of, skip=ZOOM_STEPS)(0)
+    z, act = (x.to(device) for x in pairs)
     model.fit_linear(z[:, 0], act[:, 0], z[:, 1])
     nets, learned = {"dream": model}, [p for p in model.parameters() if p.requires_grad]
     optim = torch.optim.AdamW(learned, args.lr, weight_decay=args.weight_decay)
@@ -104,6 +111,7 @@ def main():
     while run.step < run.steps:
         model.train()
         z, act = (x.to(device, non_blocking=True) for x in sampler(run.step))
+        torch.manual_seed((args.seed * run.steps + run.step) * RANKS + RANK)  # each rank its noise
         with autocast(device, dtype):
             loss, logs = loss_of(z, act)
         run.optimise(loss)

@@ -1,7 +1,7 @@
 """Part 6: whether dreams of 20 s hold.
 
 A dream goes on from one latent of a new track: the dream model samples the next latent, again and
-again. The predictor stands beside it, and real latents.
+again. Beside it stand the predictor, the simulator's latents, and a present that does not change.
 
 Physics: R² of speed and yaw rate, read off dreamt latents by ridge probes, under the actions that
 were driven. On the lawn, where only the car moves, also after 10 s.
@@ -9,7 +9,7 @@ Stable: the share of dreamt latents that are as near to training latents as 99 i
 expert and recovery driving (mean distance to the NEIGHBOURS nearest).
 Roads: the planner drives on for 20 s, in the dream and in the simulator, from the same states. The
 figures are Kolmogorov-Smirnov distances of curvature and lateral offset, read off dreamt and real
-latents. The row of real latents compares one half of the real drives with the other.
+latents. The row of the simulator drives there again, with other noise of the plans.
 Drivers: the same with several drivers, good and bad. The figures are rank correlations over the
 drivers, of what each reaches in the dream and in the simulator.
 """
@@ -30,7 +30,7 @@ from car.telemetry import IN_VIEW, TELEMETRY, place_beside
 from collect_data import RandomDriver
 from drive_mpc import Driver, NoModelDriver, to_action
 from report.episodes import TRAINED, Samples, at_latent_rate, channels_first, choose_samples
-from report.simulator import restore_state
+from report.simulator import end_contacts, restore_state
 from report.statistics import bootstrap_intervals, r2, spearman
 from support.cli import fail
 from support.latents import ridge
@@ -43,7 +43,8 @@ BOUND = 100.0  # of each number of a dreamt latent: the predictor's dreams explo
 TRAINING = 20_000  # latents at most, among which neighbours are looked for
 MOTION, ROAD = ("speed", "yaw_rate"), ("curvature_20", "lateral_offset")
 STARTS = {"data_race": "expert", "data": "random"}  # of driving, from which the planner goes on
-OWN, PREDICTOR, REAL, NOTHING = "dream model", "predictor", "real latents", "the present latent"
+OWN, PREDICTOR, REAL, NOTHING = "dream model", "predictor", "simulator", "nothing changes"
+RANK = "rank correlation with the simulator"
 DRIVERS = {  # changes of the planner's settings
     "2 plans": {"samples": 2},
     "4 plans": {"samples": 4},
@@ -93,7 +94,7 @@ class Planner:
         return to_action(self.driver.u[0])
 
 
-def make_driver(models, planner, name):
+def make_driver(models, planner, name, seed=0):
     """A Planner with the settings that DRIVERS gives to this name, or RandomActions."""
     if name == "random":
         return RandomActions()
@@ -102,7 +103,7 @@ def make_driver(models, planner, name):
         nets["predictor"] = models.untrained_predictor
     kind = NoModelDriver if name == "no_model" else Driver
     changed = replace(planner, **DRIVERS.get(name, {}))
-    return Planner(kind(nets, changed, models.device, models.dtype))
+    return Planner(kind(nets, changed, models.device, models.dtype, seed))
 
 
 # ------------------------------------------------------------------ dreams and drives
@@ -122,41 +123,58 @@ class Dream:
 
 
 class PredictorDream:
-    """The same of the predictor, one latent after another."""
+    """The same of the predictor: its rollout under all actions so far."""
 
     def __init__(self, models, z, seed=0):
-        self.predictor, self.z = models.predictor, z
+        self.predictor, self.z, self.act = models.predictor, z, []
 
     @torch.no_grad()
     def step(self, act):
-        self.z = self.predictor.rollout(self.z, act[:, None])[:, 0]
+        self.act.append(act)
+        return self.predictor.rollout(self.z, torch.stack(self.act, dim=1))[:, -1]
+
+
+class Standing:
+    """Nothing changes."""
+
+    def __init__(self, models, z, seed=0):
+        self.z = z
+
+    def step(self, act):
         return self.z
 
 
-def under_actions(models, name, z, act):
-    """Latents (n, H, D) that follow on z (n, D) under act (n, H, 3)."""
-    if name == PREDICTOR:
-        return models.rollout(models.predictor, z, act)
-    dream, act = Dream(models, z.to(models.device)), act.to(models.device)
-    return torch.stack([dream.step(a) for a in act.unbind(1)], dim=1).cpu()
+DREAMS = {OWN: Dream, PREDICTOR: PredictorDream, NOTHING: Standing}
 
 
-def driven_dream(models, kind, starts, steps, driver):
+def bounded(z):
+    """Latents of dreams that may have exploded, whose probes are to be read."""
+    return z.nan_to_num(BOUND, BOUND, -BOUND).clamp(-BOUND, BOUND)
+
+
+def under_actions(models, kind, z, act, seed):
+    """Latents (n, H, D) of a dream that begins at z (n, D), under act (n, H, 3)."""
+    dream, act = kind(models, z.to(models.device), seed), act.to(models.device)
+    return bounded(torch.stack([dream.step(a) for a in act.unbind(1)], dim=1)).cpu()
+
+
+def driven_dream(models, kind, starts, steps, driver, seed):
     """Latents (n, steps, D) of dreams from Samples, in which drivers made by `driver()` drive."""
     z = starts.z(0, 0)[:, 0].to(models.device)
-    dream, drivers, out = kind(models, z), [driver() for _ in z], []
+    dream, drivers, out = kind(models, z, seed), [driver() for _ in z], []
     for one, track in zip(drivers, starts.track):
         one.reset(int(track))
     for _ in range(steps):
         out.append(z.cpu())
         act = torch.stack([one.action(row[None]) for one, row in zip(drivers, z)])
-        z = dream.z = dream.step(act.to(z)).nan_to_num(0).clamp(-BOUND, BOUND)
+        z = bounded(dream.step(act.to(z)))
     return torch.stack(out, dim=1)
 
 
 def real_drives(models, starts, steps, driver):
-    """The same in the simulator, from the state of each sample. A car that leaves the field stands
-    there."""
+    """The same in the simulator, from the state of each sample. Laps go on after their end. A car
+    that leaves the field stands there.
+    """
     env, e, one, out = make_env("fast"), models.encoder, driver(), []
     for x, k in starts:
         env.reset(seed=x.track)
@@ -164,16 +182,19 @@ def real_drives(models, starts, steps, driver):
         restore_state(env, x.saved[k])
         one.reset(x.track)
         past = x.obs[np.maximum(k + models.frame_offsets(), 0)]
-        frames, ended = deque(past.repeat(e.repeat, axis=0), maxlen=e.span), False
+        frames, gone = deque(past.repeat(e.repeat, axis=0), maxlen=e.span), False
         rows = history_rows([e.span - 1], e.history, e.repeat)[0]
         z = []
-        for _ in range(steps):
+        for t in range(steps):
             obs = channels_first(np.stack([frames[i] for i in rows])[None])
             z.append(models.encode(e, obs))
             action = one.action(z[-1].to(models.device)).cpu().numpy()
-            for _ in range(0 if ended else e.repeat):
-                frame, _, ended, *_ = env.step(action)
+            for step in range(0 if gone else e.repeat):
+                frame, _, ended, _, info = env.step(action)
+                if t == step == 0:
+                    end_contacts(env)
                 frames.append(frame)
+                gone = ended and not info.get("lap_finished")
         out.append(torch.cat(z))
     env.close()
     return torch.stack(out)
@@ -197,7 +218,8 @@ class Reader:
             "road": ridge(seen[view], values(ROAD)[view]),
             "off road": ridge(seen, off_road.astype(float)),
         }
-        self.near = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(z[:TRAINING].numpy())
+        some = np.random.default_rng(cfg.seed).permutation(len(z))[:TRAINING]
+        self.near = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(z[some].numpy())
         real = [x.z[TRAINED][x.first :: 5] for x in test if x.source != "data"]
         self.limit = np.quantile(self.distance(torch.cat(real)), INSIDE)
 
@@ -219,7 +241,7 @@ class Reader:
 def lawn_samples(models, cfg):
     """Samples of new random drives whose wheels stay off the road for LONG latents."""
     env, episodes = make_env("fast"), []
-    first = cfg.track_seed + 4 * cfg.tracks  # behind those of the other episodes
+    first = cfg.track_seed + 3 * cfg.tracks  # behind those of the other episodes
     for track in range(first, first + cfg.tracks):
         arrays, _ = run_episode(env, LawnDriver(), track, np.random.default_rng([cfg.seed, track]))
         episodes.append(at_latent_rate("lawn", track, arrays, models.encoder.repeat))
@@ -240,8 +262,9 @@ def lawn_samples(models, cfg):
 def physics(models, reader, samples, at, cfg):
     """({row: [R² of MOTION, at each of `at` latents ahead]}, {row: (n,) inside after the last})."""
     z, act = samples.z(0, at[-1]), samples.act(at[-1])
-    futures = {name: under_actions(models, name, z[:, 0], act) for name in (OWN, PREDICTOR)}
-    futures |= {REAL: z[:, 1:], NOTHING: z[:, :1].expand_as(z[:, 1:])}
+    futures = {
+        name: under_actions(models, kind, z[:, 0], act, cfg.seed) for name, kind in DREAMS.items()
+    } | {REAL: z[:, 1:]}
     rows = {name: [] for name in futures}
     every = lambda y, y_pred: r2(y, y_pred, np.ones(len(y), bool))
     for t in at:
@@ -249,8 +272,23 @@ def physics(models, reader, samples, at, cfg):
         for name, future in futures.items():
             arrays = y, reader("motion", future[:, t - 1])
             rows[name] += bootstrap_intervals(every, samples.track, arrays, cfg)
-    del futures[NOTHING]
     return rows, {name: reader.inside(x[:, at[-1] - 1]) for name, x in futures.items()}
+
+
+def choose_starts(models, test, source, count, cfg):
+    """Samples of new episodes of a source, from which drivers go on."""
+    some = [x for x in test if x.source == source]
+    return choose_samples(some, count, cfg.seed, models.encoder.history, MIDDLE)
+
+
+def all_drives(models, starts, driver, cfg):
+    """{"simulator", or a dream: latents (n, STEPS, D)} of a driver."""
+    dreams = {
+        name: driven_dream(models, kind, starts, STEPS, driver, cfg.seed)
+        for name, kind in DREAMS.items()
+        if kind is not Standing
+    }
+    return {REAL: real_drives(models, starts, STEPS, driver)} | dreams
 
 
 def evaluate_long_dreams(models, train, test, cfg, planner):
@@ -277,56 +315,49 @@ def evaluate_long_dreams(models, train, test, cfg, planner):
         add("stable", f"{case} +{at[-1]}", {row: share(x) for row, x in inside.items()})
 
     # the planner drives on
-    driver = lambda name=None: lambda: make_driver(models, planner, name)
+    driver = lambda name=None, seed=0: lambda: make_driver(models, planner, name, seed)
     for source, kind in progress(STARTS.items(), desc="drives", leave=False):
-        some = [x for x in test if x.source == source]
-        starts = choose_samples(some, cfg.dreams, cfg.seed, models.encoder.history, MIDDLE)
-        real = real_drives(models, starts, STEPS, driver())
-        driven = {
-            OWN: driven_dream(models, Dream, starts, STEPS, driver()),
-            PREDICTOR: driven_dream(models, PredictorDream, starts, STEPS, driver()),
-            REAL: real,
-        }
-        last = {name: reader.inside(z[:, LONG::10]) for name, z in driven.items()}
+        starts = choose_starts(models, test, source, cfg.dreams, cfg)
+        drives = all_drives(models, starts, driver(), cfg)
+        truth = drives[REAL]
+        drives[NOTHING] = truth[:, :1].expand_as(truth)
+        inside = {name: reader.inside(z[:, LONG::10]) for name, z in drives.items()}
         share = lambda x: bootstrap_intervals(mean, starts.track, (x,), cfg)[0]
-        add("stable", f"{kind}, planner +{LONG} to {STEPS}", {n: share(x) for n, x in last.items()})
-        truth = reader("road", real)
+        rows = {name: share(x) for name, x in inside.items()}
+        add("stable", f"{kind}, planner +{LONG} to {STEPS}", rows)
+
+        # real drives differ, too: by the noise of the plans
+        drives[REAL] = real_drives(models, starts, STEPS, driver(seed=1))
+        read = {name: reader("road", z) for name, z in drives.items()}
+        wanted, ks = reader("road", truth), lambda x, y: ks_2samp(x.ravel(), y.ravel()).statistic
         for i, name in enumerate(ROAD):
-            ks = lambda x, y: ks_2samp(x.ravel(), y.ravel()).statistic
-            of = {row: (truth[..., i], reader("road", z)[..., i]) for row, z in driven.items()}
-            half = len(truth) // 2
-            of[REAL] = truth[:half, :, i], truth[half : 2 * half, :, i]
-            tracks = {row: starts.track[: len(x)] for row, (x, _) in of.items()}
-            rows = {r: bootstrap_intervals(ks, tracks[r], xy, cfg)[0] for r, xy in of.items()}
+            of = {row: (wanted[..., i], x[..., i]) for row, x in read.items()}
+            rows = {r: bootstrap_intervals(ks, starts.track, xy, cfg)[0] for r, xy in of.items()}
             add("roads", f"{kind}, {name}", rows)
 
     # drivers, good and bad
-    some = [x for x in test if x.source == "data_race"]
-    starts = choose_samples(some, max(2, cfg.dreams // 2), cfg.seed, models.encoder.history, MIDDLE)
-    reached = {"simulator": [], OWN: [], PREDICTOR: []}
+    starts = choose_starts(models, test, "data_race", max(2, cfg.dreams // 2), cfg)
+    reached = {}  # {(figure, where): (n, drivers)}
     for name in progress(DRIVERS, desc="drivers", leave=False):
-        drives = {
-            "simulator": real_drives(models, starts, STEPS, driver(name)),
-            OWN: driven_dream(models, Dream, starts, STEPS, driver(name)),
-            PREDICTOR: driven_dream(models, PredictorDream, starts, STEPS, driver(name)),
-        }
-        for where, z in drives.items():
-            energy = models.cost.energy(z.to(models.device)).mean().item()
-            on_road = (reader("off road", z) < 0.5).mean()
-            reached[where].append((energy, on_road))
-    out["drivers"] = compare_drivers({k: np.array(v) for k, v in reached.items()})
+        for where, z in all_drives(models, starts, driver(name), cfg).items():
+            energy = models.cost.energy(z.to(models.device)).mean(dim=1).cpu().numpy()
+            on_road = (reader("off road", z)[..., 0] < 0.5).mean(axis=1)
+            for figure, value in (("energy", energy), ("on the road", on_road)):
+                reached.setdefault((figure, where), []).append(value)
+    reached = {key: np.stack(values, axis=1) for key, values in reached.items()}
+    out["drivers"] = compare_drivers(reached, starts.track, cfg)
     return out
 
 
-def compare_drivers(reached):
-    """{driver, or "rank correlation": {column: estimate without interval}}.
-
-    reached: {"simulator", or a dream: (drivers, 2)}.
-    """
-    out, estimate = {}, lambda value: {"value": float(value), "low": None, "high": None}
-    for i, figure in enumerate(("energy", "on the road")):
-        for where, values in reached.items():
-            rank = spearman(values[:, i], reached["simulator"][:, i])
-            for name, value in zip((*DRIVERS, "rank correlation"), (*values[:, i], rank)):
-                out.setdefault(name, {})[f"{figure}, {where}"] = estimate(value)
-    return out
+def compare_drivers(reached, tracks, cfg):
+    """{driver, or RANK: {column: estimate}} of {(figure, REAL or a dream): (n, drivers)}."""
+    out = {}
+    rank = lambda x, y: spearman(x.mean(axis=0), y.mean(axis=0))
+    for (figure, where), values in reached.items():
+        means = bootstrap_intervals(lambda x: x.mean(axis=0), tracks, (values,), cfg)
+        pair = values, reached[figure, REAL]
+        for name, x in zip(DRIVERS, means):
+            out.setdefault(name, {})[f"{figure}, {where}"] = x
+        (agreement,) = bootstrap_intervals(rank, tracks, pair, cfg)
+        out.setdefault(RANK, {})[f"{figure}, {where}"] = agreement
+    return {name: out[name] for name in (*DRIVERS, RANK)}

@@ -45,8 +45,8 @@ class Models:
 
     @cached_property
     def dream(self):
-        """The dream model of this encoder, or None."""
-        return load_dream(self.folder, self.key, self.device)
+        """The dream model of this encoder and predictor, or None."""
+        return load_dream(self.folder, self.encoder, self.predictor, self.device)
 
     def pairs(self):
         """{name: (encoder, predictor)} of the trained and the untrained nets."""

@@ -22,12 +22,11 @@ import torch
 
 from car import FPS
 from car.env import make_env
-from car.physics import is_tile
 from car.telemetry import centre_line
 from collect_race_data import Expert
 from drive_mpc import Plan, RolloutCost, draw_plans, plan, to_action
 from report.episodes import TRAINED, channels_first, choose_samples, rows_by_source, sources_of
-from report.simulator import restore_state
+from report.simulator import end_contacts, restore_state
 from report.statistics import bootstrap_intervals, spearman
 from support.cli import fail
 from support.latents import ridge
@@ -49,10 +48,8 @@ def play(env, actions):
     env = env.unwrapped
     for t, action in enumerate(actions):
         env.step(action)
-        if t == 0:  # Box2D never ends the contacts of restored tiles on a new car
-            for w in env.car.wheels:
-                touching = (c.other.userData for c in w.contacts if c.contact.touching)
-                w.tiles = {tile for tile in touching if is_tile(tile)}
+        if t == 0:
+            end_contacts(env)
         yield env.car
 
 

@@ -1,5 +1,6 @@
 """Saving and restoring the simulator's state, for plans that are driven from a sample's state."""
 
+from car.physics import is_tile
 from car.telemetry import place_car
 
 
@@ -23,8 +24,7 @@ def save_state(env):
 def restore_state(env, state):
     """Puts a new car into env, on the same track, in a state of `save_state`.
 
-    Box2D never reports the end of the contacts restored: after the first step the caller sets the
-    wheels' `tiles` to those that they touch.
+    After the first step the caller calls `end_contacts`.
     """
     env, (bodies, wheels) = env.unwrapped, state
     place_car(env, *bodies[0][:3])
@@ -34,3 +34,13 @@ def restore_state(env, state):
     for w, (gas, brake, steer, spin, phase, tiles) in zip(env.car.wheels, wheels):
         w.gas, w.brake, w.steer, w.omega, w.phase = gas, brake, steer, spin, phase
         w.tiles = {env.road[i] for i in tiles}
+
+
+def end_contacts(env):
+    """Sets the tiles of the wheels to those that they touch.
+
+    Box2D never reports the end of the contacts that a restored car began with.
+    """
+    for w in env.unwrapped.car.wheels:
+        touching = (c.other.userData for c in w.contacts if c.contact.touching)
+        w.tiles = {tile for tile in touching if is_tile(tile)}

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from buffer import Loader
 from car import FPS
 from networks import stack_frames
-from support.checkpoints import build, hint, numbered, read
+from support.checkpoints import build, fingerprint, hint, numbered, read
 from support.cli import Refusal
 from support.pictures import ornament, plain, pyplot, save_figure, save_gif
 from support.window import GRID, INK, PAPER, write
@@ -18,12 +18,13 @@ GIF_GAP = 8  # screen pixels between two windows
 GIF_FPS = 8
 
 
-def load_newest(models, name, key, device):
-    """The newest decoder or dream model in a folder that was trained on this encoder, or None."""
+def load_newest(models, name, device, **keys):
+    """The newest decoder or dream model in a folder that was trained on the nets of these keys, or
+    None."""
     for _, path in reversed(numbered(models, f"{name}_ep*.pth")):
         try:
             payload = read(path, f"train_{name}.py")
-            if payload.get("encoder_key") == key:
+            if all(payload.get(on) == key for on, key in keys.items()):
                 return build(payload, name, path).to(device).eval().requires_grad_(False)
         except (Refusal, OSError) as e:  # nothing stops for a picture
             tqdm.write(f"skipped: {e}")
@@ -32,18 +33,19 @@ def load_newest(models, name, key, device):
 
 def load_decoder(models, key, device):
     """The newest decoder in a folder that was trained on this encoder, or None with a line."""
-    decoder = load_newest(models, "decoder", key, device)
+    decoder = load_newest(models, "decoder", device, encoder_key=key)
     if decoder is None:
         how = hint(models / "decoder_ep1.pth", "train_decoder.py", "--once")
         tqdm.write(f"no decoder of this encoder, so no pictures of rollouts{how}")
     return decoder
 
 
-def load_dream(models, key, device):
-    """The newest dream model in a folder that was trained on this encoder, or None with a line."""
-    model = load_newest(models, "dream", key, device)
+def load_dream(models, encoder, predictor, device):
+    """The newest dream model in a folder that was trained on these nets, or None with a line."""
+    keys = dict(encoder_key=fingerprint(encoder), predictor_key=fingerprint(predictor))
+    model = load_newest(models, "dream", device, **keys)
     if model is None:
-        what = "no dream model of this encoder: the predictor dreams, for two seconds at most"
+        what = "no dream model of these nets: the predictor dreams, for two seconds at most"
         tqdm.write(f"{what}; train_dream.py makes one from ROOT/models and its data")
     return model
 

@@ -191,16 +191,27 @@ class WindowSampler:
     """
 
     def __init__(
-        self, latents, sources, part, batch_size, horizon, shares=None, seed=0, rank=0, ranks=1
+        self,
+        latents,
+        sources,
+        part,
+        batch_size,
+        horizon,
+        shares=None,
+        seed=0,
+        rank=0,
+        ranks=1,
+        skip=0,
     ):
-        """sources: of `load_sources`; part: 0 to train, 1 held out; horizon: in latents."""
+        """sources: of `load_sources`; part: 0 to train, 1 held out; horizon: in latents; skip:
+        steps of each episode before its first window."""
         self.latents, self.sources, self.K, self.seed = latents, sources, horizon + 1, seed
         self.part = slice(rank, None, ranks)
-        self.starts = [latents.starts(split[part], self.K) for split in sources.values()]
+        self.starts = [latents.starts(split[part], self.K, skip) for split in sources.values()]
         for split, starts in zip(sources.values(), self.starts):
             if len(starts) == 0:
                 why = f" ({horizon} latents, {latents.repeat} steps each)"
-                latents.refuse_short(split[part], horizon * latents.repeat, why)
+                latents.refuse_short(split[part], skip + horizon * latents.repeat, why)
         self.counts = shares_of(self.starts, batch_size, shares)
         self.steps_per_epoch = max(1, sum(map(len, self.starts)) // batch_size)
 

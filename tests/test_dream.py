@@ -16,7 +16,7 @@ def process(B, T):
     return torch.stack(z, dim=1), act
 
 
-def trained(steps=600):
+def trained(steps=2000):
     torch.manual_seed(0)
     model = DreamModel(PREDICTOR, hidden=16, width=64, depth=1)
     z, act = process(4096, 1)
@@ -38,7 +38,7 @@ def test_samples_have_the_mean_and_the_spread_of_the_process():
     sample, _ = model.step(z, act, generator=torch.Generator().manual_seed(0))
     mean = CARRY * z[0] + PUSH * act[0]
     assert (sample.mean(0) - mean).abs().max() < 0.08
-    assert torch.allclose(sample.std(0), torch.full((3,), NOISE), rtol=0.25)
+    assert torch.allclose(sample.std(0), torch.full((3,), NOISE), rtol=0.15)
     assert (torch.corrcoef(sample.T) - torch.eye(3)).abs().max() < 0.2
     calm, _ = model.step(z[:2], act[:2], temperature=0.0)
     assert torch.allclose(calm[0], calm[1], atol=1e-5) and (calm[0] - mean).abs().max() < 0.1
@@ -81,6 +81,8 @@ def test_a_dream_is_what_training_saw_step_by_step_and_its_seed_decides():
         z, memory = model.step(zs[-1], act[:, t], memory, temperature=0.0)
         zs.append(z)
     z = torch.stack(zs, dim=1)
-    base, condition = model.see(z[:, :-1], act, torch.full((2, T, 1), SEEN_NOISE))
+    level = torch.full((2, T, 1), SEEN_NOISE)
+    level[:, 0] = 0.0  # a dream begins at a real latent
+    base, condition = model.see(z[:, :-1], act, level)
     y = model.denoise(torch.zeros_like(base), torch.zeros(2, T, 1), *condition)
     assert torch.allclose(base + y * model.scale, z[:, 1:], atol=1e-5)

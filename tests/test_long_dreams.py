@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,20 @@ import torch
 from test_evaluate import SOURCES, TINY, sound
 
 import evaluate
+from car.renderer import FastCarRacing
 from report import long_dreams
 from report.episodes import choose_samples, drive_episodes
-from report.long_dreams import DRIVERS, OWN, PREDICTOR, REAL, compare_drivers, make_driver
+from report.long_dreams import (
+    DRIVERS,
+    NOTHING,
+    OWN,
+    PREDICTOR,
+    RANK,
+    REAL,
+    bounded,
+    compare_drivers,
+    make_driver,
+)
 from report.models import Models
 from support.plan_config import PlanConfig
 
@@ -34,12 +46,12 @@ def test_all_tables_stand_in_the_card(chain, small, monkeypatch, capsys):
     assert said.count("6. Long dreams") == 4
     assert all(sound(x, high=1) <= 1 for row in found["physics"].values() for x in row.values())
     for part in ("stable", "roads"):
-        assert set(found[part]) == {OWN, PREDICTOR, REAL}
+        assert set(found[part]) == {OWN, PREDICTOR, REAL, NOTHING}
         assert all(0 <= sound(x) <= 1 for row in found[part].values() for x in row.values())
-    assert set(found["drivers"]) == {*DRIVERS, "rank correlation"}
-    ranks = found["drivers"]["rank correlation"]
-    assert ranks["energy, simulator"]["value"] == pytest.approx(1)
-    assert all(-1 <= x["value"] <= 1 for x in ranks.values())
+    roads = found["roads"]  # another drive is nearer to a drive than its first moment
+    assert all(roads[REAL][c]["value"] < roads[NOTHING][c]["value"] for c in roads[REAL])
+    assert set(found["drivers"]) == {*DRIVERS, RANK}
+    assert all(-1 <= x["value"] <= 1 for x in found["drivers"][RANK].values())
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +70,7 @@ def test_drives_begin_where_the_samples_are(driven):
     z = long_dreams.real_drives(models, starts, 3, driver)
     assert torch.allclose(z[:, 0], starts.z(0, 0)[:, 0], atol=1e-4)
     for kind in (long_dreams.Dream, long_dreams.PredictorDream):
-        dreamt = long_dreams.driven_dream(models, kind, starts, 3, driver)
+        dreamt = long_dreams.driven_dream(models, kind, starts, 3, driver, 0)
         assert torch.equal(dreamt[:, 0], starts.z(0, 0)[:, 0]) and dreamt.isfinite().all()
 
 
@@ -84,8 +96,38 @@ def test_the_same_actions_make_the_same_drive(driven, monkeypatch):
 
 
 def test_drivers_are_ranked_as_in_the_simulator_or_not():
-    best_first = np.arange(2.0 * len(DRIVERS)).reshape(-1, 2)
-    found = compare_drivers({"simulator": best_first, OWN: best_first**3, PREDICTOR: -best_first})
-    ranks = found["rank correlation"]
-    assert ranks[f"energy, {OWN}"]["value"] == pytest.approx(1)
-    assert ranks[f"on the road, {PREDICTOR}"]["value"] == pytest.approx(-1)
+    best_first = np.arange(3.0 * len(DRIVERS)).reshape(3, -1)
+    values = {REAL: best_first, OWN: best_first**3, PREDICTOR: -best_first}
+    reached = {("energy", where): x for where, x in values.items()}
+    cfg = SimpleNamespace(seed=0, bootstrap=5)
+    found = compare_drivers(reached, np.arange(3), cfg)
+    assert found[RANK][f"energy, {OWN}"]["value"] == pytest.approx(1)
+    assert found[RANK][f"energy, {PREDICTOR}"]["value"] == pytest.approx(-1)
+    assert found["random"][f"energy, {REAL}"]["value"] == best_first[:, -1].mean()
+
+
+def test_a_dream_that_exploded_is_far_from_all_that_is_real():
+    z = bounded(torch.tensor([float("nan"), float("inf"), -1e9, 0.5]))
+    assert z.tolist() == [long_dreams.BOUND, long_dreams.BOUND, -long_dreams.BOUND, 0.5]
+
+
+class FullGas:
+    def reset(self, track):
+        pass
+
+    def action(self, z):
+        return torch.tensor([0.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_finished_lap_goes_on_and_a_car_that_left_the_field_stands(driven, monkeypatch, finished):
+    models, starts = driven
+    step = FastCarRacing.step
+
+    def end(env, action):
+        obs, reward, *_, info = step(env, action)
+        return obs, reward, True, False, info | {"lap_finished": finished}
+
+    monkeypatch.setattr(FastCarRacing, "step", end)
+    z = long_dreams.real_drives(models, starts[:1], 12, FullGas)[0]
+    assert torch.equal(z[-1], z[-2]) != finished

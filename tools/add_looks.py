@@ -60,6 +60,7 @@ def with_scene(encoder, sources, scene_pca, seed):
 
 def train_head(predictor, sampler, steps, device, dtype):
     """Trains what predicts the looks; all else is frozen."""
+    predictor.eval()  # states without dropout, as in plans
     for name, x in predictor.named_parameters():
         x.requires_grad_(name.startswith(("look.", "fade_logit")))
     head = torch.nn.ParameterList([x for x in predictor.parameters() if x.requires_grad])
