@@ -99,11 +99,11 @@ def arguments():
 def possible(models, asked):
     """The parts asked for whose nets are there; names the others and why."""
     out = []
-    for part, (needs, _) in PARTS.items():
-        lacking = [name for name in needs if getattr(models, name) is None]
-        if part in asked and lacking:
+    for part in [part for part in PARTS if part in asked]:
+        lacking = [name for name in PARTS[part][0] if getattr(models, name) is None]
+        if lacking:
             print(f"left out: {part}, which needs a {' and a '.join(lacking)} of {models.path}")
-        elif part in asked:
+        else:
             out.append(part)
     if not out:
         fail(f"--parts {' '.join(asked)}: none is possible; train what is missing, or try probes")

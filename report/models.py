@@ -46,7 +46,8 @@ class Models:
     @cached_property
     def dream(self):
         """The dream model of this encoder and predictor, or None."""
-        return load_dream(self.folder, self.encoder, self.predictor, self.device)
+        nets = self.encoder, self.predictor
+        return load_dream(self.folder, *nets, self.device) if self.predictor else None
 
     def pairs(self):
         """{name: (encoder, predictor)} of the trained and the untrained nets."""
