@@ -15,7 +15,7 @@ from networks import ACT, INITIAL_STEP, Predictor, normalize_action
 
 MAX_NOISE = 2.0  # of the latents seen in training, in units of `scale`
 SEEN_NOISE = 0.3  # the level that a dream gives for its own latents; noise is MAX_NOISE * level²
-ANCHOR = 16  # latents of a rollout of the predictor before it starts anew
+ANCHOR = 64  # latents of a rollout of the predictor before it starts anew; see docs/LOG.md
 FAR = 5.0  # what a guess differs from the linear one at most, in units of `scale`
 FLOW_STEPS = 3  # of the midpoint method; six of Euler's give 0.8 of a Gaussian's deviation
 FREQUENCIES = 8  # of the flow's time
