@@ -117,7 +117,8 @@ def draw_table(ax, table):
     for i, row in enumerate(rows):
         for j, estimate in enumerate(row):
             ax.text(j, i, as_text(estimate), ha="center", va="center", fontsize=7)
-    ax.set_xticks(range(len(table.columns)), table.columns, fontsize=7)
+    names = [column.replace(", ", ",\n") for column in table.columns]  # narrow columns
+    ax.set_xticks(range(len(names)), names, fontsize=7)
     ax.set_yticks(range(len(table.rows)), table.rows, fontsize=7)
     ax.tick_params(length=0)
     ax.set_title(table.title, fontsize=9, loc="left")
