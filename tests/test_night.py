@@ -75,7 +75,7 @@ READ = {
     "encoder": (),
     "decoder": ("encoder_mixed_ep1", "encoder_mixed_ep2"),
     "predictor": ("encoder_mixed_ep2",),
-    "dream": ("encoder_mixed_ep2",),
+    "dream": ("encoder_mixed_ep2", "predictor_ep2"),
     "cost_model": ("encoder_mixed_ep2", "predictor_ep2"),
 }
 QUICK = [
