@@ -15,7 +15,7 @@ from networks import ACT, INITIAL_STEP, Predictor, normalize_action
 
 MAX_NOISE = 2.0  # of the latents seen in training, in units of `scale`
 SEEN_NOISE = 0.3  # the level that a dream gives for its own latents; noise is MAX_NOISE * level²
-ANCHOR = 64  # latents of a rollout of the predictor before it starts anew; see docs/LOG.md
+ANCHOR = 100  # latents of a rollout of the predictor before it starts anew; see docs/LOG.md
 FAR = 5.0  # what a guess differs from the linear one at most, in units of `scale`
 FLOW_STEPS = 3  # of the midpoint method; six of Euler's give 0.8 of a Gaussian's deviation
 FREQUENCIES = 8  # of the flow's time
@@ -35,18 +35,22 @@ class DreamModel(nn.Module):
 
     The flow works with y = (z[t+1] - linear(z[t], act[t])) / scale. It goes straight from noise at
     time 0 to y at time 1 (flow matching, Lipman et al. 2022). Its net predicts y itself, so what
-    the past determines comes out without noise. It sees two guesses of the frozen predictor, of
-    which it has a copy: from the latent before, and the rollout from up to ANCHOR latents ago.
+    the past determines comes out without noise. It sees two guesses of a predictor: from the latent
+    before, and the rollout from up to ANCHOR latents ago. That is a copy of the planner's, which
+    learns longer rollouts.
     In training the latents seen carry noise of a known level (Valevski et al. 2024, GameNGen): so
     the net learns to mend its own errors. Half of the noise is the same in all of a window, because
     errors of a dream last.
     """
 
-    def __init__(self, predictor, hidden=512, width=1024, depth=2):
+    def __init__(self, predictor, hidden=512, width=768, depth=2):
         """predictor: the arguments of a Predictor."""
         super().__init__()
         self.args = dict(predictor=predictor, hidden=hidden, width=width, depth=depth)
-        self.predictor = Predictor(**predictor).requires_grad_(False)
+        self.predictor = Predictor(**predictor)
+        if self.predictor.looks:  # those of a dream are the flow's
+            self.predictor.look.requires_grad_(False)
+            self.predictor.fade_logit.requires_grad_(False)
         self.planned = self.predictor.dim
         self.dim = dim = self.planned + self.predictor.looks
         self.linear = nn.Linear(dim + ACT, dim).requires_grad_(False)
@@ -140,6 +144,15 @@ class DreamModel(nn.Module):
         y, time = (z[:, 1:] - base) / self.scale, torch.rand_like(noise)
         x = torch.lerp(torch.randn_like(y), y, time)
         return (self.denoise(x, time, *condition) - y).pow(2).mean(dim=2)
+
+    def rollout_error(self, z, act):
+        """Squared error (B, T) of the predictor's rollout: z (B, T + 1, D), act (B, T, 3).
+
+        T is at most ANCHOR: later latents are left out.
+        """
+        planned = z[:, : ANCHOR + 1, : self.planned]
+        z_hat = self.predictor.rollout(planned[:, 0], act[:, :ANCHOR]).float()
+        return (z_hat - planned[:, 1:]).pow(2).mean(dim=2)
 
     @torch.no_grad()
     def step(self, z, act, memory=None, temperature=1.0, generator=None):

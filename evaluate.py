@@ -56,6 +56,7 @@ PARTS = {  # part: the nets that it needs beside the encoder, and its tables
             page.long_dreams_table("physics", "R², latents ahead under the actions of real drives"),
             page.long_dreams_table("stable", "share as near to training latents as real ones"),
             page.long_dreams_table("roads", "distance of dreamt and real distributions"),
+            page.long_dreams_table("samples", "difference of two from one state, of any two"),
             page.long_dreams_table("drivers", "what drivers reach in 20 s"),
         ],
     ),
@@ -124,7 +125,9 @@ def evaluate(models, parts, train, test, cfg, planner, sheet):
         "futures": lambda: evaluate_violations(models, train, samples, cfg),
         "plans": lambda: evaluate_plans(models, train, samples, cfg, planner),
         "reconstructions": lambda: evaluate_reconstructions(models, train, test, samples, cfg),
-        "long_dreams": lambda: evaluate_long_dreams(models, train, test, cfg, planner),
+        "long_dreams": lambda: evaluate_long_dreams(
+            models, train, test, cfg, planner, sheet.with_name("dream_long.png")
+        ),
     }
     found, tables = {}, []
     for part in parts:

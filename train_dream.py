@@ -15,7 +15,7 @@ import torch
 
 from buffer import load_sources, provenance, shares_of
 from car import MAX_STEPS, ZOOM_STEPS
-from dream import DreamModel
+from dream import ANCHOR, DreamModel
 from support.checkpoints import fingerprint, latest, load_frozen, rotate
 from support.cli import Number, Stop, add_flags, optimisation, parser, run_main
 from support.device import autocast, set_up
@@ -33,24 +33,26 @@ def arguments():
     add_flags(
         p.add_argument_group("model"),
         ("--hidden", size, 512, "size of the memory"),
-        ("--width", size, 1024, "of the flow's layers"),
+        ("--width", size, 768, "of the flow's layers"),
         ("--depth", Number(int, 1, 64), 2, "blocks of the flow"),
-        ("--horizon", Number(int, 1, MAX_STEPS), 48, "latents in a window"),
+        ("--horizon", Number(int, 1, MAX_STEPS), ANCHOR, "latents in a window"),
     )
     optimisation(p, batch_size=64)
     return p.parse_args()
 
 
 def loss_fn(nets, z, act):
-    """The flow's squared error: z (B, H + 1, D), act (B, H, 3) -> (loss, logs)."""
-    error = nets["dream"].loss(z, act)
-    return error.mean(), {"first_step": error[:, 0].mean().detach()}
+    """Squared errors of flow and rollout: z (B, H + 1, D), act (B, H, 3) -> (loss, logs)."""
+    flow, rollout = nets["dream"].loss(z, act), nets["dream"].rollout_error(z, act)
+    logs = {"first_step": flow[:, 0], "rollout": rollout, "last_rollout": rollout[:, -1]}
+    return flow.mean() + rollout.mean(), {name: x.detach().mean() for name, x in logs.items()}
 
 
 @torch.no_grad()
 def evaluate(model, sampler, device, dtype, batches=2):
-    """{row: held-out error}: of the loss; of the model's mean, with the true actions and another
-    episode's, of the linear map, and of copy-last, all in the same units.
+    """{row: held-out error}: of the flow; of the model's mean, with the true actions and another
+    episode's, of the linear map, and of copy-last, all in the same units. Of the rollout: in those
+    of latents.
     """
     rows = {}
     for i in range(batches):
@@ -60,6 +62,7 @@ def evaluate(model, sampler, device, dtype, batches=2):
             torch.manual_seed(i)
             errors = {
                 "val_loss": model.loss(z, act),
+                "val_rollout": model.rollout_error(z, act),
                 "val_mean": model.mean_error(z, act),
                 "val_swapped": model.mean_error(z, other),
                 "val_linear": ((z[:, 1:] - model.expect(z[:, :-1], act)) / model.scale).pow(2),
@@ -115,7 +118,7 @@ def main():
         with autocast(device, dtype):
             loss, logs = loss_of(z, act)
         run.optimise(loss)
-        run.advance(loss, logs)
+        run.advance(loss - logs["rollout"], logs)  # as the held-out loss: the flow's
         if run.at_epoch_end():
             rows = evaluate(model.eval(), held, device, dtype)
             refuse_nan(rows["val_loss"], f"step {run.step}, held out")

@@ -5,11 +5,15 @@ again. Beside it stand the predictor, the simulator's latents, and a present tha
 
 Physics: R² of speed and yaw rate, read off dreamt latents by ridge probes, under the actions that
 were driven. On the lawn, where only the car moves, also after 10 s.
+Samples: how far two dreams from one state under the same actions differ in curvature, as a share of
+two from different states.
 Stable: the share of dreamt latents that are as near to training latents as 99 in 100 real ones of
 expert and recovery driving (mean distance to the NEIGHBOURS nearest).
 Roads: the planner drives on for 20 s, in the dream and in the simulator, from the same states. The
 figures are Kolmogorov-Smirnov distances of curvature and lateral offset, read off dreamt and real
-latents. The row of the simulator drives there again, with other noise of the plans.
+latents. The row of the simulator drives there again, with other noise of the plans. A dream sees
+no more of the track than the driver does, so it invents another one: beside it stand real drives of
+other tracks.
 Drivers: the same with several drivers, good and bad. The figures are rank correlations over the
 drivers, of what each reaches in the dream and in the simulator.
 """
@@ -24,6 +28,7 @@ from scipy.stats import ks_2samp
 from sklearn.neighbors import NearestNeighbors
 
 from buffer import history_rows
+from car import FPS
 from car.env import make_env
 from car.episode import run_episode
 from car.telemetry import IN_VIEW, TELEMETRY, place_beside
@@ -33,17 +38,22 @@ from report.episodes import TRAINED, Samples, at_latent_rate, channels_first, ch
 from report.simulator import end_contacts, restore_state
 from report.statistics import bootstrap_intervals, r2, spearman
 from support.cli import fail
+from support.dreams import draw_strips, paint
 from support.latents import ridge
+from support.pictures import ornament
 from support.progress import progress
 
 STEPS = 500  # latents of a dream: 20 s
 SHORT, MIDDLE, LONG = 15, 50, 250  # latents: 0.6, 2 and 10 s
+AT_ONCE = 5  # latents: 0.2 s, in which the road ahead is in view
+SHOWN, SHOWN_DREAMS, PICTURED = (0, SHORT, MIDDLE, 125, LONG, STEPS - 1), 3, "64 plans"
 NEIGHBOURS, INSIDE = 5, 0.99
 BOUND = 100.0  # of each number of a dreamt latent: the predictor's dreams explode
 TRAINING = 20_000  # latents at most, among which neighbours are looked for
 MOTION, ROAD = ("speed", "yaw_rate"), ("curvature_20", "lateral_offset")
 STARTS = {"data_race": "expert", "data": "random"}  # of driving, from which the planner goes on
 OWN, PREDICTOR, REAL, NOTHING = "dream model", "predictor", "simulator", "nothing changes"
+OTHER = "simulator, other tracks"
 RANK = "rank correlation with the simulator"
 DRIVERS = {  # changes of the planner's settings
     "2 plans": {"samples": 2},
@@ -275,9 +285,25 @@ def physics(models, reader, samples, at, cfg):
     return rows, {name: reader.inside(x[:, at[-1] - 1]) for name, x in futures.items()}
 
 
-def choose_starts(models, test, source, count, cfg):
-    """Samples of new episodes of a source, from which drivers go on."""
-    some = [x for x in test if x.source == source]
+def compare_samples(models, reader, samples, cfg):
+    """{latents ahead: estimate}: RMS of the difference in curvature of two dreams from each of the
+    Samples, over that of two dreams from different ones.
+    """
+    z, act = samples.z(0, 0)[:, 0], samples.act(MIDDLE)
+    seeds = cfg.seed, cfg.seed + 1
+    one, two = (reader("road", under_actions(models, Dream, z, act, s))[..., 0] for s in seeds)
+    apart = np.roll(two, len(two) // 2, axis=0)
+    rms = lambda x: np.sqrt((x**2).mean())
+    share = lambda one, two, apart: rms(one - two) / rms(one - apart)
+    steps = AT_ONCE, SHORT, MIDDLE
+    curvatures = {t: [x[:, t - 1] for x in (one, two, apart)] for t in steps}
+    track = samples.track
+    return {t: bootstrap_intervals(share, track, x, cfg)[0] for t, x in curvatures.items()}
+
+
+def choose_starts(models, test, source, count, cfg, half=0):
+    """Samples of new episodes of a source, from which drivers go on: of one half of them."""
+    some = [x for x in test if x.source == source][half::2]
     return choose_samples(some, count, cfg.seed, models.encoder.history, MIDDLE)
 
 
@@ -291,8 +317,31 @@ def all_drives(models, starts, driver, cfg):
     return {REAL: real_drives(models, starts, STEPS, driver)} | dreams
 
 
-def evaluate_long_dreams(models, train, test, cfg, planner):
-    """Part 6: {"physics", "stable", "roads", "drivers": {row: {column: estimate}}}."""
+def draw_long_dreams(models, test, cfg, driver, path):
+    """Draws moments of 20 s from a state of each source: a real drive, then several dreams."""
+    if models.decoder is None or models.dream is None:
+        return
+    starts = choose_samples(test, 1, cfg.seed, models.encoder.history, MIDDLE)
+    drives = {REAL: real_drives(models, starts, STEPS, driver)}
+    for i in range(SHOWN_DREAMS):
+        drives[f"dream {i + 1}"] = driven_dream(models, Dream, starts, STEPS, driver, cfg.seed + i)
+    shown, seconds = [t for t in SHOWN if t < STEPS], models.encoder.repeat / FPS
+    pictures = lambda z: paint(models.decoder, z[shown].to(models.device))
+    rows = [
+        (f"{source}\n{name}", pictures(z[i]))
+        for i, source in enumerate(starts.source)
+        for name, z in drives.items()
+    ]
+    with ornament(path):
+        draw_strips(rows, [f"{t * seconds:.1f} s" for t in shown], path)
+        print(f"drawn: {path}")
+
+
+def evaluate_long_dreams(models, train, test, cfg, planner, path):
+    """Part 6: {"physics", "stable", "roads", "samples", "drivers": {row: {column: estimate}}}.
+
+    Some dreams are drawn to the file `path`.
+    """
     reader, out = Reader(models, train, test, cfg), {"physics": {}, "stable": {}, "roads": {}}
     mean = lambda x: x.mean()
 
@@ -314,6 +363,9 @@ def evaluate_long_dreams(models, train, test, cfg, planner):
         share = lambda x, samples=samples: bootstrap_intervals(mean, samples.track, (x,), cfg)[0]
         add("stable", f"{case} +{at[-1]}", {row: share(x) for row, x in inside.items()})
 
+    agreement = compare_samples(models, reader, cases["expert"][0], cfg)
+    out["samples"] = {OWN: {f"expert +{t}, curvature": x for t, x in agreement.items()}}
+
     # the planner drives on
     driver = lambda name=None, seed=0: lambda: make_driver(models, planner, name, seed)
     for source, kind in progress(STARTS.items(), desc="drives", leave=False):
@@ -328,6 +380,8 @@ def evaluate_long_dreams(models, train, test, cfg, planner):
 
         # real drives differ, too: by the noise of the plans
         drives[REAL] = real_drives(models, starts, STEPS, driver(seed=1))
+        others = choose_starts(models, test, source, cfg.dreams, cfg, half=1)
+        drives[OTHER] = real_drives(models, others, STEPS, driver())
         read = {name: reader("road", z) for name, z in drives.items()}
         wanted, ks = reader("road", truth), lambda x, y: ks_2samp(x.ravel(), y.ravel()).statistic
         for i, name in enumerate(ROAD):
@@ -346,6 +400,7 @@ def evaluate_long_dreams(models, train, test, cfg, planner):
                 reached.setdefault((figure, where), []).append(value)
     reached = {key: np.stack(values, axis=1) for key, values in reached.items()}
     out["drivers"] = compare_drivers(reached, starts.track, cfg)
+    draw_long_dreams(models, test, cfg, driver(PICTURED), path)
     return out
 
 

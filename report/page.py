@@ -80,7 +80,7 @@ def long_dreams_table(part, title):
     def table(found):
         rows = {name: [*row.values()] for name, row in found[part].items()}
         columns = list(next(iter(found[part].values())))
-        plain_rows = tuple(rows) if part == "drivers" else ()
+        plain_rows = tuple(rows) if part in ("samples", "drivers") else ()
         return Table(f"6. Long dreams: {title}", columns, rows, part == "roads", plain_rows)
 
     return table

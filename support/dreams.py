@@ -95,18 +95,25 @@ def draw_dreams(encoder, predictor, decoder, windows, sources, sheet, device):
 def draw_dream(real, dreamt, names, path, seconds):
     """PNG: for each window a row of real frames above its rollout; `seconds` between latents."""
     shown = [t for t in SHOWN if t < real.shape[1]]
+    pairs = [(name, rows) for name, *rows in zip(names, real, dreamt)]
+    kinds = "real", "rollout"
+    rows = [(f"{name}\n{k}", x[shown]) for name, pair in pairs for k, x in zip(kinds, pair)]
+    draw_strips(rows, [f"latent {t} ({t * seconds:.2f} s)" for t in shown], path)
+
+
+def draw_strips(rows, titles, path):
+    """PNG: a row of pictures (n, 64, 64, 3) for each (label, pictures), under n titles."""
     plt = pyplot()
-    figsize = 1.5 * len(shown) + 0.6, 3.0 * len(names)
-    grid = dict(nrows=2 * len(names), ncols=len(shown), squeeze=False)
+    figsize = 1.5 * len(titles) + 0.6, 1.5 * len(rows)
+    grid = dict(nrows=len(rows), ncols=len(titles), squeeze=False)
     fig, axes = plt.subplots(**grid, layout="constrained", figsize=figsize)
-    for i, name in enumerate(names):
-        for row, frames, kind in ((2 * i, real, "real"), (2 * i + 1, dreamt, "rollout")):
-            for ax, t in zip(axes[row], shown):
-                ax.imshow(frames[i, t], interpolation="nearest")
-                ax.set(xticks=[], yticks=[])
-                if row == 0:
-                    ax.set_title(f"latent {t} ({t * seconds:.2f} s)", fontsize=8)
-            axes[row, 0].set_ylabel(f"{plain(name)}\n{kind}", fontsize=8)
+    for line, (label, pictures) in zip(axes, rows):
+        for ax, picture in zip(line, pictures):
+            ax.imshow(picture, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+        line[0].set_ylabel(plain(label), fontsize=8)
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title, fontsize=8)
     save_figure(fig, path)
 
 

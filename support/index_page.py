@@ -15,7 +15,7 @@ from support.files import replace_atomically
 RELOAD_S = 30  # seconds after which the browser loads the page again
 SECTIONS = {  # heading: (file names, how many of the newest are shown)
     "Reconstruction": (["reconstruct_ep*.png", "reconstruct_progress.gif"], 1),
-    "Rollout": (["output_dream.gif", "dream_ep*.png"], 1),
+    "Rollout": (["output_dream.gif", "dream_ep*.png", "dream_long.png"], 1),
     "Energy": (["demo_energy.png", "energy_*.png"], 9),
     "Films": (["*.mp4"], 9),
     "Report card": (["report*.png"], 9),

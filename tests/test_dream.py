@@ -53,13 +53,26 @@ def test_the_linear_map_and_its_scale_are_those_of_the_process():
     assert torch.allclose(model.scale, torch.full((3,), NOISE), rtol=0.05)
 
 
-def test_the_predictor_keeps_its_weights_and_drops_nothing():
+def test_the_predictor_learns_by_its_rollout_alone_and_drops_nothing():
     model = DreamModel(PREDICTOR | {"dropout": 0.5}, hidden=8, width=8).train()
     assert model.training and not model.predictor.training
     z, act = process(4, 3)
     model.loss(z, act).mean().backward()
     assert all(p.grad is None for p in model.predictor.parameters())
     assert all(p.grad is not None for p in model.memory.parameters())
+    model.rollout_error(z, act).mean().backward()
+    learned = {name for name, p in model.predictor.named_parameters() if p.grad is not None}
+    looks = {name for name, _ in model.predictor.named_parameters() if name[:4] in ("look", "fade")}
+    assert learned == {*dict(model.predictor.named_parameters())} - looks
+
+
+def test_the_rollout_error_is_that_of_the_predictor():
+    torch.manual_seed(0)
+    model, (z, act) = DreamModel(PREDICTOR, hidden=8, width=8), process(4, ANCHOR + 5)
+    planned = z[..., : PREDICTOR["dim"]]
+    z_hat = model.predictor.rollout(planned[:, 0], act[:, :ANCHOR])
+    wanted = (z_hat - planned[:, 1 : ANCHOR + 1]).pow(2).mean(dim=2)
+    assert torch.allclose(model.rollout_error(z, act), wanted)
 
 
 def test_a_dream_is_what_training_saw_step_by_step_and_its_seed_decides():

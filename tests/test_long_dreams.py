@@ -16,6 +16,7 @@ from report.episodes import choose_samples, drive_episodes
 from report.long_dreams import (
     DRIVERS,
     NOTHING,
+    OTHER,
     OWN,
     PREDICTOR,
     RANK,
@@ -27,7 +28,7 @@ from report.long_dreams import (
 from report.models import Models
 from support.plan_config import PlanConfig
 
-SMALL = {"STEPS": 16, "SHORT": 3, "MIDDLE": 5, "LONG": 12}
+SMALL = {"STEPS": 16, "AT_ONCE": 2, "SHORT": 3, "MIDDLE": 5, "LONG": 12}
 
 
 @pytest.fixture
@@ -43,11 +44,14 @@ def test_all_tables_stand_in_the_card(chain, small, monkeypatch, capsys):
     assert evaluate.main() == 0
     report = json.loads((root / "visuals" / "report_only_long_dreams.json").read_text())
     found, said = report["parts"]["long_dreams"], capsys.readouterr().out
-    assert said.count("6. Long dreams") == 4
+    assert said.count("6. Long dreams") == 5
     assert all(sound(x, high=1) <= 1 for row in found["physics"].values() for x in row.values())
     for part in ("stable", "roads"):
-        assert set(found[part]) == {OWN, PREDICTOR, REAL, NOTHING}
+        others = {OTHER} if part == "roads" else set()
+        assert set(found[part]) == {OWN, PREDICTOR, REAL, NOTHING} | others
         assert all(0 <= sound(x) <= 1 for row in found[part].values() for x in row.values())
+    assert all(x["value"] > 0 for x in found["samples"][OWN].values())
+    assert (root / "visuals" / "dream_long.png").stat().st_size > 10_000
     roads = found["roads"]  # another drive is nearer to a drive than its first moment
     assert all(roads[REAL][c]["value"] < roads[NOTHING][c]["value"] for c in roads[REAL])
     assert set(found["drivers"]) == {*DRIVERS, RANK}

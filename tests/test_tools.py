@@ -13,7 +13,7 @@ from conftest import REPO, script
 
 from buffer import index, read_chunk, write_chunk
 from networks import CostModel, Predictor, TinyEncoder
-from support.checkpoints import fingerprint, load_models, save
+from support.checkpoints import fingerprint, load_frozen, load_models, save
 from support.cli import Refusal
 from tools import checkpoint
 from tools.checkpoint import export_safetensors
@@ -96,6 +96,19 @@ def test_safetensors_hold_the_weights_and_what_rebuilds_the_nets(tmp_path):
         {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
     )
     assert fingerprint(again) == fingerprint(nets["encoder"])
+
+
+def test_a_checkpoint_in_half_precision_is_half_as_large_and_nearly_the_same(tmp_path):
+    net = Predictor(16, 64, 64)
+    save(tmp_path / "p.pth", {"predictor": net}, encoder_key="k")
+    done = script("tools.checkpoint", tmp_path / "p.pth", "--half", tmp_path / "half.pth")
+    assert done.returncode == 0, done.stderr
+    sizes = [(tmp_path / name).stat().st_size for name in ("half.pth", "p.pth")]
+    assert sizes[0] < 0.6 * sizes[1]
+    again, payload = load_frozen(tmp_path / "half.pth", "predictor", "cpu")
+    assert payload["encoder_key"] == "k"
+    for x, y in zip(again.state_dict().values(), net.state_dict().values()):
+        assert x.dtype == torch.float32 and torch.allclose(x, y, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,15 @@
-"""What a checkpoint holds; its weights for other programs.
+"""What a checkpoint holds; its weights for other programs, or in half the space.
 
 python -m tools.checkpoint FILE...
 python -m tools.checkpoint FILE --safetensors OUT
+python -m tools.checkpoint FILE --half OUT
 """
 
 import json
 from pathlib import Path
 
-from support.checkpoints import read
-from support.cli import Parser, optional, run_main, typed
+from support.checkpoints import not_finite, read, write_payload
+from support.cli import Parser, fail, optional, run_main, typed
 from support.files import output_file, replace_atomically
 
 SCRIPTS = {
@@ -16,6 +17,7 @@ SCRIPTS = {
     "decoder": "train_decoder.py",
     "cost": "train_cost_model.py",
     "predictor": "train_predictor.py",
+    "dream": "train_dream.py",
 }  # in this order: an encoder's file and a cost model's hold a predictor too
 
 
@@ -56,19 +58,33 @@ def export_safetensors(path, out):
     print(f"{out}: {len(weights)} tensors of {', '.join(about)}")
 
 
+def halve(path, out):
+    """Writes a checkpoint with its weights in half precision. Loaded, they are float32 again."""
+    payload = read(path)
+    for name, entry in payload["nets"].items():
+        halved = {k: x.half() if x.is_floating_point() else x for k, x in entry["weights"].items()}
+        if large := not_finite(halved):
+            fail(f"{path}: {name}'s {large} is too large for half precision")
+        entry["weights"] = halved
+    write_payload(out, payload)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
 def main():
     p = Parser(description="what a checkpoint holds")
     p.add_argument("files", nargs="+", type=Path, help="checkpoints to describe")
-    out = dict(type=output_file, metavar="OUT", help="write the weights of the one file to OUT")
-    p.add_argument("--safetensors", **out)
+    either, out = p.add_mutually_exclusive_group(), dict(type=output_file, metavar="OUT")
+    either.add_argument("--safetensors", **out, help="write the weights of the one file to OUT")
+    either.add_argument("--half", **out, help="write it to OUT in half precision")
     args = p.parse_args()
-    out = args.safetensors
+    flag, write = ("half", halve) if args.half else ("safetensors", export_safetensors)
+    out = getattr(args, flag)
     if out and len(args.files) > 1:
-        p.error("--safetensors takes one file at a time")
+        p.error(f"--{flag} takes one file at a time")
     if out and out.exists() and out.samefile(args.files[0]):
-        p.error(f"--safetensors {out}: is the checkpoint itself; choose another name")
+        p.error(f"--{flag} {out}: is the checkpoint itself; choose another name")
     for path in args.files:
-        export_safetensors(path, out) if out else describe(path)
+        write(path, out) if out else describe(path)
     return 0
 
 
