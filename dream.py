@@ -14,7 +14,8 @@ from torch import nn
 from networks import ACT, INITIAL_STEP, Predictor, normalize_action
 
 MAX_NOISE = 2.0  # of the latents seen in training, in units of `scale`
-SEEN_NOISE = 0.3  # the level that a dream gives for its own latents; noise is MAX_NOISE * level²
+SEEN_NOISE = 0.85  # the level that a dream gives for its own latents; noise is MAX_NOISE * level²
+RARE = 0.002  # share of real latents beyond either bound of a dream's numbers
 ANCHOR = 100  # latents of a rollout of the predictor before it starts anew; see docs/LOG.md
 FAR = 5.0  # what a guess differs from the linear one at most, in units of `scale`
 FLOW_STEPS = 3  # of the midpoint method; six of Euler's give 0.8 of a Gaussian's deviation
@@ -40,7 +41,7 @@ class DreamModel(nn.Module):
     learns longer rollouts.
     In training the latents seen carry noise of a known level (Valevski et al. 2024, GameNGen): so
     the net learns to mend its own errors. Half of the noise is the same in all of a window, because
-    errors of a dream last.
+    errors of a dream last. Each number of a dream stays within the range of real latents.
     """
 
     def __init__(self, predictor, hidden=512, width=768, depth=2):
@@ -55,6 +56,7 @@ class DreamModel(nn.Module):
         self.dim = dim = self.planned + self.predictor.looks
         self.linear = nn.Linear(dim + ACT, dim).requires_grad_(False)
         self.register_buffer("scale", torch.ones(dim))
+        self.register_buffer("bounds", torch.tensor([[-1e3], [1e3]]).repeat(1, dim))
 
         self.memory = nn.GRU(dim + ACT + 1, hidden, batch_first=True)
         self.condition = nn.Linear(hidden + dim + ACT + 1 + 2 * self.planned, width)
@@ -77,12 +79,13 @@ class DreamModel(nn.Module):
 
     @torch.no_grad()
     def fit_linear(self, z, act, z_next, ridge=1.0):
-        """Fits the linear map, and the scale of what it lacks, to z (N, D), act (N, 3)."""
+        """Fits the linear map, the scale of what it lacks, and the bounds: z (N, D), act (N, 3)."""
         x = torch.cat([z, normalize_action(act), torch.ones_like(z[:, :1])], dim=1).double()
         gram = x.T @ x + ridge * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         weight = torch.linalg.solve(gram, x.T @ z_next.double())
         self.linear.weight.copy_(weight[:-1].T)
         self.linear.bias.copy_(weight[-1])
+        self.bounds.copy_(z.quantile(z.new_tensor([RARE, 1 - RARE]), dim=0))
         self.scale.copy_((z_next - x @ weight).std(dim=0).clamp_min(1e-4))
 
     def expect(self, z, act):
@@ -182,4 +185,4 @@ class DreamModel(nn.Module):
             t, half = k / FLOW_STEPS, 0.5 / FLOW_STEPS
             x = x + 2 * half * velocity(x + half * velocity(x, t), t + half)
         y = mean + temperature * (x - mean)
-        return base + y * self.scale, Memory(h, start, acts)
+        return (base + y * self.scale).clamp(*self.bounds), Memory(h, start, acts)

@@ -53,6 +53,16 @@ def test_the_linear_map_and_its_scale_are_those_of_the_process():
     assert torch.allclose(model.scale, torch.full((3,), NOISE), rtol=0.05)
 
 
+def test_a_dream_stays_within_the_range_of_real_latents():
+    torch.manual_seed(0)
+    model, (z, act) = DreamModel(PREDICTOR, hidden=8, width=8).eval(), process(4000, 1)
+    model.fit_linear(z[:, 0], act[:, 0], z[:, 1])
+    outside = (z[:, 0] < model.bounds[0]) | (z[:, 0] > model.bounds[1])
+    assert 0.002 < outside.float().mean() < 0.006
+    far, _ = model.step(torch.full((2, 3), 1e4), torch.zeros(2, 3))
+    assert torch.equal(far, model.bounds[1].expand(2, 3))
+
+
 def test_the_predictor_learns_by_its_rollout_alone_and_drops_nothing():
     model = DreamModel(PREDICTOR | {"dropout": 0.5}, hidden=8, width=8).train()
     assert model.training and not model.predictor.training
