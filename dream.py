@@ -85,7 +85,8 @@ class DreamModel(nn.Module):
         weight = torch.linalg.solve(gram, x.T @ z_next.double())
         self.linear.weight.copy_(weight[:-1].T)
         self.linear.bias.copy_(weight[-1])
-        self.bounds.copy_(z.quantile(z.new_tensor([RARE, 1 - RARE]), dim=0))
+        rare = int(RARE * len(z))
+        self.bounds.copy_(z.sort(dim=0).values[[rare, -1 - rare]])
         self.scale.copy_((z_next - x @ weight).std(dim=0).clamp_min(1e-4))
 
     def expect(self, z, act):
