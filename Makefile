@@ -49,7 +49,7 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) drive_mpc.py $(LAPTOP) --headless --episodes 3 --track_seed 100000 --compare random no_model expert --json "$(ROOT)/visuals/drive_mpc.json"
 
 pretrained: ROOT = pretrained
-pretrained: .venv/installed  ## over two hours on two cores: weights like those that come with the code
+pretrained: .venv/installed  ## over three hours on two cores: weights like those that come with the code
 	$(PY) collect_race_data.py $(LAPTOP) --frames 260000
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 1500000
 	$(PY) collect_data.py $(LAPTOP) --frames 1500000
@@ -77,7 +77,7 @@ all: .venv/installed  ## the whole plan at full scale: 5.8 million frames, a GPU
 	$(PY) train_decoder.py --once --newest
 	$(PY) train_predictor.py --epochs 50
 	$(PY) train_cost_model.py
-	$(PY) train_dream.py --epochs 50
+	$(PY) train_dream.py --epochs 20 --steps_per_epoch 5000
 	$(PY) evaluate.py
 	$(PY) demo_energy.py --headless
 	$(PY) drive_mpc.py --headless --episodes 100 --track_seed 100000 --compare random no_model untrained expert --json visuals/drive_mpc.json

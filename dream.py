@@ -41,7 +41,7 @@ class DreamModel(nn.Module):
     learns longer rollouts.
     In training the latents seen carry noise of a known level (Valevski et al. 2024, GameNGen): so
     the net learns to mend its own errors. Half of the noise is the same in all of a window, because
-    errors of a dream last. Each number of a dream stays within the range of real latents.
+    errors of a dream last. Numbers of a dream stay within the range of nearly all real ones.
     """
 
     def __init__(self, predictor, hidden=512, width=768, depth=2):

@@ -10,8 +10,8 @@ It reads ROOT/models, or the weights that come with the code, and the training e
 ROOT/data_race, data_recovery and data, or drives some. Then it drives new episodes of the same
 three kinds on tracks 200000 to 299999, which nothing was fitted to. It prints tables: a value ±
 half its 95 % interval, bootstrapped over tracks. It writes ROOT/visuals/report.json (all figures,
-with n and intervals), report.png, and report_dreams.png where there is a decoder. Some --parts
-make report_only_<parts>.json and .png.
+with n and intervals), report.png, and where there is a decoder report_dreams.png, of part 6
+dream_long.png. Some --parts make report_only_<parts>.json and .png.
 
 The weights that come with the code take 4 to 7 minutes on two cores with bf16.
 Same seed, same machine: same report.
@@ -56,7 +56,7 @@ PARTS = {  # part: the nets that it needs beside the encoder, and its tables
             page.long_dreams_table("physics", "R², latents ahead under the actions of real drives"),
             page.long_dreams_table("stable", "share as near to training latents as real ones"),
             page.long_dreams_table("roads", "distance of dreamt and real distributions"),
-            page.long_dreams_table("samples", "difference of two from one state, of any two"),
+            page.long_dreams_table("samples", "differences of two from one state, over any two's"),
             page.long_dreams_table("drivers", "what drivers reach in 20 s"),
         ],
     ),

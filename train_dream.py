@@ -2,10 +2,12 @@
 
 Reads the newest encoder and predictor in ROOT/models, and the data, through the predictor's cache
 of latents. Writes models/dream_ep{N}.pth, models/dream.jsonl, visuals/dream_curves.png. Prints the
-held-out error of its mean, in units of the linear map's, beside another episode's actions and
-copy-last. The planner does not use it; `play.py` and `evaluate.py --parts long_dreams` do.
+held-out error of its mean, in units of what a linear map lacks, beside that map, another episode's
+actions and copy-last; and that of its predictor's rollout, of latents. The planner does not use it;
+`play.py` and `evaluate.py --parts long_dreams` do.
 
-    python train_dream.py --epochs 50
+    python train_dream.py --epochs 20 --steps_per_epoch 5000
+    python train_dream.py --epochs 6 --steps_per_epoch 1000 --batch_size 30    # 70 min on one core
 """
 
 if __name__ == "__main__":
@@ -43,7 +45,10 @@ def arguments():
 
 def loss_fn(nets, z, act):
     """Squared errors of flow and rollout: z (B, H + 1, D), act (B, H, 3) -> (loss, logs)."""
-    flow, rollout = nets["dream"].loss(z, act), nets["dream"].rollout_error(z, act)
+    rollout = nets["dream"].rollout_error(
+        z, act
+    )  # first: older torch caches casts without gradient
+    flow = nets["dream"].loss(z, act)
     logs = {"first_step": flow[:, 0], "rollout": rollout, "last_rollout": rollout[:, -1]}
     return flow.mean() + rollout.mean(), {name: x.detach().mean() for name, x in logs.items()}
 

@@ -6,14 +6,14 @@ again. Beside it stand the predictor, the simulator's latents, and a present tha
 Physics: R² of speed and yaw rate, read off dreamt latents by ridge probes, under the actions that
 were driven. On the lawn, where only the car moves, also after 10 s.
 Samples: how far two dreams from one state under the same actions differ in curvature, as a share of
-two from different states.
+two from different states under different actions.
 Stable: the share of dreamt latents that are as near to training latents as 99 in 100 real ones of
 expert and recovery driving (mean distance to the NEIGHBOURS nearest).
 Roads: the planner drives on for 20 s, in the dream and in the simulator, from the same states. The
 figures are Kolmogorov-Smirnov distances of curvature and lateral offset, read off dreamt and real
 latents. The row of the simulator drives there again, with other noise of the plans. A dream sees
 no more of the track than the driver does, so it invents another one: beside it stand real drives of
-other tracks.
+other tracks, from other starts. Dreams begin on every second track.
 Drivers: the same with several drivers, good and bad. The figures are rank correlations over the
 drivers, of what each reaches in the dream and in the simulator.
 """
@@ -381,7 +381,7 @@ def evaluate_long_dreams(models, train, test, cfg, planner, path):
         # real drives differ, too: by the noise of the plans
         drives[REAL] = real_drives(models, starts, STEPS, driver(seed=1))
         others = choose_starts(models, test, source, cfg.dreams, cfg, half=1)
-        drives[OTHER] = real_drives(models, others, STEPS, driver())
+        drives[OTHER] = real_drives(models, others[: len(starts)], STEPS, driver())
         read = {name: reader("road", z) for name, z in drives.items()}
         wanted, ks = reader("road", truth), lambda x, y: ks_2samp(x.ravel(), y.ravel()).statistic
         for i, name in enumerate(ROAD):

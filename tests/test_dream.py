@@ -3,6 +3,7 @@
 import torch
 
 from dream import ANCHOR, SEEN_NOISE, DreamModel
+from train_dream import loss_fn
 
 CARRY, PUSH, NOISE = 0.9, 0.5, 0.3  # z[t+1] = CARRY z[t] + PUSH (steer, gas, brake) + NOISE e
 PREDICTOR = dict(dim=2, hidden=8, state=4, dropout=0.0, looks=1)
@@ -74,6 +75,17 @@ def test_the_predictor_learns_by_its_rollout_alone_and_drops_nothing():
     learned = {name for name, p in model.predictor.named_parameters() if p.grad is not None}
     looks = {name for name, _ in model.predictor.named_parameters() if name[:4] in ("look", "fade")}
     assert learned == {*dict(model.predictor.named_parameters())} - looks
+
+
+def test_flow_and_predictor_both_learn_in_bf16():
+    torch.manual_seed(0)
+    model, (z, act) = DreamModel(PREDICTOR, hidden=8, width=8), process(4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logs = loss_fn({"dream": model}, z, act)
+    loss.backward()
+    assert model.predictor.into.weight.grad.abs().sum() > 0
+    assert model.memory.weight_ih_l0.grad.abs().sum() > 0
+    assert 0 < logs["rollout"] < loss
 
 
 def test_the_rollout_error_is_that_of_the_predictor():

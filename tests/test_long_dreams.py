@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,6 +77,16 @@ def test_drives_begin_where_the_samples_are(driven):
     for kind in (long_dreams.Dream, long_dreams.PredictorDream):
         dreamt = long_dreams.driven_dream(models, kind, starts, 3, driver, 0)
         assert torch.equal(dreamt[:, 0], starts.z(0, 0)[:, 0]) and dreamt.isfinite().all()
+
+
+def test_the_halves_of_the_starts_share_no_track(driven, small):
+    models, starts = driven
+    cfg = SimpleNamespace(seed=0)
+    two = [replace(starts.episodes[0], track=i) for i in range(4)]
+    halves = [
+        long_dreams.choose_starts(models, two, two[0].source, 9, cfg, half) for half in (0, 1)
+    ]
+    assert [{*half.track} for half in halves] == [{0, 2}, {1, 3}]
 
 
 def test_the_same_actions_make_the_same_drive(driven, monkeypatch):

@@ -99,16 +99,25 @@ def test_safetensors_hold_the_weights_and_what_rebuilds_the_nets(tmp_path):
 
 
 def test_a_checkpoint_in_half_precision_is_half_as_large_and_nearly_the_same(tmp_path):
-    net = Predictor(16, 64, 64)
-    save(tmp_path / "p.pth", {"predictor": net}, encoder_key="k")
+    net = CostModel(16, 64)
+    save(tmp_path / "p.pth", {"cost": net}, encoder_key="k")
     done = script("tools.checkpoint", tmp_path / "p.pth", "--half", tmp_path / "half.pth")
     assert done.returncode == 0, done.stderr
     sizes = [(tmp_path / name).stat().st_size for name in ("half.pth", "p.pth")]
     assert sizes[0] < 0.6 * sizes[1]
-    again, payload = load_frozen(tmp_path / "half.pth", "predictor", "cpu")
+    again, payload = load_frozen(tmp_path / "half.pth", "cost", "cpu")
     assert payload["encoder_key"] == "k"
     for x, y in zip(again.state_dict().values(), net.state_dict().values()):
         assert x.dtype == torch.float32 and torch.allclose(x, y, rtol=1e-3, atol=1e-6)
+
+    save(tmp_path / "e.pth", {"predictor": Predictor(16, 8)})
+    net.mu.fill_(1e6)
+    save(tmp_path / "large.pth", {"cost": net})
+    for name, why in (("e", "would not know it"), ("large", "too large"), ("p", "itself")):
+        out = tmp_path / ("p.pth" if name == "p" else "no.pth")
+        refused = script("tools.checkpoint", tmp_path / f"{name}.pth", "--half", out)
+        assert refused.returncode == 2 and why in refused.stderr, refused.stderr
+        assert not (tmp_path / "no.pth").exists()
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,14 @@ def export_safetensors(path, out):
 
 
 def halve(path, out):
-    """Writes a checkpoint with its weights in half precision. Loaded, they are float32 again."""
+    """Writes a checkpoint with its weights in half precision. Loaded, they are float32 again.
+
+    Refuses encoders and predictors: other nets know them by their exact weights.
+    """
     payload = read(path)
     for name, entry in payload["nets"].items():
+        if name in ("encoder", "predictor"):
+            fail(f"{path}: nets that were trained on this {name} would not know it any more")
         halved = {k: x.half() if x.is_floating_point() else x for k, x in entry["weights"].items()}
         if large := not_finite(halved):
             fail(f"{path}: {name}'s {large} is too large for half precision")
@@ -75,7 +80,9 @@ def main():
     p.add_argument("files", nargs="+", type=Path, help="checkpoints to describe")
     either, out = p.add_mutually_exclusive_group(), dict(type=output_file, metavar="OUT")
     either.add_argument("--safetensors", **out, help="write the weights of the one file to OUT")
-    either.add_argument("--half", **out, help="write it to OUT in half precision")
+    either.add_argument(
+        "--half", **out, help="write it to OUT in half precision; no encoder, no predictor"
+    )
     args = p.parse_args()
     flag, write = ("half", halve) if args.half else ("safetensors", export_safetensors)
     out = getattr(args, flag)
