@@ -16,19 +16,18 @@ from networks import ACT, INITIAL_STEP, Predictor, normalize_action
 MAX_NOISE = 2.0  # of the latents seen in training, in units of `scale`
 SEEN_NOISE = 0.85  # the level that a dream gives for its own latents; noise is MAX_NOISE * level²
 RARE = 0.002  # share of real latents beyond either bound of a dream's numbers
-ANCHOR = 100  # latents of a rollout of the predictor before it starts anew; see docs/LOG.md
+ANCHORS = 1, 16, 100  # latents after which rollouts of the predictor start anew; see docs/LOG.md
 FAR = 5.0  # what a guess differs from the linear one at most, in units of `scale`
 FLOW_STEPS = 3  # of the midpoint method; six of Euler's give 0.8 of a Gaussian's deviation
 FREQUENCIES = 8  # of the flow's time
-GATES = 0.6, 0.2  # first shares of the two guesses in what is expected
+GATES = 0.5, 0.2, 0.1  # first shares of the guesses in what is expected
 
 
 class Memory(NamedTuple):
     """What a dream remembers from one step to the next."""
 
     h: torch.Tensor  # (1, B, hidden) of the GRU
-    start: torch.Tensor  # (B, D) where the rollout of the predictor began
-    act: torch.Tensor  # (B, <= ANCHOR, 3) its actions
+    runs: list  # of each of ANCHORS: (latent (B, D) where its rollout began, actions since then)
 
 
 class DreamModel(nn.Module):
@@ -36,9 +35,9 @@ class DreamModel(nn.Module):
 
     The flow works with y = (z[t+1] - linear(z[t], act[t])) / scale. It goes straight from noise at
     time 0 to y at time 1 (flow matching, Lipman et al. 2022). Its net predicts y itself, so what
-    the past determines comes out without noise. It sees two guesses of a predictor: from the latent
-    before, and the rollout from up to ANCHOR latents ago. That is a copy of the planner's, which
-    learns longer rollouts.
+    the past determines comes out without noise. It sees guesses of a predictor, whose rollouts
+    start anew after each of ANCHORS: short ones know the road, long ones how the car moves. It is
+    a copy of the planner's, which learns longer rollouts.
     In training the latents seen carry noise of a known level (Valevski et al. 2024, GameNGen): so
     the net learns to mend its own errors. Half of the noise is the same in all of a window, because
     errors of a dream last. Numbers of a dream stay within the range of nearly all real ones.
@@ -59,7 +58,8 @@ class DreamModel(nn.Module):
         self.register_buffer("bounds", torch.tensor([[-1e3], [1e3]]).repeat(1, dim))
 
         self.memory = nn.GRU(dim + ACT + 1, hidden, batch_first=True)
-        self.condition = nn.Linear(hidden + dim + ACT + 1 + 2 * self.planned, width)
+        guessed = len(ANCHORS) * self.planned
+        self.condition = nn.Linear(hidden + dim + ACT + 1 + guessed, width)
         self.gates = nn.Parameter(torch.tensor(GATES)[:, None].repeat(1, self.planned))
         self.into = nn.Linear(dim + 2 * FREQUENCIES, width, bias=False)
         block = lambda: nn.Sequential(
@@ -95,13 +95,13 @@ class DreamModel(nn.Module):
             return self.linear(torch.cat([z, normalize_action(act)], dim=-1))
 
     @torch.no_grad()
-    def guesses(self, base, *rollouts):
+    def guesses(self, base, rollouts):
         """What rollouts (..., planned) of the predictor add to base (..., D), in units of scale."""
         P = self.planned
         return [((z - base[..., :P]) / self.scale[:P]).clamp(-FAR, FAR) for z in rollouts]
 
     def remember(self, z, act, noise, guesses, h=None):
-        """z (B, T, D), act (B, T, 3), noise (B, T, 1), two guesses (B, T, planned) ->
+        """z (B, T, D), act (B, T, 3), noise (B, T, 1), guesses (B, T, planned) ->
         (what the flow is conditioned on: (B, T, width), and the guesses' part of y), h.
         """
         seen = torch.cat([z, normalize_action(act), noise], dim=2)
@@ -119,17 +119,18 @@ class DreamModel(nn.Module):
         return self.out(y).float() + guessed
 
     def see(self, seen, act, noise):
-        """Windows seen (B, T, D), act (B, T, 3), noise (B, T, 1) -> (base (B, T, D), condition).
-
-        The predictor guesses from each latent, and from every ANCHOR-th.
-        """
-        base, planned = self.expect(seen, act), seen[..., : self.planned]
-        with torch.no_grad():
-            one = self.predictor.rollout(planned.flatten(0, 1), act.reshape(-1, 1, ACT))
-            parts = zip(planned.split(ANCHOR, dim=1), act.split(ANCHOR, dim=1))
-            long = torch.cat([self.predictor.rollout(z[:, 0], a) for z, a in parts], dim=1)
-        guesses = self.guesses(base, one.view_as(long), long)
+        """Windows seen (B, T, D), act (B, T, 3), noise (B, T, 1) -> (base (B, T, D), condition)."""
+        base = self.expect(seen, act)
+        guesses = self.guesses(base, [self.rollouts(seen, act, every) for every in ANCHORS])
         return base, self.remember(seen, act, noise, guesses)[0]
+
+    @torch.no_grad()
+    def rollouts(self, z, act, every):
+        """Rollouts (B, T, planned) of the predictor, begun at every so many of z (B, T, D)."""
+        (B, T), rest = act.shape[:2], -act.shape[1] % every
+        act = nn.functional.pad(act, (0, 0, 0, rest)).reshape(-1, every, ACT)
+        z = z[:, ::every, : self.planned].flatten(0, 1)
+        return self.predictor.rollout(z, act).reshape(B, T + rest, -1)[:, :T]
 
     @torch.no_grad()
     def mean_error(self, z, act):
@@ -152,10 +153,10 @@ class DreamModel(nn.Module):
     def rollout_error(self, z, act):
         """Squared error (B, T) of the predictor's rollout: z (B, T + 1, D), act (B, T, 3).
 
-        T is at most ANCHOR: later latents are left out.
+        T is at most the last of ANCHORS: later latents are left out.
         """
-        planned = z[:, : ANCHOR + 1, : self.planned]
-        z_hat = self.predictor.rollout(planned[:, 0], act[:, :ANCHOR]).float()
+        planned = z[:, : ANCHORS[-1] + 1, : self.planned]
+        z_hat = self.predictor.rollout(planned[:, 0], act[:, : ANCHORS[-1]]).float()
         return (z_hat - planned[:, 1:]).pow(2).mean(dim=2)
 
     @torch.no_grad()
@@ -166,13 +167,12 @@ class DreamModel(nn.Module):
         may be from the mean; 0 is the mean, 1 as it was learned.
         """
         level = SEEN_NOISE if memory else 0.0
-        h, start, acts = memory or Memory(None, z, act[:, None][:, :0])
-        if acts.shape[1] == ANCHOR:
-            start, acts = z, acts[:, :0]
-        acts, base, P = torch.cat([acts, act[:, None]], dim=1), self.expect(z, act), self.planned
-        one = self.predictor.rollout(z[:, :P], act[:, None])[:, 0]
-        long = self.predictor.rollout(start[:, :P], acts)[:, -1]
-        guesses = [g[:, None] for g in self.guesses(base, one, long)]
+        none, base, P = act[:, None][:, :0], self.expect(z, act), self.planned
+        h, runs = memory or Memory(None, [(z, none)] * len(ANCHORS))
+        runs = [run if run[1].shape[1] < k else (z, none) for k, run in zip(ANCHORS, runs)]
+        runs = [(start, torch.cat([acts, act[:, None]], dim=1)) for start, acts in runs]
+        ends = [self.predictor.rollout(start[:, :P], acts)[:, -1] for start, acts in runs]
+        guesses = [guess[:, None] for guess in self.guesses(base, ends)]
         seen = z[:, None], act[:, None], z.new_full((len(z), 1, 1), level)
         condition, h = self.remember(*seen, guesses, h)
         condition = [c[:, 0] for c in condition]
@@ -186,4 +186,4 @@ class DreamModel(nn.Module):
             t, half = k / FLOW_STEPS, 0.5 / FLOW_STEPS
             x = x + 2 * half * velocity(x + half * velocity(x, t), t + half)
         y = mean + temperature * (x - mean)
-        return (base + y * self.scale).clamp(*self.bounds), Memory(h, start, acts)
+        return (base + y * self.scale).clamp(*self.bounds), Memory(h, runs)

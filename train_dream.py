@@ -17,7 +17,7 @@ import torch
 
 from buffer import load_sources, provenance, shares_of
 from car import MAX_STEPS, ZOOM_STEPS
-from dream import ANCHOR, DreamModel
+from dream import ANCHORS, DreamModel
 from support.checkpoints import fingerprint, latest, load_frozen, rotate
 from support.cli import Number, Stop, add_flags, optimisation, parser, run_main
 from support.device import autocast, set_up
@@ -37,7 +37,7 @@ def arguments():
         ("--hidden", size, 512, "size of the memory"),
         ("--width", size, 768, "of the flow's layers"),
         ("--depth", Number(int, 1, 64), 2, "blocks of the flow"),
-        ("--horizon", Number(int, 1, MAX_STEPS), ANCHOR, "latents in a window"),
+        ("--horizon", Number(int, 1, MAX_STEPS), ANCHORS[-1], "latents in a window"),
     )
     optimisation(p, batch_size=64)
     return p.parse_args()

@@ -2,10 +2,11 @@
 
 import torch
 
-from dream import ANCHOR, SEEN_NOISE, DreamModel
+from dream import ANCHORS, SEEN_NOISE, DreamModel
 from train_dream import loss_fn
 
 CARRY, PUSH, NOISE = 0.9, 0.5, 0.3  # z[t+1] = CARRY z[t] + PUSH (steer, gas, brake) + NOISE e
+LONG = ANCHORS[-1]  # latents
 PREDICTOR = dict(dim=2, hidden=8, state=4, dropout=0.0, looks=1)
 
 
@@ -90,16 +91,16 @@ def test_flow_and_predictor_both_learn_in_bf16():
 
 def test_the_rollout_error_is_that_of_the_predictor():
     torch.manual_seed(0)
-    model, (z, act) = DreamModel(PREDICTOR, hidden=8, width=8), process(4, ANCHOR + 5)
+    model, (z, act) = DreamModel(PREDICTOR, hidden=8, width=8), process(4, LONG + 5)
     planned = z[..., : PREDICTOR["dim"]]
-    z_hat = model.predictor.rollout(planned[:, 0], act[:, :ANCHOR])
-    wanted = (z_hat - planned[:, 1 : ANCHOR + 1]).pow(2).mean(dim=2)
+    z_hat = model.predictor.rollout(planned[:, 0], act[:, :LONG])
+    wanted = (z_hat - planned[:, 1 : LONG + 1]).pow(2).mean(dim=2)
     assert torch.allclose(model.rollout_error(z, act), wanted)
 
 
 def test_a_dream_is_what_training_saw_step_by_step_and_its_seed_decides():
     torch.manual_seed(0)
-    model, T = DreamModel(PREDICTOR, hidden=8, width=16).eval(), ANCHOR + 3
+    model, T = DreamModel(PREDICTOR, hidden=8, width=16).eval(), LONG + 3
     act = torch.rand(2, T, 3)
 
     def dream(seed):
