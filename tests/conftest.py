@@ -1,6 +1,7 @@
 """One small chain, run once by the README's commands, that the tests look at from outside."""
 
 import os
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process and all scripts: two run at a time
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)  # under nohup, whose children would ignore it too
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 
