@@ -14,7 +14,7 @@ from torch import nn
 from networks import ACT, INITIAL_STEP, Predictor, normalize_action
 
 MAX_NOISE = 2.0  # of the latents seen in training, in units of `scale`
-SEEN_NOISE = 0.85  # the level that a dream gives for its own latents; noise is MAX_NOISE * level²
+SEEN_NOISE = 0.6  # the level that a dream gives for its own latents; noise is MAX_NOISE * level²
 RARE = 0.002  # share of real latents beyond either bound of a dream's numbers
 ANCHORS = 1, 16, 100  # latents after which rollouts of the predictor start anew; see docs/LOG.md
 FAR = 5.0  # what a guess differs from the linear one at most, in units of `scale`
