@@ -78,7 +78,7 @@ class DreamModel(nn.Module):
         return self
 
     @torch.no_grad()
-    def fit_linear(self, z, act, z_next, ridge=1.0):
+    def fit(self, z, act, z_next, ridge=1.0):
         """Fits the linear map, the scale of what it lacks, and the bounds: z (N, D), act (N, 3)."""
         x = torch.cat([z, normalize_action(act), torch.ones_like(z[:, :1])], dim=1).double()
         gram = x.T @ x + ridge * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)

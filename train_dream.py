@@ -45,10 +45,8 @@ def arguments():
 
 def loss_fn(nets, z, act):
     """Squared errors of flow and rollout: z (B, H + 1, D), act (B, H, 3) -> (loss, logs)."""
-    rollout = nets["dream"].rollout_error(
-        z, act
-    )  # first: older torch caches casts without gradient
-    flow = nets["dream"].loss(z, act)
+    # the rollout first: older torch keeps casts that were made without gradient
+    rollout, flow = nets["dream"].rollout_error(z, act), nets["dream"].loss(z, act)
     logs = {"first_step": flow[:, 0], "rollout": rollout, "last_rollout": rollout[:, -1]}
     return flow.mean() + rollout.mean(), {name: x.detach().mean() for name, x in logs.items()}
 
@@ -100,7 +98,7 @@ def main():
     model.predictor.load_state_dict(predictor.state_dict())
     pairs = WindowSampler(latents, sources, 0, PAIRS, 1, **of, skip=ZOOM_STEPS)(0)
     z, act = (x.to(device) for x in pairs)
-    model.fit_linear(z[:, 0], act[:, 0], z[:, 1])
+    model.fit(z[:, 0], act[:, 0], z[:, 1])
     nets, learned = {"dream": model}, [p for p in model.parameters() if p.requires_grad]
     optim = torch.optim.AdamW(learned, args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -319,7 +319,7 @@ def all_drives(models, starts, driver, cfg):
 
 def draw_long_dreams(models, test, cfg, driver, path):
     """Draws moments of 20 s from a state of each source: a real drive, then several dreams."""
-    if models.decoder is None or models.dream is None:
+    if models.decoder is None:
         return
     starts = choose_samples(test, 1, cfg.seed, models.encoder.history, MIDDLE)
     drives = {REAL: real_drives(models, starts, STEPS, driver)}

@@ -95,9 +95,9 @@ def draw_dreams(encoder, predictor, decoder, windows, sources, sheet, device):
 def draw_dream(real, dreamt, names, path, seconds):
     """PNG: for each window a row of real frames above its rollout; `seconds` between latents."""
     shown = [t for t in SHOWN if t < real.shape[1]]
-    pairs = [(name, rows) for name, *rows in zip(names, real, dreamt)]
-    kinds = "real", "rollout"
-    rows = [(f"{name}\n{k}", x[shown]) for name, pair in pairs for k, x in zip(kinds, pair)]
+    rows = []
+    for name, frames, rollout in zip(names, real, dreamt):
+        rows += [(f"{name}\nreal", frames[shown]), (f"{name}\nrollout", rollout[shown])]
     draw_strips(rows, [f"latent {t} ({t * seconds:.2f} s)" for t in shown], path)
 
 

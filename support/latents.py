@@ -141,7 +141,8 @@ class Latents:
         """Refuses chunks of one part of a folder, none of which lasts so many steps."""
         part, folder = "held-out" if chunks[0].held_out else "training", chunks[0].path.parent
         longest = max(c.frames for c in chunks)
-        lower = f"lower --horizon of the trainer or --repeat ({self.repeat}) of the encoder"
+        nets = "predictor or dream model"  # a cost model looks as far as its predictor
+        lower = f"lower --horizon of the {nets}, or --repeat ({self.repeat}) of the encoder"
         fail(
             f"{folder}: no {part} episode lasts {steps} steps{why}, the longest has {longest}; "
             f"{lower}, or collect longer episodes: {made_by(folder)}"

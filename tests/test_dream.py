@@ -22,7 +22,7 @@ def trained(steps=2000):
     torch.manual_seed(0)
     model = DreamModel(PREDICTOR, hidden=16, width=64, depth=1)
     z, act = process(4096, 1)
-    model.fit_linear(z[:, 0], act[:, 0], z[:, 1])
+    model.fit(z[:, 0], act[:, 0], z[:, 1])
     optim = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optim, steps)
     for _ in range(steps):
@@ -49,7 +49,7 @@ def test_samples_have_the_mean_and_the_spread_of_the_process():
 def test_the_linear_map_and_its_scale_are_those_of_the_process():
     torch.manual_seed(0)
     model, (z, act) = DreamModel(PREDICTOR, hidden=8, width=8), process(8000, 1)
-    model.fit_linear(z[:, 0], act[:, 0], z[:, 1])
+    model.fit(z[:, 0], act[:, 0], z[:, 1])
     wanted = CARRY * z[:, 0] + PUSH * act[:, 0]
     assert (model.expect(z[:, 0], act[:, 0]) - wanted).abs().max() < 0.05
     assert torch.allclose(model.scale, torch.full((3,), NOISE), rtol=0.05)
@@ -58,7 +58,7 @@ def test_the_linear_map_and_its_scale_are_those_of_the_process():
 def test_a_dream_stays_within_the_range_of_real_latents():
     torch.manual_seed(0)
     model, (z, act) = DreamModel(PREDICTOR, hidden=8, width=8).eval(), process(4000, 1)
-    model.fit_linear(z[:, 0], act[:, 0], z[:, 1])
+    model.fit(z[:, 0], act[:, 0], z[:, 1])
     outside = (z[:, 0] < model.bounds[0]) | (z[:, 0] > model.bounds[1])
     assert 0.002 < outside.float().mean() < 0.006
     far, _ = model.step(torch.full((2, 3), 1e4), torch.zeros(2, 3))
