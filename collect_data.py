@@ -5,23 +5,29 @@ writes ROOT/data/*.npz, one episode a file. Started again, it goes on to the tar
 
     python collect_data.py                      1.5 million frames
     python collect_data.py --frames 20000       seconds on a laptop
+    python collect_data.py --steps 1000         longer drives on the grass, for the dream model
 """
 
 if __name__ == "__main__":
     import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
+from functools import partial
 
 import numpy as np
 
+from car import MAX_STEPS
 from car.telemetry import place_beside
-from support.cli import run_main
+from support.cli import Number, run_main
 from support.workers import collect, collector_parser
+
+RANDOM_STEPS = 300  # a car lost in the grass shows little more that is new
 
 
 class RandomDriver:
     """Holds random targets for 0.2 to 1.2 s each and approaches them through AR(1) noise."""
 
-    max_steps = 300  # a car lost in the grass shows little more that is new
+    def __init__(self, max_steps=RANDOM_STEPS):
+        self.max_steps = max_steps
 
     def start(self, env, rng):
         """Places the car anywhere on the track, askew, at up to 60 units/s, in half of the
@@ -51,12 +57,16 @@ class RandomDriver:
         return np.clip(self.action, (-1, 0, 0), 1).astype(np.float32)
 
 
-def make_random(number):
-    return RandomDriver(), {"name": "random"}
+def make_random(number, steps=RANDOM_STEPS):
+    return RandomDriver(steps), {"name": "random", "steps": steps}
 
 
 def main():
-    return collect(collector_parser(__doc__, 1_500_000).parse_args(), "data", make_random)
+    p = collector_parser(__doc__, 1_500_000)
+    help = "at most so many of an episode"
+    p.add_argument("--steps", type=Number(int, 1, MAX_STEPS), default=RANDOM_STEPS, help=help)
+    args = p.parse_args()
+    return collect(args, "data", partial(make_random, steps=args.steps))
 
 
 if __name__ == "__main__":

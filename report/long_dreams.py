@@ -48,6 +48,7 @@ SHORT, MIDDLE, LONG = 15, 50, 250  # latents: 0.6, 2 and 10 s
 AT_ONCE = 5  # latents: 0.2 s, in which the road ahead is in view
 SHOWN, SHOWN_DREAMS, PICTURED = (0, SHORT, MIDDLE, 125, LONG, STEPS - 1), 3, "64 plans"
 NEIGHBOURS, INSIDE = 5, 0.99
+LAWN_STEPS = 1000  # of a random drive there
 BOUND = 100.0  # of each number of a dreamt latent: the predictor's dreams explode
 TRAINING = 20_000  # latents at most, among which neighbours are looked for
 MOTION, ROAD = ("speed", "yaw_rate"), ("curvature_20", "lateral_offset")
@@ -71,8 +72,6 @@ DRIVERS = {  # changes of the planner's settings
 
 class LawnDriver(RandomDriver):
     """Random driving that begins far beside the road."""
-
-    max_steps = 1000
 
     def start(self, env, rng):
         tile, side = rng.integers(len(env.unwrapped.track)), rng.choice([-1, 1])
@@ -253,7 +252,8 @@ def lawn_samples(models, cfg):
     env, episodes = make_env("fast"), []
     first = cfg.track_seed + 3 * cfg.tracks  # behind those of the other episodes
     for track in range(first, first + cfg.tracks):
-        arrays, _ = run_episode(env, LawnDriver(), track, np.random.default_rng([cfg.seed, track]))
+        rng = np.random.default_rng([cfg.seed, track])
+        arrays, _ = run_episode(env, LawnDriver(LAWN_STEPS), track, rng)
         episodes.append(at_latent_rate("lawn", track, arrays, models.encoder.repeat))
     env.close()
     models.encode_episodes(episodes)

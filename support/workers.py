@@ -76,8 +76,8 @@ def remove_stale_tmp(folder, stem):
 
 
 def other_flags(chunks, args):
-    """Lines that count the episodes driven with other values of --pace and --max_offset."""
-    for flag in ("pace", "max_offset"):
+    """Lines that count the episodes driven with other values of --pace, --max_offset or --steps."""
+    for flag in ("pace", "max_offset", "steps"):
         then = [c.meta["policy"].get(flag) for c in chunks] if hasattr(args, flag) else []
         others = [x for x in then if x is not None and x not in np.ravel(getattr(args, flag))]
         if others:

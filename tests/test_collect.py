@@ -218,6 +218,15 @@ def all_seeds(machines, workers, episodes):
     assert len(tracks) == len(noises) == machines * workers * episodes
 
 
+def test_random_episodes_last_as_long_as_asked(tmp_path):
+    flags = "--frames", 2000, "--workers", 2, "--steps", 350
+    assert not script("collect_data.py", *flags, root=tmp_path).returncode
+    frames = [c.frames for c in index(tmp_path / "data")[0]]
+    assert max(frames) == 350 and min(frames) > 0
+    done = script("collect_data.py", "--frames", 2400, "--workers", 2, root=tmp_path)
+    assert f"{len(frames)} episodes of --steps 350" in done.stdout
+
+
 def test_no_seed_comes_twice():
     all_seeds(machines=2, workers=32, episodes=100)
     jobs = [
