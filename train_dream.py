@@ -47,7 +47,7 @@ def loss_fn(nets, z, act):
     """Squared errors of flow and rollout: z (B, H + 1, D), act (B, H, 3) -> (loss, logs)."""
     # the rollout first: older torch keeps casts that were made without gradient
     rollout, flow = nets["dream"].rollout_error(z, act), nets["dream"].loss(z, act)
-    logs = {"first_step": flow[:, 0], "rollout": rollout, "last_rollout": rollout[:, -1]}
+    logs = {"rollout": rollout, "last_rollout": rollout[:, -1]}
     return flow.mean() + rollout.mean(), {name: x.detach().mean() for name, x in logs.items()}
 
 
