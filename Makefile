@@ -57,10 +57,11 @@ pretrained: .venv/installed  ## over three hours on two cores: weights like thos
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 2000 --autoencoder_steps 2000
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(PREDICTOR) --hidden 384 --state 256 --epochs 10 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP)
-	$(PY) train_dream.py $(LAPTOP) $(SHARES) --batch_size 30 --epochs 6 --steps_per_epoch 1000
+	$(PY) collect_data.py $(LAPTOP) --frames 1900000 --steps 1000
+	$(PY) train_dream.py $(LAPTOP) $(SHARES) --batch_size 30 --epochs 8 --steps_per_epoch 1000
 	mkdir -p models/pretrained && rm -f models/pretrained/*.pth
 	cd "$(ROOT)/models" && cp encoder_mixed_ep8.pth decoder_ep8.pth predictor_ep10.pth cost_model_final.pth "$(CURDIR)/models/pretrained/"
-	$(PY) -m tools.checkpoint "$(ROOT)/models/dream_ep6.pth" --half models/pretrained/dream_ep6.pth
+	$(PY) -m tools.checkpoint "$(ROOT)/models/dream_ep8.pth" --half models/pretrained/dream_ep8.pth
 
 test: .venv/installed  ## the tests, under ten minutes on two cores
 	$(PY) -m ruff format --check . && $(PY) -m ruff check .
@@ -77,6 +78,7 @@ all: .venv/installed  ## the whole plan at full scale: 5.8 million frames, a GPU
 	$(PY) train_decoder.py --once --newest
 	$(PY) train_predictor.py --epochs 50
 	$(PY) train_cost_model.py
+	$(PY) collect_data.py --frames 1900000 --steps 1000
 	$(PY) train_dream.py --epochs 20 --steps_per_epoch 5000
 	$(PY) evaluate.py
 	$(PY) demo_energy.py --headless

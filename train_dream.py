@@ -7,7 +7,7 @@ actions and copy-last; and that of its predictor's rollout, of latents. The plan
 `play.py` and `evaluate.py --parts long_dreams` do.
 
     python train_dream.py --epochs 20 --steps_per_epoch 5000
-    python train_dream.py --epochs 6 --steps_per_epoch 1000 --batch_size 30    # 70 min on one core
+    python train_dream.py --epochs 8 --steps_per_epoch 1000 --batch_size 30    # 90 min on one core
 """
 
 if __name__ == "__main__":
