@@ -5,7 +5,7 @@ writes ROOT/data/*.npz, one episode a file. Started again, it goes on to the tar
 
     python collect_data.py                      1.5 million frames
     python collect_data.py --frames 20000       seconds on a laptop
-    python collect_data.py --steps 1000         longer drives on the grass, for the dream model
+    python collect_data.py --frames 1900000 --steps 1000    then longer ones, for the dream model
 """
 
 if __name__ == "__main__":
@@ -63,7 +63,7 @@ def make_random(number, steps=RANDOM_STEPS):
 
 def main():
     p = collector_parser(__doc__, 1_500_000)
-    help = "at most so many of an episode"
+    help = "longest episode"
     p.add_argument("--steps", type=Number(int, 1, MAX_STEPS), default=RANDOM_STEPS, help=help)
     args = p.parse_args()
     return collect(args, "data", partial(make_random, steps=args.steps))

@@ -14,7 +14,8 @@ from torch import nn
 from networks import ACT, INITIAL_STEP, Predictor, normalize_action
 
 MAX_NOISE = 2.0  # of the latents seen in training, in units of `scale`
-SEEN_NOISE = 0.6  # the level that a dream gives for its own latents; noise is MAX_NOISE * level²
+SEEN_NOISE = 0.3  # the level that a dream gives for its own latents; noise is MAX_NOISE * level²
+TEMPERATURE = 0.6  # of a dream; at 1, as it was learned, some dreams leave what is real
 RARE = 0.002  # share of real latents beyond either bound of a dream's numbers
 ANCHORS = 1, 16, 100  # latents after which rollouts of the predictor start anew; see docs/LOG.md
 FAR = 5.0  # what a guess differs from the linear one at most, in units of `scale`
@@ -148,9 +149,9 @@ class DreamModel(nn.Module):
         return (mean - (z[:, 1:] - base) / self.scale).pow(2)
 
     def loss(self, z, act):
-        """Squared error (B, T / 2) of the flow's y: z (B, T + 1, D), act (B, T, 3).
+        """Squared error (B, n) of the flow's y: z (B, T + 1, D), act (B, T, 3).
 
-        Of every second latent, the odd or the even ones: neighbours teach much the same.
+        Of n, every second one, of the T latents: neighbours teach much the same.
         """
         T = act.shape[1]
         at = slice(int(torch.randint(min(2, T), ())), None, 2)
@@ -172,7 +173,7 @@ class DreamModel(nn.Module):
         return (z_hat - planned[:, 1:]).pow(2).mean(dim=2)
 
     @torch.no_grad()
-    def step(self, z, act, memory=None, temperature=1.0, generator=None):
+    def step(self, z, act, memory=None, temperature=TEMPERATURE, generator=None):
         """Samples the latent that follows z (B, D) under act (B, 3) -> (it, the next Memory).
 
         memory: of the step before, None at the start of a dream. temperature: how far the sample

@@ -33,6 +33,7 @@ from car.episode import EpisodeRecorder, run_episode
 from car.telemetry import TELEMETRY, telemetry, telemetry_of
 from collect_recovery_data import FaultyExpert
 from demo_energy import MIN_JUMP, teleport
+from dream import TEMPERATURE
 from drive_mpc import load_driver, save_episode, to_action
 from support.checkpoints import require_dir
 from support.cli import Stop, fail, parser, run_main, track_number, weight
@@ -52,7 +53,7 @@ GAS = 0.6  # of a held key: full gas spins the car
 RAMP = np.array((0.08, 0.06, 0.05))  # most change of steer, gas and brake in a tick
 TICK_MS, PLAN_MS = 1000 * TICK, (4.0, 30.0)  # of a tick; least and most of it for a plan
 REFRESH = 2.0  # s for which a dream of the predictor holds
-USUAL = 5  # of the keys 0 to 9: a temperature of 1
+USUAL = 5  # of the keys 0 to 9: the one of TEMPERATURE
 SPARE_MS = 4.0  # of a tick that stay free
 LEAST_SAMPLES = 16  # candidates of a plan on a slow machine
 PROBE_EPISODES, PROBE_STEPS = 16, 250  # driving from which the probes are fitted
@@ -129,7 +130,7 @@ class Game:
         self.refresh = args.refresh
         if self.refresh is None:
             self.refresh = 0.0 if self.model else REFRESH
-        self.temperature, self.generator = 1.0, torch.Generator(driver.device)
+        self.temperature, self.generator = TEMPERATURE, torch.Generator(driver.device)
         self.probes, self.probes_r2 = fit_probes(driver)
         self.rng, self.recorder, self.plan_ms = np.random.default_rng(args.seed), None, PLAN_MS[0]
         self.autopilot = self.energies = self.paused = self.single = self.manual = False
@@ -193,7 +194,7 @@ class Game:
         elif key == "s":
             self.paused = self.single = True
         elif key in DIGITS:
-            self.temperature = int(key) / USUAL
+            self.temperature = TEMPERATURE * int(key) / USUAL
 
     def plan(self):
         """Plans from the present latent, takes the time."""

@@ -225,6 +225,8 @@ def test_random_episodes_last_as_long_as_asked(tmp_path):
     assert max(frames) == 350 and min(frames) > 0
     done = script("collect_data.py", "--frames", 2400, "--workers", 2, root=tmp_path)
     assert f"{len(frames)} episodes of --steps 350" in done.stdout
+    longest = [c.meta["policy"]["steps"] for c in index(tmp_path / "data")[0]]
+    assert Counter(longest)[350] == len(frames) and set(longest) == {300, 350}
 
 
 def test_no_seed_comes_twice():

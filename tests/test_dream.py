@@ -1,5 +1,6 @@
 """The dream model: its sampling against a process whose law is known, and what it remembers."""
 
+import pytest
 import torch
 
 from dream import ANCHORS, SEEN_NOISE, DreamModel
@@ -37,7 +38,8 @@ def trained(steps=2000):
 def test_samples_have_the_mean_and_the_spread_of_the_process():
     model = trained()
     z, act = torch.tensor([0.5, -1.0, 0.0]).expand(4000, 3), torch.full((4000, 3), 0.5)
-    sample, _ = model.step(z, act, generator=torch.Generator().manual_seed(0))
+    of = dict(temperature=1.0, generator=torch.Generator().manual_seed(0))
+    sample, _ = model.step(z, act, **of)
     mean = CARRY * z[0] + PUSH * act[0]
     assert (sample.mean(0) - mean).abs().max() < 0.08
     assert torch.allclose(sample.std(0), torch.full((3,), NOISE), rtol=0.15)
@@ -87,6 +89,22 @@ def test_flow_and_predictor_both_learn_in_bf16():
     assert model.predictor.into.weight.grad.abs().sum() > 0
     assert model.memory.weight_ih_l0.grad.abs().sum() > 0
     assert 0 < logs["rollout"] < loss
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_the_loss_is_of_every_second_latent(T):
+    torch.manual_seed(0)
+    model, (z, act) = DreamModel(PREDICTOR, hidden=8, width=8), process(4, T)
+    sizes = {tuple(model.loss(z, act).shape) for _ in range(20)}
+    assert sizes == ({(4, 1)} if T == 1 else {(4, 2), (4, 3)})
+    level = torch.full((4, T, 1), 0.5)
+    every, some = (
+        model.see(z[:, :-1], act, level),
+        model.see(z[:, :-1], act, level, slice(0, None, 2)),
+    )
+    assert torch.equal(some[0], every[0][:, ::2])
+    for x, y in zip(some[1], every[1]):
+        assert torch.allclose(x, y[:, ::2], atol=1e-6)
 
 
 def test_the_rollout_error_is_that_of_the_predictor():

@@ -14,7 +14,7 @@ from windows import needs_xvfb, xvfb
 
 import play
 from buffer import index, read_chunk
-from dream import DreamModel
+from dream import TEMPERATURE, DreamModel
 
 av = pytest.importorskip("av")
 QUICK = ["--samples", "16", "--threads", "1", "--headless"]
@@ -233,7 +233,7 @@ def test_a_dream_model_samples_at_the_temperature_of_the_keys(game):
         game.press(key)
         game.action, z = np.zeros(3, np.float32), game.z
         game.advance()
-        assert game.temperature == int(key) / 5 and game.dream_ticks == 1
+        assert game.temperature == TEMPERATURE * int(key) / 5 and game.dream_ticks == 1
         futures.append(game.z - z)
     assert torch.equal(*futures[:2]) and not torch.equal(*futures[2:]) and game.memory is not None
     game.teleport()
