@@ -1,6 +1,7 @@
 """`play.py`: a script of keys drives the simulator and the dream; keys in a real window."""
 
 import json
+import shutil
 import signal
 import sys
 import time
@@ -8,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import script
+from conftest import REPO, script
 from processes import finish, start, wait_for
 from windows import needs_xvfb, xvfb
 
@@ -42,7 +43,8 @@ KEYS = """
 def played(tmp_path_factory):
     root = tmp_path_factory.mktemp("play")
     (root / "keys.txt").write_text(KEYS)
-    done = script("play.py", *QUICK, "--keys", root / "keys.txt", "--data", "mine", root=root)
+    flags = "--keys", root / "keys.txt", "--data", "mine", "--refresh", 2
+    done = script("play.py", *QUICK, *flags, root=root)
     assert done.returncode == 0, done.stderr
     return root, done, json.loads((root / "visuals" / "play.json").read_text())["ticks"]
 
@@ -238,6 +240,22 @@ def test_a_dream_model_samples_at_the_temperature_of_the_keys(game):
     assert torch.equal(*futures[:2]) and not torch.equal(*futures[2:]) and game.memory is not None
     game.teleport()
     assert game.memory is None
+
+
+def test_only_dreams_of_the_predictor_begin_anew_by_default(game, tmp_path):
+    assert game.model and not game.refresh
+    (tmp_path / "models").mkdir()
+    for path in (REPO / "models" / "pretrained").glob("*.pth"):
+        if not path.name.startswith("dream"):
+            shutil.copy(path, tmp_path / "models")
+    other = play.Game(game.args, play.load_driver(game.args, game.args)[0], tmp_path)
+    assert other.model is None
+    other.press("tab")
+    ticks = []
+    for _ in range(60):
+        other.tick(set(), [])
+        ticks.append(other.dream_ticks)
+    assert max(ticks) * play.TICK == pytest.approx(2) and ticks[-1] < ticks[0] + 12
 
 
 def test_a_dream_that_overflows_begins_anew(game):
