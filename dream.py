@@ -28,7 +28,7 @@ class Memory(NamedTuple):
     """What a dream remembers from one step to the next."""
 
     h: torch.Tensor  # (1, B, hidden) of the GRU
-    runs: list  # of each of ANCHORS: (latent (B, D) where its rollout began, actions since then)
+    runs: list  # of each of ANCHORS: its rollout so far, as `DreamModel.go_on` makes it
 
 
 class DreamModel(nn.Module):
@@ -140,6 +140,19 @@ class DreamModel(nn.Module):
         z = z[:, ::every, : self.planned].flatten(0, 1)
         return self.predictor.rollout(z, act).reshape(B, T + rest, -1)[:, :T]
 
+    def go_on(self, run, every, z, act):
+        """A rollout of the predictor, a step further under act (B, 3): (state, rest, steps).
+
+        rest: what the state lacks of the latent. After `every` steps it starts anew, at z (B, D).
+        """
+        p = self.predictor
+        if run is None or run[2] == every:
+            planned = z[:, : self.planned]
+            state = p.to_state(planned)
+            run = state, planned - p.to_latent(state), 0
+        state, rest, steps = run
+        return p.transition(state, act), p.decay_logit.sigmoid() * rest, steps + 1
+
     @torch.no_grad()
     def mean_error(self, z, act):
         """Squared error (B, T, D) of the mean in units of `scale`, as `loss`, without noise."""
@@ -180,11 +193,10 @@ class DreamModel(nn.Module):
         may be from the mean; 0 is the mean, 1 as it was learned.
         """
         level = SEEN_NOISE if memory else 0.0
-        none, base, P = act[:, None][:, :0], self.expect(z, act), self.planned
-        h, runs = memory or Memory(None, [(z, none)] * len(ANCHORS))
-        runs = [run if run[1].shape[1] < k else (z, none) for k, run in zip(ANCHORS, runs)]
-        runs = [(start, torch.cat([acts, act[:, None]], dim=1)) for start, acts in runs]
-        ends = [self.predictor.rollout(start[:, :P], acts)[:, -1] for start, acts in runs]
+        base = self.expect(z, act)
+        h, runs = memory or Memory(None, [None] * len(ANCHORS))
+        runs = [self.go_on(run, every, z, act) for every, run in zip(ANCHORS, runs)]
+        ends = [self.predictor.to_latent(state) + rest for state, rest, _ in runs]
         guesses = [guess[:, None] for guess in self.guesses(base, ends)]
         seen = z[:, None], act[:, None], z.new_full((len(z), 1, 1), level)
         condition, h = self.remember(*seen, guesses, h)
