@@ -63,8 +63,8 @@ def make_random(number, steps=RANDOM_STEPS):
 
 def main():
     p = collector_parser(__doc__, 1_500_000)
-    help = "longest episode"
-    p.add_argument("--steps", type=Number(int, 1, MAX_STEPS), default=RANDOM_STEPS, help=help)
+    steps, text = Number(int, 1, MAX_STEPS), "steps of the longest episode"
+    p.add_argument("--steps", type=steps, default=RANDOM_STEPS, help=text)
     args = p.parse_args()
     return collect(args, "data", partial(make_random, steps=args.steps))
 

@@ -98,10 +98,8 @@ def test_the_loss_is_of_every_second_latent(T):
     sizes = {tuple(model.loss(z, act).shape) for _ in range(20)}
     assert sizes == ({(4, 1)} if T == 1 else {(4, 2), (4, 3)})
     level = torch.full((4, T, 1), 0.5)
-    every, some = (
-        model.see(z[:, :-1], act, level),
-        model.see(z[:, :-1], act, level, slice(0, None, 2)),
-    )
+    every = model.see(z[:, :-1], act, level)
+    some = model.see(z[:, :-1], act, level, slice(0, None, 2))
     assert torch.equal(some[0], every[0][:, ::2])
     for x, y in zip(some[1], every[1]):
         assert torch.allclose(x, y[:, ::2], atol=1e-6)
