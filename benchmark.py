@@ -14,8 +14,10 @@ fidelity  mean absolute difference, in grey levels of 255, of `preprocess(offici
 train     the encoder's training loop, with data and augmentation, beside the bare forward, backward
           and step of the same nets on one batch; and the share of this device's rate of matrix
           products. Reads the data*/ of --root.
-plan      milliseconds of a plan as the driver makes it, encoding included: by folded products and
-          by a plain rollout. Reads the models/ of --root, or the weights that come with the code.
+plan      milliseconds of a plan as the driver makes it, encoding included: by threads, alone and
+          beside a busy process; then milliseconds and return by numbers of candidate plans and
+          iterations, over --drives tracks each (0: no drives). Reads the models/ of --root, or the
+          weights that come with the code.
 """
 
 if __name__ == "__main__":
@@ -37,7 +39,7 @@ BENCHMARKS = {
     "loader": lambda args: bench_loader(args.frames),
     "fidelity": lambda args: bench_fidelity(args.root, args.tracks),
     "train": lambda args: bench_train(args.root, args.repeats, args.train_steps),
-    "plan": lambda args: bench_plan(args.root),
+    "plan": lambda args: bench_plan(args.root, args.plans, args.drives),
 }
 
 
@@ -50,6 +52,8 @@ def parse_args():
     p.add_argument("--steps", **number(1, 1000, 1000), help="env: of an episode")
     p.add_argument("--frames", **number(2000, 10**8, 40_000), help="collect, loader: per worker")
     p.add_argument("--tracks", **number(2, 1000, 20), help="fidelity: how many")
+    p.add_argument("--plans", **number(2, 10**6, 200), help="plan: how many are timed")
+    p.add_argument("--drives", **number(0, 1000, 5), help="plan: tracks for each size")
     p.add_argument("--train_steps", **number(1, 10**6, 20), help="train: in each of --repeats")
     return p.parse_args()
 

@@ -23,31 +23,34 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from buffer import history_rows, write_chunk
+from buffer import history_rows, index, write_chunk
 from car import ZOOM_STEPS
-from car.env import make_env, observe
+from car.env import observe
 from car.episode import EpisodeRecorder
 from car.telemetry import telemetry
 from collect_race_data import Expert
-from networks import DISCOUNT, Predictor, normalize_action, scored_steps
+from networks import Predictor
 from support import checkpoints
 from support.cli import Number, Stop, fail, fraction, parser, run_main, track_number
 from support.device import set_up
-from support.disturbance import DISTURBANCES, Disturbance
+from support.disturbance import DISTURBANCES, Disturbance, disturbed_env
 from support.dreams import load_decoder
 from support.files import is_stream, lock_file, output_file, writable
+from support.heading import HeadingMemory, turn_readout
 from support.lap_view import VIDEO_FPS, LapView
 from support.latents import encode
+from support.palette import Palette
 from support.pictures import VideoRecorder
 from support.plan_config import ITERATIONS, PlanConfig, planning, take_gas
 from support.progress import progress
+from support.rollout_cost import RolloutCost
 from support.scores import COLUMNS, Report, compare, row_line, row_name, score_settings
 from support.window import NoWindow, keys_text, open_window
 from support.workers import FIRST_SEED, chunk_provenance
 
+LEARN_COLORS = 40  # step at which the palette is learned: the camera has nearly arrived
 START_GAS = 0.25  # held through the opening zoom, in which latents mean little
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
@@ -74,6 +77,8 @@ def arguments():
     add("--json", type=output_file, help="file of the scores, written after each drive")
     saved = f"episodes of --policy go to ROOT/{SELF_DRIVEN_DIR}, of tracks from {FIRST_SEED} on"
     add("--save_data", action="store_true", help=saved)
+    blind = "share of the plans that are followed to their end: what plans lead to, to learn from"
+    add("--open_loop", type=fraction, default=0.0, help=blind)
     add("--film", type=Number(int, 0, 1000), default=1, help="laps of --policy in the film")
     add("--headless", action="store_true", help="no window: as fast as it goes")
     add("--no_video", action="store_true", help="scores only, no window, no pictures")
@@ -101,54 +106,6 @@ def to_action(u):
     """Plans u (..., 2) in -1..1 (steer, throttle) -> actions (..., 3): steer, gas, brake."""
     steer, throttle = u.unbind(-1)
     return torch.stack([STEER * steer, throttle.clamp_min(0), BRAKE * (-throttle).clamp_min(0)], -1)
-
-
-class RolloutCost:
-    """Costs of many candidates from one latent, in float32: (z (1, D), act (N, H, 3)) -> (N,).
-
-    It computes CostModel.rollout_cost of Predictor.rollout. For the density, `to_latent` and
-    `whiten` are one product, of the latents `scored(H)` only. A plan takes 44 ms (two cores of a
-    Xeon), with the nets' own methods 82 ms, and 95 ms when these score every latent.
-    """
-
-    def __init__(self, predictor, cost, kind, scored=scored_steps):
-        self.predictor, self.cost, self.kind, self.scored = predictor, cost, kind, scored
-        self.w_in = predictor.into.weight.T.contiguous()
-        self.w_out = predictor.out.weight.T.contiguous()
-        self.whiten = predictor.to_latent.weight.T @ cost.whiten  # (S, D)
-
-    @torch.inference_mode()
-    def __call__(self, z, act):
-        N, H, _ = act.shape
-        p, cost = self.predictor, self.cost
-        z = z[:, : p.dim]
-        if self.kind == "classifier":
-            return cost.rollout_cost(z, p.rollout(z.expand(N, -1), act), self.kind)
-
-        # present: state, what it does not carry, and both whitened
-        ood = self.kind == "value" and cost.is_ood(z)
-        h, a = p.to_state(z), normalize_action(act).transpose(0, 1).contiguous()
-        residual = p.residual(z, h, H)[0] + p.to_latent.bias  # (H, D)
-        bias = (residual - cost.mu) @ cost.whiten
-
-        # roll out in place: x holds states and actions, white the whitened latents
-        x = torch.cat([h.expand(N, -1), a[0]], dim=1)
-        state = x[:, : p.state]
-        hidden, white = x.new_empty(N, p.into.out_features), x.new_empty(N, p.dim)
-        total, scored = x.new_zeros(N), self.scored(H)
-        for t in range(H):
-            x[:, p.state :] = a[t]
-            torch.addmm(p.into.bias, x, self.w_in, out=hidden)
-            state.addmm_(F.silu(hidden, inplace=True), self.w_out)
-            if t in scored:
-                torch.addmm(bias[t], state, self.whiten, out=white)
-                energy = torch.linalg.vector_norm(white, dim=1).square().mul(0.5 / p.dim)
-                total.add_(cost.saturate(energy) if ood else energy, alpha=H / len(scored))
-
-        if ood:
-            last = torch.addmm(residual[-1], state, p.to_latent.weight.T)
-            total.add_(cost.terminal_value(last), alpha=DISCOUNT**H)
-        return total
 
 
 class Plan(NamedTuple):
@@ -226,10 +183,14 @@ def plan(z, rollout_cost, previous, cfg, generator=None):
 class Driver:
     """Drives from pixels: `act(frame)` sees 64x64 frames and its own past plans, nothing else."""
 
-    def __init__(self, nets, cfg, device, dtype, seed=0, models=None):
+    def __init__(self, nets, cfg, device, dtype, seed=0, models=None, open_loop=0.0):
+        """open_loop: share of the plans that are followed to their end, without another look."""
+        self.open_loop = open_loop
         self.nets, self.cfg, self.device, self.dtype = nets, cfg, device, dtype
         self.encoder, self.models = nets["encoder"], models
-        self.rollout_cost = RolloutCost(nets["predictor"], nets["cost"], cfg.energy)
+        readout = turn_readout(self.encoder) if cfg.heading else None
+        of = nets["predictor"], nets["cost"], cfg.energy
+        self.rollout_cost = RolloutCost(*of, turn_readout=readout)
         self.seed, self.generator = seed, torch.Generator(device)
 
     def reset(self, track_seed):
@@ -237,9 +198,10 @@ class Driver:
         self.generator.manual_seed(self.seed + track_seed)
         self.frames = deque(maxlen=self.encoder.span)
         self.planned = Plan.none(self.cfg.horizon, self.device)
+        self.rng, self.blind = np.random.default_rng([self.seed, track_seed]), 0
         self.u = self.planned.u  # (H, 2) the plan that is followed
         self.t, self.ms, self.costs = 0, [], None
-        self.action = np.array([0, START_GAS, 0], np.float32)
+        self.palette, self.memory, self.action = Palette(), HeadingMemory(), None
 
     @torch.inference_mode()
     def encode(self):
@@ -251,10 +213,20 @@ class Driver:
 
     def act(self, frame):
         """frame (64, 64, 3) uint8 -> action (3,) float32; plans every `repeat` steps."""
-        self.frames.append(frame)
-        if self.t >= ZOOM_STEPS and (self.t - ZOOM_STEPS) % self.encoder.repeat == 0:
+        if self.t == LEARN_COLORS:
+            self.palette.learn(frame)
+        self.frames.append(self.palette(frame))
+        self.memory.see(frame)
+        if self.t < ZOOM_STEPS:
+            self.action = np.array([0, START_GAS, 0], np.float32)
+        elif (self.t - ZOOM_STEPS) % self.encoder.repeat == 0:
             start = time.perf_counter()
-            self.replan()
+            if self.blind:
+                self.planned, self.blind = self.planned.shifted(), self.blind - 1
+                self.u = self.planned.u
+            else:
+                self.replan()
+                self.blind = (self.rng.random() < self.open_loop) * (self.cfg.horizon - 1)
             self.action = to_action(self.u[0]).cpu().numpy()  # waits for the device
             self.ms.append(1000 * (time.perf_counter() - start))
         self.t += 1
@@ -262,7 +234,10 @@ class Driver:
 
     def replan(self):
         """Encodes the present and plans from it."""
-        self.plan_from(self.encode())
+        z, cost, energies = self.encode(), self.rollout_cost, self.nets["cost"]
+        if cost.turn_readout:
+            cost.turned = self.memory.turned(float(energies.energy(z) / energies.random_energy))
+        self.plan_from(z)
 
     def plan_from(self, z):
         """Plans from the latent z (1, D), a real or a dreamt one: sets u and costs."""
@@ -317,7 +292,8 @@ def load_driver(args, cfg, policy="mpc"):
         nets["predictor"] = fresh.to(device).eval().requires_grad_(False)
     take_gas(cfg, payloads["cost"])
     kind = NoModelDriver if policy == "no_model" else Driver
-    driver = kind(nets, PlanConfig.of(cfg), device, dtype, args.seed, str(folder))
+    of = PlanConfig.of(cfg), device, dtype, args.seed, str(folder)
+    driver = kind(nets, *of, getattr(args, "open_loop", 0.0))
     return driver, load_decoder(folder, checkpoints.fingerprint(nets["encoder"]), device)
 
 
@@ -377,16 +353,19 @@ def save_episode(folder, policy, kind, row, recorder):
 
 def drive_policy(args, policy, driver, view, report):
     """Drives a policy on each track that the report lacks; prints a line for each."""
-    env = make_env(args.env, domain_randomize=args.disturb == "colours")
+    env = disturbed_env(args.env, args.disturb)
     driver = driver or BaselineDriver(env, policy, args.pace, args.seed)
     disturbance, own = Disturbance(args.disturb), policy == args.policy
     folder = writable(args.root / SELF_DRIVEN_DIR) if args.save_data and own else None
+    driven = {c.meta["track_seed"] for c in index(folder)[0]} if folder else set()
     print(f"{view.name:>9}: {COLUMNS}")
     tracks = range(args.track_seed, args.track_seed + args.episodes)
+    if again := driven.intersection(tracks):
+        print(f"{folder}: has {len(again)} of these tracks; they are not driven again")
     for i, seed in enumerate(progress(tracks, desc=view.name, unit="track", leave=False)):
         if view.window.over:
             break
-        if seed in report.rows[view.name]:
+        if seed in report.rows[view.name] or seed in driven:
             continue
         view.reset(seed, own and i < args.film)
         recorder = EpisodeRecorder() if folder else None

@@ -19,6 +19,7 @@ INITIAL_STEP = 0.1  # of a linear layer's usual first weights: a fresh predictor
 SCORE_EVERY = 3  # the cost looks at every third latent of a rollout: neighbours are alike
 OOD_THRESHOLD = 0.3  # of the energy of random driving; most of a lap stays below
 DISCOUNT, VALUE_HORIZON = 0.97, 75  # per latent; latents whose energies the value sums up
+VALUE_WEIGHT = (1 - DISCOUNT**VALUE_HORIZON) / (1 - DISCOUNT)  # sum of their weights
 
 
 # ------------------------------------------------------------------ encoder
@@ -363,50 +364,41 @@ class CostModel(nn.Module):
 
     classifier: the logit of random against expert; its sigmoid is 0 for expert, 1 for random.
     density: half the squared Mahalanobis distance to expert latents, over D. It rises in every
-    direction that leaves the expert; a classifier knows only the directions it saw.
+    direction that leaves the expert; a classifier knows only the directions it saw. Of several
+    Gaussians, such as those of straights and of bends, the nearest one counts.
     value: the density. Out of distribution it is the saturated density plus a terminal value, the
     energy that follows while an expert recovers.
     """
 
-    def __init__(self, dim=512, hidden=256):
+    def __init__(self, dim=512, hidden=256, gaussians=1):
         super().__init__()
-        self.args = dict(dim=dim, hidden=hidden)
+        self.args = dict(dim=dim, hidden=hidden, gaussians=gaussians)
         self.classifier = mlp(dim, hidden, hidden, 1)
         self.value = mlp(dim, hidden, hidden, 1)
-        self.register_buffer("mu", torch.zeros(dim))
-        self.register_buffer("whiten", torch.eye(dim))
+        self.register_buffer("mu", torch.zeros(gaussians, dim))
+        self.register_buffer("whiten", torch.eye(dim).repeat(gaussians, 1, 1))  # of z - mu
         self.register_buffer("random_energy", torch.ones(()))
         weights = DISCOUNT ** torch.arange(VALUE_HORIZON)
         self.register_buffer("discount", weights / weights.sum(), persistent=False)
 
     @torch.no_grad()
-    def fit_density(self, z, z_random, shrinkage=0.05):
-        """Fits the density to expert latents z (N, D), random_energy to z_random (M, D).
-
-        The share `shrinkage` of the covariance is a round one of the same trace. ValueError if the
-        expert's latents are all alike.
-        """
-        from sklearn.covariance import shrunk_covariance
-
-        z = self.seen(z).double()
-        cov = torch.cov(z.T).reshape(self.mu.numel(), -1)  # of D = 1 torch makes a scalar
-        if len(z) < 2 or not cov.diagonal().mean() > 0:
-            raise ValueError(f"the {len(z)} latents of the expert are all alike")
-        cov = torch.from_numpy(shrunk_covariance(cov.cpu().numpy(), shrinkage)).to(z)
-        self.mu.copy_(z.mean(dim=0))
-        self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))  # of z - mu
+    def set_density(self, mu, cov, z_random):
+        """Gaussians of means mu (K, D) and covariances cov (K, D, D); random_energy of z_random."""
+        self.mu.copy_(mu)
+        self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))
         self.random_energy.copy_(self.energy(z_random).median())
 
     def seen(self, z):
         """The part of latents (..., D) that the energies see."""
-        return z[..., : len(self.mu)]
+        return z[..., : self.mu.shape[1]]
 
     def energy(self, z, kind="density"):
         """(..., D) -> (...): low where an expert would be. One latent's `value` is its density."""
         z = self.seen(z)
         if kind == "classifier":
             return self.classifier(z).squeeze(-1).float()
-        return ((z - self.mu) @ self.whiten).float().pow(2).mean(dim=-1) / 2
+        white = (((z - mu) @ whiten).float() for mu, whiten in zip(self.mu, self.whiten))
+        return torch.stack([w.pow(2).mean(dim=-1) for w in white]).amin(dim=0) / 2
 
     def is_ood(self, z):
         """Whether the present latent (1, D) is out of the experts' distribution."""
@@ -414,8 +406,11 @@ class CostModel(nn.Module):
 
     def terminal_value(self, z):
         """(..., D) -> (...): discounted sum of the saturated energies after a latent."""
-        weights = (1 - DISCOUNT**VALUE_HORIZON) / (1 - DISCOUNT)  # their sum
-        return weights * self.random_energy * self.predicted_value(z).float().clamp_min(0)
+        return VALUE_WEIGHT * self.random_energy * self.predicted_value(z).float().clamp_min(0)
+
+    def wrong_way(self, turned):
+        """Energies (...) of headings `turned` (...) rad off the road's: 0..random_energy."""
+        return self.random_energy * (1 - turned.cos()) / 2
 
     def predicted_value(self, z):
         """(..., D) -> (...): what `value_target` is expected to be."""
@@ -425,12 +420,12 @@ class CostModel(nn.Module):
         """Bounds energies to 0..random_energy: farther than far from the expert is no worse."""
         return self.random_energy * energy / (energy + self.random_energy)
 
-    def value_target(self, z):
-        """What `value` learns, from real windows z (B, T + VALUE_HORIZON, D) -> (B, T) in 0..1.
+    def value_target(self, energy):
+        """What `value` learns: energies of real windows (B, T + VALUE_HORIZON) -> (B, T) in 0..1.
 
         The discounted mean of the saturated energies of the VALUE_HORIZON latents after each.
         """
-        share = self.saturate(self.energy(z)) / self.random_energy
+        share = self.saturate(energy) / self.random_energy
         return share[:, 1:].unfold(1, VALUE_HORIZON, 1) @ self.discount
 
     def rollout_cost(self, z, z_hat, kind="value"):

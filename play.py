@@ -125,8 +125,7 @@ class Game:
         self.args, self.driver, self.folder = args, driver, folder
         self.encoder, self.predictor = driver.encoder, driver.nets["predictor"]
         self.cost, self.env = driver.nets["cost"], make_env("fast").unwrapped
-        nets = self.encoder, self.predictor
-        self.model = load_dream(Path(driver.models), *nets, driver.device)
+        self.model = load_dream(Path(driver.models), self.encoder, driver.device)
         self.refresh = args.refresh
         if self.refresh is None:
             self.refresh = 0.0 if self.model else REFRESH

@@ -3,10 +3,10 @@
 Reads encoder, predictor and data. Writes ROOT/models/cost_model_final.pth,
 models/cost_model.jsonl, visuals/cost_model_curves.png and visuals/energy_histogram.png.
 The file holds three energies. classifier: the logit of random against expert. density: half the
-squared Mahalanobis distance to expert latents, over D; it drives. value: what of the density is
-to come while an expert recovers; it takes over out of distribution. Beside them stands the most gas
-a plan may give: 0.5 if the predictor's held-out error is above 0.12 of copy-last's, else 1. Nets of
-little training spin the car with full gas.
+squared Mahalanobis distance to the nearest of a few Gaussians of expert latents, over D; it drives.
+value: what of the density is to come while an expert recovers; it takes over out of distribution.
+Beside them stands the most gas a plan may give: 0.5 if the predictor's held-out error is above 0.12
+of copy-last's, else 1. Nets of little training spin the car with full gas.
 
 Two minutes on two CPU cores; expect a held-out AUC above 0.99 for both energies.
 
@@ -36,15 +36,19 @@ EXPERT, RECOVERY, RANDOM = "data_race", "data_recovery", "data"  # recovery trai
 KINDS = ("classifier", "density")
 OUTPUTS = ("cost_model_final.pth", "cost_model.jsonl")  # --fresh moves them aside
 DENSITY_SAMPLE = 200_000  # expert latents that the density is fitted to, at most
+CLUSTER_DIMS = 12  # principal components of latents by which they are clustered
+OWN_SHARE = 0.7  # of a cluster's own covariance in its Gaussian; the rest is that of all latents
 GOOD_ROLLOUT, CAREFUL_GAS = 0.12, 0.5  # share of copy-last's error up to which full gas is allowed
 
 
 def arguments():
     p = parser(__doc__, data=True, shares=False)
+    gaussians = "density: clusters of expert latents, each a Gaussian"
     shrinkage = "density: share of a round covariance in the experts' own"
     add_flags(
         p.add_argument_group("model"),
         ("--hidden", Number(int, 1, 16384), 256, "width of classifier and value"),
+        ("--gaussians", Number(int, 1, 1000), 1, gaussians),
         ("--shrinkage", Number(float, 1e-6, 0.99), 0.05, shrinkage),
     )
     optimisation(p, batch_size=1024, epochs=8, steps_per_epoch=250, lr=2e-3, weight_decay=1e-2)
@@ -156,7 +160,7 @@ def main():
         {name: LatentSampler(latents, split[part], *rollouts) for name, split in sources.items()}
         for part in (0, 1)
     )
-    cost = CostModel(predictor.dim, args.hidden).to(device)
+    cost = CostModel(predictor.dim, args.hidden, args.gaussians).to(device)
     recovery, held_recovery = (
         LatentSampler(latents, part, *rollouts, cost) for part in sources[RECOVERY]
     )
@@ -206,12 +210,30 @@ def main():
     return 0
 
 
-def fit_density(cost, expert, random, shrinkage):
-    """Fits the density to expert latents (N, D). Refuses latents that are all alike."""
-    try:
-        cost.fit_density(expert, random, shrinkage)
-    except ValueError as e:
-        fail(f"the density: {e}; train the encoder on frames that differ")
+def fit_density(cost, expert, random, shrinkage=0.05):
+    """Fits the density to expert latents (N, D), random_energy to random ones (M, D).
+
+    K-means of their first principal components finds the clusters. The share `shrinkage` of each
+    covariance is a round one of the same trace. Refuses latents that are all alike, or too few.
+    """
+    from sklearn.cluster import KMeans  # 1 s, which a refusal need not take
+    from sklearn.covariance import shrunk_covariance
+    from sklearn.decomposition import PCA
+
+    z = cost.seen(expert).double().cpu().numpy()
+    (N, D), K = z.shape, len(cost.mu)
+    covariance = lambda z: np.cov(z.T, bias=True).reshape(D, D)
+    whole = covariance(z)
+    if N <= K or not whole.trace() > 0:
+        found = "are all alike" if N > K else f"are too few for {K} Gaussians"
+        fail(f"the density: the {N} latents of the expert {found}; collect more frames that differ")
+
+    places = PCA(min(CLUSTER_DIMS, D, N), random_state=0).fit_transform(z)
+    label = KMeans(K, n_init=1, random_state=0).fit_predict(places)
+    clusters = [z[label == k] for k in range(K)]
+    cov = [OWN_SHARE * covariance(own) + (1 - OWN_SHARE) * whole for own in clusters]
+    mu, cov = np.stack([own.mean(axis=0) for own in clusters]), shrunk_covariance(cov, shrinkage)
+    cost.set_density(*(torch.from_numpy(x).to(expert.device) for x in (mu, cov)), random)
 
 
 if __name__ == "__main__":

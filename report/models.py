@@ -45,9 +45,8 @@ class Models:
 
     @cached_property
     def dream(self):
-        """The dream model of this encoder and predictor, or None."""
-        nets = self.encoder, self.predictor
-        return load_dream(self.folder, *nets, self.device) if self.predictor else None
+        """The dream model of this encoder, or None; the planner's predictor drives in it."""
+        return load_dream(self.folder, self.encoder, self.device) if self.predictor else None
 
     def pairs(self):
         """{name: (encoder, predictor)} of the trained and the untrained nets."""

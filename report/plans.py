@@ -24,13 +24,14 @@ from car import FPS
 from car.env import make_env
 from car.telemetry import centre_line
 from collect_race_data import Expert
-from drive_mpc import Plan, RolloutCost, draw_plans, plan, to_action
+from drive_mpc import Plan, draw_plans, plan, to_action
 from report.episodes import TRAINED, channels_first, choose_samples, rows_by_source, sources_of
 from report.simulator import end_contacts, restore_state
 from report.statistics import bootstrap_intervals, spearman
 from support.cli import fail
 from support.latents import ridge
 from support.progress import progress
+from support.rollout_cost import RolloutCost
 
 IN_SIGHT = 20.0, math.pi / 2  # units and rad from the centre line: a plan can still find the road
 MAX_TILES_PER_STEP = 2  # a larger step means that another part of the track is nearer now

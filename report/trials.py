@@ -5,6 +5,9 @@ recovery    places a car on the grass beside the road, askew, too fast before a 
             within 3 s. A recovered car has three wheels on the road, a heading within 0.5 rad of
             the line's and more than 15 units/s, all for 0.2 s. A bend has to be behind it. Random
             driving and the expert stand beside the driver.
+turned      drives 2 s, then turns the car round on the grass by held actions, --turns times. The
+            driver sees all of it, and takes over. The figure is the share of cars that recover in
+            the lap's direction within 8 s. The driver with and without --heading.
 behaviours  energies of lapping, and of what must cost more: standing on the road, creeping along
             it, driving the wrong way round, circling on the grass. Driving the right way at the
             same speed stands beside the wrong way.
@@ -38,11 +41,14 @@ from report.page import print_table
 from support.checkpoints import require_dir
 from support.cli import Number, parser, run_main, track_number
 from support.files import replace_atomically, versions, writable
+from support.heading import turn_readout
 from support.latents import encode
 from support.pictures import ornament, pyplot, save_figure
 from support.plan_config import planning
 from support.progress import progress
 
+DRIVEN, TURNING, BACK_WITHIN = 2.0, 6.0, 8.0  # s: driven before a turn, turned, to come back
+TURNED_BY = 2.2  # rad that a turned car is off the road's direction, at least
 KINDS = ("on the grass", "askew", "too fast", "spinning")  # of recovery starts
 WITHIN = 3.0  # s in which a car must recover
 BEND = 6  # tiles of 3.5 units from the sharpest one of a bend to its end
@@ -55,7 +61,7 @@ BEHAVIOURS = ("lapping", *HELD, "standing on the road", "circling on the grass")
 SECONDS = 3.0  # of each behaviour on each track
 ENERGIES = "density", "classifier"
 HELD_ACTIONS = 31  # steerings, and throttles, of a landscape
-PARTS = ("recovery", "behaviours", "landscape")
+PARTS = ("recovery", "turned", "behaviours", "landscape")
 
 
 def arguments():
@@ -63,6 +69,7 @@ def arguments():
     count = Number(int, 1, 10**6)
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to try")
     p.add_argument("--starts", type=count, default=200, help="recovery: how many bad starts")
+    p.add_argument("--turns", type=count, default=50, help="turned: how many cars")
     p.add_argument("--track_seed", type=track_number, default=200_600, help="the first track")
     p.add_argument("--tracks", type=count, default=20, help="how many tracks")
     planning(p)
@@ -160,6 +167,66 @@ def recovery(driver, starts, tracks, seed):
     rows = {kind: [text(**by[kind]) for by in out.values()] for kind in kinds}
     title = f"recovered within {WITHIN:.0f} s (95 % interval), {starts} starts"
     print_table(title, list(out), rows)
+    return out
+
+
+# ------------------------------------------------------------------ turned round
+
+
+def turn_round(env, driver, track, rng):
+    """Drives, then turns the car round on the grass; returns the frame, or None if it did not turn.
+
+    The driver sees every frame, but does not decide in the turn.
+    """
+    curvature = reset_past_zoom(env, track)
+    frame = place_beside(env, int(rng.integers(len(curvature))), speed=rng.uniform(20, 50))
+    driver.reset(track)
+    driver.t = ZOOM_STEPS
+    for _ in range(round(DRIVEN * FPS)):
+        frame = env.unwrapped.step(driver.act(frame))[0]
+    held = np.array([0.4 * rng.choice((-1, 1)), rng.uniform(0.2, 0.6), 0], np.float32)
+    for _ in range(round(TURNING * FPS)):
+        driver.act(frame)
+        frame = env.unwrapped.step(held)[0]
+        state = telemetry_of(env)
+        if state["wheels_off_road"] == 4 and abs(state["heading_error"]) > TURNED_BY:
+            return frame
+    return None
+
+
+def comes_back(env, driver, frame):
+    """Whether the car recovers in the lap's direction within BACK_WITHIN."""
+    held = 0
+    for _ in range(round((BACK_WITHIN + RECOVERY_HOLD) * FPS)):
+        frame, _, ended, _, _ = env.unwrapped.step(driver.act(frame))
+        state = telemetry_of(env)
+        wheels = 4 - state["wheels_off_road"]
+        back = is_recovered(wheels, state["heading_error"], state["forward_speed"])
+        held = held + 1 if back else 0
+        if ended:
+            return False
+        if held == round(RECOVERY_HOLD * FPS):
+            return True
+    return False
+
+
+def turned(driver, turns, tracks, seed):
+    """{driver: recovery_share} of cars that were turned round, printed as a table."""
+    env, back, cost = make_env("fast"), {}, driver.rollout_cost
+    before, readout = cost.turn_readout, turn_readout(driver.encoder)
+    for name, memory in (("mpc with --heading", readout), ("mpc without", None)):
+        cost.turn_readout, cost.turned, back[name] = memory, None, []
+        for i in progress(range(turns), desc="turned", unit="start", leave=False):
+            rng, frame = np.random.default_rng([seed, i]), None
+            while frame is None:
+                frame = turn_round(env, driver, tracks[i % len(tracks)], rng)
+            back[name].append(1.0 if comes_back(env, driver, frame) else None)
+    cost.turn_readout, cost.turned = before, None
+    env.close()
+    out = {name: recovery_share(cars) for name, cars in back.items()}
+    text = "{share:.1%} ({low:.0%} to {high:.0%})".format
+    title = f"back the right way within {BACK_WITHIN:.0f} s (95 % interval), {turns} turned cars"
+    print_table(title, ["share"], {name: [text(**share)] for name, share in out.items()})
     return out
 
 
@@ -312,6 +379,7 @@ def main():
     picture = visuals / "energy_landscape.png"
     parts = {
         "recovery": lambda: recovery(driver, args.starts, tracks, args.seed),
+        "turned": lambda: turned(driver, args.turns, tracks, args.seed),
         "behaviours": lambda: behaviours(driver, tracks, args.seed),
         "landscape": lambda: landscape(driver, args.track_seed, args.seed, picture),
     }

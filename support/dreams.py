@@ -18,13 +18,12 @@ GIF_GAP = 8  # screen pixels between two windows
 GIF_FPS = 8
 
 
-def load_newest(models, name, device, **keys):
-    """The newest decoder or dream model in a folder that was trained on the nets of these keys, or
-    None."""
+def load_newest(models, name, device, encoder_key):
+    """The newest decoder or dream model in a folder that was trained on this encoder, or None."""
     for _, path in reversed(numbered(models, f"{name}_ep*.pth")):
         try:
             payload = read(path, f"train_{name}.py")
-            if all(payload.get(on) == key for on, key in keys.items()):
+            if payload.get("encoder_key") == encoder_key:
                 return build(payload, name, path).to(device).eval().requires_grad_(False)
         except (Refusal, OSError) as e:  # nothing stops for a picture
             tqdm.write(f"skipped: {e}")
@@ -33,19 +32,21 @@ def load_newest(models, name, device, **keys):
 
 def load_decoder(models, key, device):
     """The newest decoder in a folder that was trained on this encoder, or None with a line."""
-    decoder = load_newest(models, "decoder", device, encoder_key=key)
+    decoder = load_newest(models, "decoder", device, key)
     if decoder is None:
         how = hint(models / "decoder_ep1.pth", "train_decoder.py", "--once")
         tqdm.write(f"no decoder of this encoder, so no pictures of rollouts{how}")
     return decoder
 
 
-def load_dream(models, encoder, predictor, device):
-    """The newest dream model in a folder that was trained on these nets, or None with a line."""
-    keys = dict(encoder_key=fingerprint(encoder), predictor_key=fingerprint(predictor))
-    model = load_newest(models, "dream", device, **keys)
+def load_dream(models, encoder, device):
+    """The newest dream model in a folder that was trained on this encoder, or None with a line.
+
+    It has a predictor of its own; the planner's may have learned on since.
+    """
+    model = load_newest(models, "dream", device, fingerprint(encoder))
     if model is None:
-        what = "no dream model of these nets: the predictor dreams, for two seconds at most"
+        what = "no dream model of this encoder: the predictor dreams, for two seconds at most"
         tqdm.write(f"{what}; train_dream.py makes one from ROOT/models and its data")
     return model
 

@@ -18,6 +18,7 @@ from support.files import lock, replace_atomically, sync, versions, writable
 from support.progress import progress
 from support.run import check_input, read_resume
 
+ENERGY_BATCH = 8192  # latents whose energies are computed together
 OURS = re.compile(r"latents_[0-9a-f]{16}-p[0-9]+-(bf16|fp16|fp32)\.(f16|json)")  # what it writes
 
 
@@ -263,6 +264,18 @@ class LatentSampler:
             why = f", {ZOOM_STEPS} of zoom and {more} more"
             latents.refuse_short(chunks, ZOOM_STEPS + more, why)
 
+    @cached_property
+    def energies(self):
+        """The density of each row that a window may reach, once for all: (rows,), others 0."""
+        z, out = self.latents.table[0], torch.zeros(len(self.latents.z))
+        reached = np.zeros(len(out), bool)
+        for k in range(self.length):
+            reached[self.starts + self.latents.repeat * k] = True
+        for rows in torch.from_numpy(np.flatnonzero(reached)).split(ENERGY_BATCH):
+            part = z[rows.to(z.device)].to(self.cost.mu.device).float()
+            out[rows] = self.cost.energy(part).cpu()
+        return out
+
     def real(self, count, seed=0):
         """(N, D): at most `count` of the latents, chosen at random."""
         rng = np.random.default_rng(seed)
@@ -277,7 +290,7 @@ class LatentSampler:
         """
         H = self.K - 1
         starts = rng.choice(self.starts, max(1, count // 8))
-        z, act = (x.to(device) for x in self.latents.windows(starts, self.length))
+        z, act = (x.to(device) for x in self.latents.windows(starts, self.K))
         z = z[..., : self.predictor.dim]
         with autocast(device, dtype):
             z_hat = self.predictor.rollout(z[:, 0], act[:, :H]).float()
@@ -286,5 +299,6 @@ class LatentSampler:
         chosen = torch.cat([x[rows, k] for k in pick for x in (z[:, 1:], z_hat)])
         if self.cost is None:
             return chosen
-        target = self.cost.value_target(z)[:, 1:]
+        steps = starts[:, None] + self.latents.repeat * np.arange(self.length)
+        target = self.cost.value_target(self.energies[torch.from_numpy(steps)].to(device))[:, 1:]
         return chosen, torch.cat([target[rows, k] for k in pick for _ in range(2)])

@@ -30,6 +30,7 @@ from support.run_log import RunLog
 # arguments that may change when a run is resumed
 RUNTIME_ARGS = {"root", "device", "threads", "fresh", "precision", "once", "newest"}
 RUNTIME_ARGS |= {"save_every", "log_every", "arithmetic", "epochs", "autoencoder_steps"}
+DATA_ARGS = {"data", "shares"}  # these may, too: a run goes on with own drives, for example
 
 
 def lock_stage(root, stage):
@@ -65,7 +66,8 @@ class Run:
         with rank_by_rank():
             saved = self._resume(outputs)
         self.resumed = saved is not None
-        self.step = saved["step"] if saved else 0
+        self.step = self.first_step = saved["step"] if saved else 0
+        self.seen = saved["frames_seen"] if saved else {}
         self.per_epoch = self._agree(saved["per_epoch"] if saved else per_epoch)
         self.steps = self.epochs * self.per_epoch
         self.log = log
@@ -154,9 +156,14 @@ class Run:
             step=self.step,
             epoch=self.epoch,
             per_epoch=self.per_epoch,
-            frames_seen={name: int(n) * self.step for name, n in self.frames.items()},
+            frames_seen=self.frames_seen(),
             **self.data,
         )
+
+    def frames_seen(self):
+        """{source: frames in all steps so far}"""
+        steps, names = self.step - self.first_step, {*self.seen, *self.frames}
+        return {n: self.seen.get(n, 0) + int(self.frames.get(n, 0)) * steps for n in sorted(names)}
 
     def write(self, path, **more):
         """Writes the nets as a checkpoint; `more` is what the stage adds."""
@@ -239,13 +246,17 @@ class Run:
         """
         then = payload.get("args", {})
         others = [
-            f"--{key} {typed(then.get(key))}, this command has {typed(now)}"
+            (key, f"--{key} {typed(then.get(key))}, this command has {typed(now)}")
             for key, now in vars(self.args).items()
             if key not in RUNTIME_ARGS and then.get(key, str(now)) != str(now)
         ]
+        data = [line for key, line in others if key in DATA_ARGS]
+        others = [line for key, line in others if key not in DATA_ARGS]
         if others:
             again = "repeat its arguments, or add --fresh to start again"
             fail(f"{self.path}: the run to resume had {'; '.join(others)}; {again}")
+        if data:
+            print(f"{self.path}: the run so far had {'; '.join(data)}")
         if then.get("arithmetic") != self.args.arithmetic:
             was = f"{self.args.arithmetic} instead of {then.get('arithmetic')}"
             print(f"{self.path}: goes on with {was}, so its losses may differ in their last digits")

@@ -146,3 +146,10 @@ def test_its_own_episodes_are_data_to_learn_from(tmp_path):
 
     sources = load_sources(tmp_path, ["data_mpc"])
     assert [len(part) for part in sources["data_mpc"]] == [1, 1]  # to train, held out
+
+    # the same command again drives only what is not there
+    of = ["--save_data", "--track_seed", "10000019", "--episodes", "3"]
+    again = script("drive_mpc.py", *small, *of, root=tmp_path)
+    assert again.returncode == 0 and "has 2 of these tracks" in again.stdout, again.stderr
+    tracks = sorted(c.meta["track_seed"] for c in index(tmp_path / "data_mpc")[0])
+    assert tracks == [10_000_019, 10_000_020, 10_000_021]

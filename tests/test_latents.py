@@ -14,6 +14,7 @@ from networks import VALUE_HORIZON, CostModel, Predictor, TinyEncoder, stack_fra
 from support.checkpoints import fingerprint
 from support.cli import Refusal
 from support.latents import Latents, LatentSampler
+from train_cost_model import fit_density
 
 
 class Counted:
@@ -100,7 +101,7 @@ def test_the_value_target_is_that_of_the_same_latent_real_or_imagined(tmp_path, 
     chunks = index(tmp_path / "data_recovery")[0]
     cache = cache_of(tmp_path, encoder, chunks)
     cost, noise = CostModel(encoder.dim), torch.randn(200, encoder.dim)
-    cost.fit_density(noise, 2 * noise)
+    fit_density(cost, noise, 2 * noise)
     sampler = LatentSampler(cache, chunks, Predictor(encoder.dim, 8, 8), H, cost)
     z, target = sampler.sample(64, rng, torch.device("cpu"), torch.float32)
     z, target = (
@@ -110,7 +111,7 @@ def test_the_value_target_is_that_of_the_same_latent_real_or_imagined(tmp_path, 
     assert torch.equal(target[:, 0], target[:, 1]) and not torch.equal(z[:, 0], z[:, 1])
     for latent, value in zip(z[:, 0].flatten(0, 1), target[:, 0].flatten()):
         row = int((torch.from_numpy(cache.z.astype(np.float32)) - latent).abs().sum(1).argmin())
-        after = cost.value_target(cache.windows([row], 1 + VALUE_HORIZON)[0])[0, 0]
+        after = cost.value_target(cost.energy(cache.windows([row], 1 + VALUE_HORIZON)[0]))[0, 0]
         assert float(value) == pytest.approx(float(after), rel=1e-4)
     with pytest.raises(
         Refusal, match="lasts 288 steps, 50 of zoom and 238 more, the longest has 280"

@@ -6,13 +6,15 @@ import torch
 from sklearn.covariance import shrunk_covariance
 
 from networks import DISCOUNT, VALUE_HORIZON, CostModel, Predictor
+from support.cli import Refusal
+from train_cost_model import OWN_SHARE, fit_density
 
 
 def test_density_is_the_mahalanobis_distance():
     torch.manual_seed(0)
     z = torch.randn(4000, 6) @ torch.randn(6, 6) + 3
-    cost = CostModel(6)
-    cost.fit_density(z, 3 * z, shrinkage=0.0)
+    cost = CostModel(6, gaussians=1)
+    fit_density(cost, z, 3 * z, shrinkage=0.0)
     mu, inverse = z.double().mean(0), torch.linalg.inv(torch.cov(z.T.double()))
     d = z[:50].double() - mu
     expected = torch.einsum("ni,ij,nj->n", d, inverse, d) / 2 / 6
@@ -24,18 +26,38 @@ def test_density_is_the_mahalanobis_distance():
 @pytest.mark.parametrize("shrinkage", [0.05, 0.5, 1.0])
 def test_the_densitys_covariance_is_shrunk_by_a_fixed_share(dim, shrinkage):
     torch.manual_seed(0)
-    z, cost = torch.randn(60, dim) @ torch.randn(dim, dim), CostModel(dim, 4)
-    cost.fit_density(z, 3 * z, shrinkage)
-    cov = shrunk_covariance(np.cov(z.numpy().T).reshape(dim, dim), shrinkage)
+    z, cost = torch.randn(60, dim) @ torch.randn(dim, dim), CostModel(dim, 4, 1)
+    fit_density(cost, z, 3 * z, shrinkage)
+    cov = shrunk_covariance(np.cov(z.numpy().T, bias=True).reshape(dim, dim), shrinkage)
     d = z.double().numpy() - z.double().numpy().mean(axis=0)
     expected = np.einsum("ni,ij,nj->n", d, np.linalg.inv(cov), d) / 2 / dim
     assert np.allclose(cost.energy(z), expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("z", [torch.ones(9, 3), torch.randn(1, 3)])
-def test_a_density_of_latents_that_are_all_alike_is_refused(z):
-    with pytest.raises(ValueError, match="all alike"):
-        CostModel(3).fit_density(z, z)
+def test_the_nearest_of_several_gaussians_counts():
+    torch.manual_seed(0)
+    means = 50 * torch.randn(3, 4)
+    shapes = torch.randn(3, 4, 4)
+    parts = [torch.randn(2000, 4) @ shape + mu for shape, mu in zip(shapes, means)]
+    z, cost = torch.cat(parts), CostModel(4, gaussians=3)
+    fit_density(cost, z, 3 * z, shrinkage=0.0)
+    own = [np.cov(x.numpy().T, bias=True) for x in parts]
+    whole = np.cov(z.numpy().T, bias=True)
+    nearest = np.full(90, np.inf)
+    some = torch.cat([x[:30] for x in parts]).double().numpy() + 20
+    for x, cov in zip(parts, own):
+        inverse = np.linalg.inv(OWN_SHARE * cov + (1 - OWN_SHARE) * whole)
+        d = some - x.double().numpy().mean(axis=0)
+        nearest = np.minimum(nearest, np.einsum("ni,ij,nj->n", d, inverse, d) / 2 / 4)
+    assert np.allclose(cost.energy(torch.from_numpy(some).float()), nearest, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "z,why", [(torch.ones(9, 3), "all alike"), (torch.randn(6, 3), "too few for 6 Gaussians")]
+)
+def test_a_density_of_latents_that_are_all_alike_or_too_few_is_refused(z, why):
+    with pytest.raises(Refusal, match=why):
+        fit_density(CostModel(3), z, z)
 
 
 def test_looks_change_nothing_of_what_is_planned_with():
@@ -60,7 +82,7 @@ def test_looks_change_nothing_of_what_is_planned_with():
 def test_energies_do_not_see_looks():
     torch.manual_seed(0)
     cost, z = CostModel(6), torch.randn(300, 9)
-    cost.fit_density(z, 3 * z)
+    fit_density(cost, z, 3 * z)
     other = torch.cat([z[:, :6], torch.randn(300, 3)], dim=1)
     for value in (cost.energy, lambda z: cost.energy(z, "classifier"), cost.terminal_value):
         assert torch.equal(value(z), value(other)) and value(z).shape == (300,)
@@ -79,7 +101,7 @@ def random_nets():
         for p in predictor.parameters():
             p.add_(0.1 * torch.randn_like(p))
     z = torch.randn(400, 8) @ torch.randn(8, 8)
-    cost.fit_density(z, 3 * z)
+    fit_density(cost, z, 3 * z)
     return {
         k: net.eval().requires_grad_(False)
         for k, net in {"predictor": predictor, "cost": cost}.items()
@@ -102,7 +124,7 @@ def test_rollout_eats_its_own_output(nets):
 
 def test_value_is_the_density_on_the_road_and_looks_further_out_of_distribution(nets):
     cost, z_hat = nets["cost"], torch.randn(32, 15, 8)
-    near, far = cost.mu[None], cost.mu[None] + 10
+    near, far = cost.mu[:1], cost.mu[:1] + 100
     every_third = 3 * cost.energy(z_hat[:, 2::3]).sum(1)
     assert torch.allclose(cost.rollout_cost(near, z_hat, "value"), every_third, rtol=1e-5)
     assert torch.allclose(cost.rollout_cost(far, z_hat, "density"), every_third, rtol=1e-5)
@@ -131,7 +153,7 @@ def test_what_comes_is_the_discounted_sum_of_the_energies_after(nets):
         for b in range(2)
     ]
     scale = sum(DISCOUNT**j for j in range(VALUE_HORIZON)) * float(cost.random_energy)
-    assert torch.allclose(cost.value_target(z) * scale, torch.tensor(worth), rtol=1e-4)
+    assert torch.allclose(cost.value_target(cost.energy(z)) * scale, torch.tensor(worth), rtol=1e-4)
     assert torch.allclose(
         cost.terminal_value(z), cost.value(z)[..., 0].clamp_min(0) * scale, rtol=1e-4
     )

@@ -7,21 +7,11 @@ import pytest
 import torch
 from test_networks import random_nets
 
-from drive_mpc import (
-    BRAKE,
-    DECAY,
-    LEAST_STD,
-    STEER,
-    Plan,
-    RolloutCost,
-    clip_plan,
-    draw_plans,
-    plan,
-    to_action,
-)
+from drive_mpc import BRAKE, DECAY, LEAST_STD, STEER, Plan, clip_plan, draw_plans, plan, to_action
 from networks import OOD_THRESHOLD
 from support.cli import Parser
 from support.plan_config import PlanConfig, ar1_noise, planning, powerlaw_noise, take_gas
+from support.rollout_cost import RolloutCost
 
 
 def cart(z, act):
@@ -139,22 +129,29 @@ def test_few_samples_and_short_horizons_plan_too(planner, samples, elites, horiz
         assert last.u.shape == (horizon, 2) and last.u.isfinite().all()
 
 
-def test_mppi_is_the_mean_of_its_elites_weighted_by_energy():
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_mppi_is_the_mean_of_its_elites_weighted_by_energy(iterations):
     """The default planner against plain loops, over three plans."""
-    cfg, last, u = config("mppi", samples=64), Plan.none(5), torch.zeros(5, 2)
+    cfg = config("mppi", samples=64, iterations=iterations)
+    last, u = Plan.none(5), torch.zeros(5, 2)
     root = torch.linalg.cholesky(0.8 ** (torch.arange(5)[:, None] - torch.arange(5)).abs().double())
     g, h, z = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0), torch.zeros(1, 2)
     for _ in range(3):
         last, costs = plan(z, rollout_cost, last, cfg, g)
-        mean, noise = torch.cat([u[1:], u[-1:]]), torch.randn(64, 5, 2, generator=h)
-        drawn = torch.stack(
-            [(mean + torch.tensor([0.4, 0.5]) * (root.float() @ n)).clamp(-1, 1) for n in noise]
-        )
-        drawn[0] = mean
-        cost = rollout_cost(z, to_action(drawn))
-        best = cost.argsort()[:32]
-        weights = torch.softmax(-(cost[best] - cost.min()) / cost[best].std(correction=0), 0)
-        u = sum(w * plan for w, plan in zip(weights, drawn[best]))
+        u, best = torch.cat([u[1:], u[-1:]]), None
+        for _ in range(cfg.iterations):
+            noise = torch.randn(64, 5, 2, generator=h)
+            drawn = torch.stack(
+                [(u + torch.tensor([0.4, 0.5]) * (root.float() @ n)).clamp(-1, 1) for n in noise]
+            )
+            drawn[0] = u
+            if best is not None:
+                drawn[-32:] = best  # elites stay candidates
+            cost = rollout_cost(z, to_action(drawn))
+            order = cost.argsort(stable=True)[:32]
+            best, low = drawn[order], cost[order]
+            weights = torch.softmax((low.min() - low) / low.std(correction=0), 0)
+            u = sum(w * plan for w, plan in zip(weights, best))
         assert torch.allclose(costs, cost, rtol=1e-4) and torch.allclose(last.u, u, atol=1e-5)
         assert last.u is last.mean
 
@@ -313,10 +310,9 @@ def test_the_folded_rollout_cost_is_the_plain_one(kind, H, far):
     nets = random_nets()
     cost, act = nets["cost"], torch.randn(32, H, 3)
     away = torch.randn(1, 8)
-    reach = (
-        OOD_THRESHOLD * cost.random_energy / cost.energy(cost.mu + away)
-    ).sqrt()  # as far as out of distribution begins
-    z = cost.mu + far * reach * away
+    ray = cost.mu[:1] + torch.linspace(0, 50, 20_001)[:, None] * away
+    beyond = cost.energy(ray) > far * OOD_THRESHOLD * cost.random_energy
+    z = ray[beyond.nonzero()[:1, 0]]  # just beyond that share of where out of distribution begins
     assert cost.is_ood(z) == (far > 1)
     expected = cost.rollout_cost(z, nets["predictor"].rollout(z.expand(32, -1), act), kind)
     folded = RolloutCost(**nets, kind=kind)

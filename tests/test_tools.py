@@ -16,6 +16,7 @@ from networks import CostModel, Predictor, TinyEncoder
 from support.checkpoints import fingerprint, load_frozen, load_models, save
 from support.cli import Refusal
 from tools import checkpoint
+from tools.bench_train import PLAN_SIZES
 from tools.checkpoint import export_safetensors
 from tools.export import export_minari
 
@@ -156,12 +157,15 @@ def test_a_checkpoint_is_not_exported_over_itself(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_the_benchmark_times_two_ways_to_plan(tmp_path):
-    done = script("benchmark.py", "plan", root=tmp_path)
+def test_plans_are_timed_by_threads_load_and_size(tmp_path):
+    done = script("benchmark.py", "plan", "--plans", 5, "--drives", 0, root=tmp_path)
     assert done.returncode == 0, done.stderr
-    for name in ("plain rollout", "folded products"):
-        row = next(x for x in done.stdout.splitlines() if x.startswith(name))
-        assert 0 < float(row.split()[-2]) <= float(row.split()[-1])
+    rows = [line.split() for line in done.stdout.splitlines()]
+    loads = [row for row in rows if row[1:2] == ["threads,"]]
+    sizes = [row for row in rows if len(row) == 7 and row[0].isdigit()]
+    assert {row[2] for row in loads} == {"0", "1"} and len(sizes) == len(PLAN_SIZES)
+    for p50, p99 in [row[-2:] for row in loads] + [row[2:4] for row in sizes]:
+        assert 0 < float(p50) <= float(p99)
 
 
 @pytest.mark.slow

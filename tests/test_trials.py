@@ -17,6 +17,8 @@ def test_trials_judge_every_driver_by_the_same_starts(tmp_path):
         "report.trials",
         "--starts",
         "4",
+        "--turns",
+        "2",
         "--tracks",
         "2",
         "--samples",
@@ -33,6 +35,10 @@ def test_trials_judge_every_driver_by_the_same_starts(tmp_path):
     assert found["recovery"]["expert"]["all"]["share"] >= 0.75  # it sees all, and comes back
     for r in found["recovery"].values():
         assert 0 <= r["all"]["low"] <= r["all"]["share"] <= r["all"]["high"] <= 1
+    assert {name: r["n"] for name, r in found["turned"].items()} == {
+        "mpc with --heading": 2,
+        "mpc without": 2,
+    }
     energies = found["behaviours"]
     for name in ("creeping", "standing on the road", "circling on the grass"):
         for kind in ("density", "classifier"):

@@ -1,6 +1,9 @@
 """Speed of training and of planning."""
 
+import multiprocessing as mp
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,9 +14,9 @@ from buffer import PREFETCH, load_sources
 from car import ZOOM_STEPS
 from car.env import make_env
 from car.telemetry import telemetry
-from drive_mpc import RolloutCost, load_driver
+from drive_mpc import drive, load_driver
 from support.device import autocast, set_up
-from support.plan_config import PlanConfig
+from support.plan_config import ITERATIONS, PlanConfig
 from support.run import optimise
 from tools.bench_env import follow
 
@@ -21,8 +24,9 @@ LAPTOP = (
     "--channels 16 --dim 256 --scene_pca 128 --strides 2 2 2 1 --batch_size 96 --lr 2e-3".split()
 )
 TUNING_TRACK = 200_500  # one that is never collected nor reported
-PLANS = 200  # that are timed
 WARM_UP_PLANS = 4
+BUSY_START_S = 5.0  # until a busy process is busy
+PLAN_SIZES = ((1, 256), (1, 1000), (2, 128), (2, 256), (2, 512), (4, 64), (4, 128), (4, 256))
 
 
 def timed(work, device):
@@ -96,36 +100,71 @@ def bench_train(root, repeats, steps):
 # ------------------------------------------------------------------ plan
 
 
-def bench_plan(root):
-    """Prints milliseconds of a plan: the nets' own methods against folded products, and scoring all
-    latents of a rollout against every third."""
-    cfg = PlanConfig()
-    driver, _ = load_driver(train_encoder.arguments(["--root", str(root)]), cfg)
-    predictor, cost = driver.nets["predictor"], driver.nets["cost"]
-
-    rollout = lambda z, act: predictor.rollout(z.expand(len(act), -1), act)
-    costs = {
-        "plain, all scored": lambda z, act: cost.energy(rollout(z, act)).sum(dim=1),
-        "plain, every third": lambda z, act: cost.rollout_cost(z, rollout(z, act), cfg.energy),
-        "folded, all scored": RolloutCost(predictor, cost, cfg.energy, range),
-        "folded, every third": driver.rollout_cost,
-    }
-
-    # drive along the centre line; at each step every cost makes a plan, in turns
-    env, took = make_env("fast"), {name: [] for name in costs}
+def time_plans(driver, plans):
+    """Milliseconds of each of so many plans, encoding included, along the road's middle."""
+    env, took = make_env("fast"), []
     env.reset(seed=TUNING_TRACK)
     driver.reset(TUNING_TRACK)
-    for step in range(ZOOM_STEPS + WARM_UP_PLANS + PLANS):
+    for step in range(ZOOM_STEPS + WARM_UP_PLANS + plans):
         driver.frames.append(env.step(follow(telemetry(env)))[0])
-        for name in costs if step >= ZOOM_STEPS else ():
-            driver.rollout_cost = costs[name]
+        if step >= ZOOM_STEPS:
             start = time.perf_counter()
             driver.replan()
             driver.u.cpu()  # waits for the device
-            took[name].append(1000 * (time.perf_counter() - start))
+            took.append(1000 * (time.perf_counter() - start))
+    env.close()
+    return took[WARM_UP_PLANS:]
 
-    size = f"{cfg.samples} candidates of {cfg.horizon} latents, {driver.encoder.repeat} steps each"
-    print(f"{size}; {driver.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'ms of a plan':20}{'p50':>8}{'p99':>8}")
-    for name, ms in took.items():
-        print("{:20}{:8.1f}{:8.1f}".format(name, *np.percentile(ms[WARM_UP_PLANS:], (50, 99))))
+
+def keep_busy():
+    """Keeps a core busy with matrix products until the process is killed."""
+    torch.set_num_threads(1)
+    a = torch.randn(512, 512)
+    while True:
+        a @ a
+
+
+@contextmanager
+def busy_processes(count):
+    """So many processes that keep a core busy each."""
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=keep_busy, daemon=True) for _ in range(count)]
+    for process in processes:
+        process.start()
+    time.sleep(BUSY_START_S if processes else 0)
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def bench_plan(root, plans, tracks):
+    """Prints milliseconds of the default plan by threads and by load; then milliseconds and return
+    for other numbers of candidate plans and iterations, with a drive on each of `tracks` tracks."""
+    driver, _ = load_driver(train_encoder.arguments(["--root", str(root)]), PlanConfig())
+    cfg, cores = driver.cfg, torch.get_num_threads()
+    size = f"{cfg.iterations or ITERATIONS[cfg.planner]} x {cfg.samples} candidates"
+    print(f"{size} of {cfg.horizon} latents, {driver.encoder.repeat} steps each; {driver.device}")
+    print(f"{'ms of a plan':34}{'p50':>8}{'p99':>8}")
+    for threads in sorted({1, cores}):
+        for busy in (0, 1):
+            torch.set_num_threads(threads)
+            with busy_processes(busy):
+                ms = np.percentile(time_plans(driver, plans), (50, 99))
+            name = f"{threads} threads, {busy} busy processes"
+            print("{:34}{:8.1f}{:8.1f}".format(name, *ms), flush=True)
+
+    torch.set_num_threads(1)
+    heads = "iterations", "candidates", "p50", "p99", "return", "worst", "laps"
+    print(f"one thread, tracks from {TUNING_TRACK}")
+    print("".join(f"{head:>11}" for head in heads))
+    for iterations, samples in PLAN_SIZES:
+        driver.cfg = replace(cfg, iterations=iterations, samples=samples)
+        ms = np.percentile(time_plans(driver, plans), (50, 99))
+        rows = [drive(make_env("fast"), driver, TUNING_TRACK + i) for i in range(tracks)]
+        returns = [row["return"] for row in rows] or [np.nan]
+        scores = np.mean(returns), np.min(returns), sum(row["lap_finished"] for row in rows)
+        line = "{:11}{:11}{:11.1f}{:11.1f}{:11.1f}{:11.1f}{:11}"
+        print(line.format(iterations, samples, *ms, *scores), flush=True)

@@ -1,0 +1,78 @@
+"""The cost of many candidate plans at once, in fewer operations than the nets' own methods take."""
+
+import torch
+import torch.nn.functional as F
+
+from networks import DISCOUNT, VALUE_WEIGHT, normalize_action, scored_steps
+
+
+class RolloutCost:
+    """Costs of many candidates from one latent, in float32: (z (1, D), act (N, H, 3)) -> (N,).
+
+    It computes CostModel.rollout_cost of Predictor.rollout. For the density, `to_latent` and
+    `whiten` are one product, of the latents `scored(H)` only. The states have S numbers, so a
+    whitened latent moves in S directions only: S numbers and a constant tell its norm.
+
+    turned: rad that the car is off the road's direction, + to the left, if that counts now; see
+    `support.heading`. Then a rollout counts as out of distribution, and its headings cost too.
+    """
+
+    def __init__(self, predictor, cost, kind, scored=scored_steps, turn_readout=None):
+        self.predictor, self.cost, self.kind, self.scored = predictor, cost, kind, scored
+        self.turn_readout, self.turned = turn_readout, None
+        self.w_in = predictor.into.weight.T.contiguous()
+        self.w_out = predictor.out.weight.T.contiguous()
+        of_state = predictor.to_latent.weight.T @ cost.whiten  # (K, S, D)
+        self.directions, reach = torch.linalg.qr(of_state.mT.double())  # (K, D, S), (K, S, S)
+        self.directions = self.directions.float()
+        self.whiten = torch.cat(list(reach.mT.float()), dim=1)  # (S, K * S)
+
+    @torch.inference_mode()
+    def __call__(self, z, act):
+        N, H, _ = act.shape
+        p, cost = self.predictor, self.cost
+        z = z[:, : p.dim]
+        if self.kind == "classifier":
+            return cost.rollout_cost(z, p.rollout(z.expand(N, -1), act), self.kind)
+
+        # present: state, what it does not carry, and both whitened
+        turned = self.turned if self.kind == "value" else None
+        ood = self.kind == "value" and (turned is not None or cost.is_ood(z))
+        h, a = p.to_state(z), normalize_action(act).transpose(0, 1).contiguous()
+        residual = p.residual(z, h, H)[0] + p.to_latent.bias  # (H, D)
+        rest = (residual - cost.mu[:, None]) @ cost.whiten  # (K, H, D)
+        bias = rest @ self.directions  # (K, H, S)
+        constant = (rest.square().sum(2) - bias.square().sum(2)).T  # (H, K)
+        bias = bias.transpose(0, 1).flatten(1)  # (H, K * S)
+        if turned is not None:
+            weights, offset = self.turn_readout
+            turn_weights = p.to_latent.weight.T @ weights  # (S,)
+            turn_bias, heading = residual @ weights + offset, z.new_full((N,), turned)
+
+        # roll out in place: x holds states and actions, white the whitened latents
+        x = torch.cat([h.expand(N, -1), a[0]], dim=1)
+        state = x[:, : p.state]
+        hidden, white = x.new_empty(N, p.into.out_features), x.new_empty(N, bias.shape[1])
+        total, scored = x.new_zeros(N), self.scored(H)
+        for t in range(H):
+            x[:, p.state :] = a[t]
+            torch.addmm(p.into.bias, x, self.w_in, out=hidden)
+            state.addmm_(F.silu(hidden, inplace=True), self.w_out)
+            if turned is not None:
+                heading = heading + state @ turn_weights + turn_bias[t]
+            if t in scored:
+                torch.addmm(bias[t], state, self.whiten, out=white)
+                norms = torch.linalg.vector_norm(white.view(N, len(cost.mu), -1), dim=2).square()
+                energy = (norms + constant[t]).amin(dim=1).clamp_min(0).mul(0.5 / p.dim)
+                energy = cost.saturate(energy) if ood else energy
+                if turned is not None:
+                    energy = energy + cost.wrong_way(heading)
+                total.add_(energy, alpha=H / len(scored))
+
+        if ood:
+            last = torch.addmm(residual[-1], state, p.to_latent.weight.T)
+            value = cost.terminal_value(last)
+            if turned is not None:
+                value = value + VALUE_WEIGHT * cost.wrong_way(heading)
+            total.add_(value, alpha=DISCOUNT**H)
+        return total
