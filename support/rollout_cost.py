@@ -10,15 +10,15 @@ class RolloutCost:
     """Costs of many candidates from one latent, in float32: (z (1, D), act (N, H, 3)) -> (N,).
 
     It computes CostModel.rollout_cost of Predictor.rollout. For the density, `to_latent` and
-    `whiten` are one product, of the latents `scored(H)` only. The states have S numbers, so a
+    `whiten` are one product, of the `scored_steps` only. The states have S numbers, so a
     whitened latent moves in S directions only: S numbers and a constant tell its norm.
 
     turned: rad that the car is off the road's direction, + to the left, if that counts now; see
     `support.heading`. Then a rollout counts as out of distribution, and its headings cost too.
     """
 
-    def __init__(self, predictor, cost, kind, scored=scored_steps, turn_readout=None):
-        self.predictor, self.cost, self.kind, self.scored = predictor, cost, kind, scored
+    def __init__(self, predictor, cost, kind, turn_readout=None):
+        self.predictor, self.cost, self.kind = predictor, cost, kind
         self.turn_readout, self.turned = turn_readout, None
         self.w_in = predictor.into.weight.T.contiguous()
         self.w_out = predictor.out.weight.T.contiguous()
@@ -53,7 +53,7 @@ class RolloutCost:
         x = torch.cat([h.expand(N, -1), a[0]], dim=1)
         state = x[:, : p.state]
         hidden, white = x.new_empty(N, p.into.out_features), x.new_empty(N, bias.shape[1])
-        total, scored = x.new_zeros(N), self.scored(H)
+        total, scored = x.new_zeros(N), scored_steps(H)
         for t in range(H):
             x[:, p.state :] = a[t]
             torch.addmm(p.into.bias, x, self.w_in, out=hidden)

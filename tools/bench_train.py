@@ -147,6 +147,8 @@ def bench_plan(root, plans, tracks):
     cfg, cores = driver.cfg, torch.get_num_threads()
     size = f"{cfg.iterations or ITERATIONS[cfg.planner]} x {cfg.samples} candidates"
     print(f"{size} of {cfg.horizon} latents, {driver.encoder.repeat} steps each; {driver.device}")
+
+    # the default, by threads and load
     print(f"{'ms of a plan':34}{'p50':>8}{'p99':>8}")
     for threads in sorted({1, cores}):
         for busy in (0, 1):
@@ -156,6 +158,7 @@ def bench_plan(root, plans, tracks):
             name = f"{threads} threads, {busy} busy processes"
             print("{:34}{:8.1f}{:8.1f}".format(name, *ms), flush=True)
 
+    # other sizes, on one thread
     torch.set_num_threads(1)
     heads = "iterations", "candidates", "p50", "p99", "return", "worst", "laps"
     print(f"one thread, tracks from {TUNING_TRACK}")
