@@ -30,7 +30,7 @@ from support.run_log import RunLog
 # arguments that may change when a run is resumed
 RUNTIME_ARGS = {"root", "device", "threads", "fresh", "precision", "once", "newest"}
 RUNTIME_ARGS |= {"save_every", "log_every", "arithmetic", "epochs", "autoencoder_steps"}
-DATA_ARGS = {"data", "shares"}  # these may, too: a run goes on with own drives, for example
+DATA_ARGS = ("data", "shares")  # these may, too: a run goes on with own drives, for example
 
 
 def lock_stage(root, stage):
@@ -245,16 +245,15 @@ class Run:
         A run of older code lacks some arguments; then its nets have to fit.
         """
         then = payload.get("args", {})
-        others = [
-            (key, f"--{key} {typed(then.get(key))}, this command has {typed(now)}")
+        others = {
+            key: f"--{key} {typed(then.get(key))}, this command has {typed(now)}"
             for key, now in vars(self.args).items()
             if key not in RUNTIME_ARGS and then.get(key, str(now)) != str(now)
-        ]
-        data = [line for key, line in others if key in DATA_ARGS]
-        others = [line for key, line in others if key not in DATA_ARGS]
+        }
+        data = [others.pop(key) for key in DATA_ARGS if key in others]
         if others:
             again = "repeat its arguments, or add --fresh to start again"
-            fail(f"{self.path}: the run to resume had {'; '.join(others)}; {again}")
+            fail(f"{self.path}: the run to resume had {'; '.join(others.values())}; {again}")
         if data:
             print(f"{self.path}: the run so far had {'; '.join(data)}")
         if then.get("arithmetic") != self.args.arithmetic:
