@@ -188,9 +188,8 @@ class Driver:
         self.open_loop = open_loop
         self.nets, self.cfg, self.device, self.dtype = nets, cfg, device, dtype
         self.encoder, self.models = nets["encoder"], models
-        readout = turn_readout(self.encoder) if cfg.heading else None
         of = nets["predictor"], nets["cost"], cfg.energy
-        self.rollout_cost = RolloutCost(*of, turn_readout=readout)
+        self.rollout_cost = RolloutCost(*of, turn_readout(self.encoder))
         self.seed, self.generator = seed, torch.Generator(device)
 
     def reset(self, track_seed):
@@ -201,6 +200,7 @@ class Driver:
         self.rng, self.blind = np.random.default_rng([self.seed, track_seed]), 0
         self.u = self.planned.u  # (H, 2) the plan that is followed
         self.t, self.ms, self.costs = 0, [], None
+        self.rollout_cost.turned = None
         self.palette, self.memory, self.action = Palette(), HeadingMemory(), None
 
     @torch.inference_mode()
@@ -215,8 +215,10 @@ class Driver:
         """frame (64, 64, 3) uint8 -> action (3,) float32; plans every `repeat` steps."""
         if self.t == LEARN_COLORS:
             self.palette.learn(frame)
-        self.frames.append(self.palette(frame))
-        self.memory.see(frame)
+        frame = self.palette(frame)
+        self.frames.append(frame)
+        if self.t >= ZOOM_STEPS:
+            self.memory.see(frame)
         if self.t < ZOOM_STEPS:
             self.action = np.array([0, START_GAS, 0], np.float32)
         elif (self.t - ZOOM_STEPS) % self.encoder.repeat == 0:
@@ -234,14 +236,14 @@ class Driver:
 
     def replan(self):
         """Encodes the present and plans from it."""
-        z, cost, energies = self.encode(), self.rollout_cost, self.nets["cost"]
-        if cost.turn_readout:
-            cost.turned = self.memory.turned(float(energies.energy(z) / energies.random_energy))
-        self.plan_from(z)
+        self.plan_from(self.encode(), self.memory.off_course())
 
-    def plan_from(self, z):
-        """Plans from the latent z (1, D), a real or a dreamt one: sets u and costs."""
-        self.z = z
+    def plan_from(self, z, turned=None):
+        """Plans from the latent z (1, D), a real or a dreamt one: sets u and costs.
+
+        turned: rad that the car is off its way, if that is known; see `support.heading`.
+        """
+        self.z, self.rollout_cost.turned = z, turned
         of = self.rollout_cost, self.planned, self.cfg, self.generator
         self.planned, self.costs = plan(self.z, *of)
         self.u = self.planned.u
@@ -259,7 +261,7 @@ class NoModelDriver(Driver):
         super().reset(track_seed)
         self.now = None
 
-    def plan_from(self, z):
+    def plan_from(self, z, turned=None):
         self.z, before = z, self.now
         self.now = float(self.nets["cost"].energy(self.z, self.cfg.energy))
         self.u = torch.cat([self.u[1:], self.u[-1:]])

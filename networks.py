@@ -409,8 +409,11 @@ class CostModel(nn.Module):
         return VALUE_WEIGHT * self.random_energy * self.predicted_value(z).float().clamp_min(0)
 
     def wrong_way(self, turned):
-        """Energies (...) of headings `turned` (...) rad off the road's: 0..random_energy."""
-        return self.random_energy * (1 - turned.cos()) / 2
+        """Energies (...) of a car `turned` (...) rad off its way: 0 up to a quarter turn.
+
+        From there they rise to random_energy.
+        """
+        return self.random_energy * (-turned.cos()).clamp_min(0)
 
     def predicted_value(self, z):
         """(..., D) -> (...): what `value_target` is expected to be."""

@@ -5,12 +5,13 @@ recovery    places a car on the grass beside the road, askew, too fast before a 
             within 3 s. A recovered car has three wheels on the road, a heading within 0.5 rad of
             the line's and more than 15 units/s, all for 0.2 s. A bend has to be behind it. Random
             driving and the expert stand beside the driver.
-turned      drives 2 s, then turns the car round on the grass by held actions, --turns times. The
-            driver sees all of it, and takes over. The figure is the share of cars that recover in
-            the lap's direction within 8 s. The driver with and without --heading.
+turned      drives 2 s, then turns the car round on the grass, --turns times. The driver sees all of
+            it, and takes over. The figure is the share of cars that recover in the lap's direction
+            within 8 s. Beside the driver stands one without the memory of its heading.
 behaviours  energies of lapping, and of what must cost more: standing on the road, creeping along
-            it, driving the wrong way round, circling on the grass. Driving the right way at the
-            same speed stands beside the wrong way.
+            it, driving the wrong way round after a turn, circling on the grass. Driving the right
+            way at the same speed stands beside the wrong way. `way` is the density plus the energy
+            of the way that the driver remembers.
 landscape   energies of plans that hold steering and throttle, in four situations. Axes and prints
             are actions: the steering in rad (the joint stops at 0.4), gas and brake from 0 to 1.
             Gas ends at the limit of --max_gas.
@@ -41,13 +42,13 @@ from report.page import print_table
 from support.checkpoints import require_dir
 from support.cli import Number, parser, run_main, track_number
 from support.files import replace_atomically, versions, writable
-from support.heading import turn_readout
 from support.latents import encode
 from support.pictures import ornament, pyplot, save_figure
 from support.plan_config import planning
 from support.progress import progress
 
 DRIVEN, TURNING, BACK_WITHIN = 2.0, 6.0, 8.0  # s: driven before a turn, turned, to come back
+REJOINED = 4.0  # s in which a turned car finds the road, the wrong way round
 TURNED_BY = 2.2  # rad that a turned car is off the road's direction, at least
 KINDS = ("on the grass", "askew", "too fast", "spinning")  # of recovery starts
 WITHIN = 3.0  # s in which a car must recover
@@ -59,7 +60,7 @@ HELD = {  # speed held in units/s, and direction: 1 is the lap's
 }
 BEHAVIOURS = ("lapping", *HELD, "standing on the road", "circling on the grass")
 SECONDS = 3.0  # of each behaviour on each track
-ENERGIES = "density", "classifier"
+ENERGIES = "density", "classifier", "way"
 HELD_ACTIONS = 31  # steerings, and throttles, of a landscape
 PARTS = ("recovery", "turned", "behaviours", "landscape")
 
@@ -184,14 +185,23 @@ def turn_round(env, driver, track, rng):
     driver.t = ZOOM_STEPS
     for _ in range(round(DRIVEN * FPS)):
         frame = env.unwrapped.step(driver.act(frame))[0]
-    held = np.array([0.4 * rng.choice((-1, 1)), rng.uniform(0.2, 0.6), 0], np.float32)
+    side, speed = rng.choice((-1, 1)), rng.uniform(15, 30)
     for _ in range(round(TURNING * FPS)):
         driver.act(frame)
-        frame = env.unwrapped.step(held)[0]
         state = telemetry_of(env)
-        if state["wheels_off_road"] == 4 and abs(state["heading_error"]) > TURNED_BY:
+        lacking = (speed - state["forward_speed"]) / 20
+        action = [0.4 * side, np.clip(lacking, 0, 0.5), np.clip(-lacking, 0, 0.3)]
+        frame = env.unwrapped.step(np.array(action, np.float32))[0]
+        if state["wheels_off_road"] == 4 and side * state["heading_error"] > TURNED_BY:
             return frame
     return None
+
+
+def turned_car(env, driver, track, rng):
+    """The frame of a car that was turned round; see `turn_round`."""
+    while (frame := turn_round(env, driver, track, rng)) is None:
+        pass
+    return frame
 
 
 def comes_back(env, driver, frame):
@@ -213,15 +223,14 @@ def comes_back(env, driver, frame):
 def turned(driver, turns, tracks, seed):
     """{driver: recovery_share} of cars that were turned round, printed as a table."""
     env, back, cost = make_env("fast"), {}, driver.rollout_cost
-    before, readout = cost.turn_readout, turn_readout(driver.encoder)
-    for name, memory in (("mpc with --heading", readout), ("mpc without", None)):
-        cost.turn_readout, cost.turned, back[name] = memory, None, []
+    readout = cost.turn_readout
+    for name, cost.turn_readout in (("mpc", readout), ("mpc without its memory", None)):
+        back[name] = []
         for i in progress(range(turns), desc="turned", unit="start", leave=False):
-            rng, frame = np.random.default_rng([seed, i]), None
-            while frame is None:
-                frame = turn_round(env, driver, tracks[i % len(tracks)], rng)
+            rng = np.random.default_rng([seed, i])
+            frame = turned_car(env, driver, tracks[i % len(tracks)], rng)
             back[name].append(1.0 if comes_back(env, driver, frame) else None)
-    cost.turn_readout, cost.turned = before, None
+    cost.turn_readout = readout
     env.close()
     out = {name: recovery_share(cars) for name, cars in back.items()}
     text = "{share:.1%} ({low:.0%} to {high:.0%})".format
@@ -243,8 +252,15 @@ def hold_line(speed, sign, env):
     return np.array(action, np.float32)
 
 
-def make_policy(name, env, rng):
+def make_policy(name, env, driver, track, rng):
     """Places the car for a behaviour and returns its policy, act(env)."""
+    if name in HELD and HELD[name][1] < 0:
+        frame = turned_car(env, driver, track, rng)
+        for _ in range(round(REJOINED * FPS)):
+            frame = env.unwrapped.step(hold_line(*HELD[name], env))[0]
+            driver.memory.see(frame)
+        return partial(hold_line, *HELD[name])
+    driver.reset(track)
     tile = int(rng.integers(len(env.unwrapped.track)))
     if name == "lapping":
         expert = Expert(RACE_PACES[0], max_offset=MAX_OFFSET)  # the teacher
@@ -255,9 +271,8 @@ def make_policy(name, env, rng):
         place_beside(env, tile, rng.uniform(-3, 3), rng.uniform(-0.3, 0.3))
         return lambda env: np.array([0, 0, 0.8], np.float32)
     if name in HELD:
-        speed, sign = HELD[name]
-        place_beside(env, tile, rng.uniform(-3, 3), math.pi * (sign < 0), speed)
-        return partial(hold_line, speed, sign)
+        place_beside(env, tile, rng.uniform(-3, 3), speed=HELD[name][0])
+        return partial(hold_line, *HELD[name])
     side = rng.choice((-1, 1))
     place_beside(env, tile, side * rng.uniform(12, 20), rng.uniform(-math.pi, math.pi), speed=20)
     return lambda env: np.array([0.35 * side, 0.3, 0], np.float32)
@@ -265,15 +280,22 @@ def make_policy(name, env, rng):
 
 def behaviour_energies(name, env, driver, tracks, seed):
     """{energy: (n,)} of the latents of a behaviour on all tracks."""
-    z, encoder = [], driver.encoder
+    z, off_course, R = [], [], driver.encoder.repeat
     for i, track in enumerate(tracks):
         reset_past_zoom(env, track)
-        act = make_policy(name, env, np.random.default_rng([seed, i]))
-        frames = [env.unwrapped.step(act(env))[0] for _ in range(round(SECONDS * FPS))]
-        obs = torch.from_numpy(np.stack(frames[:: encoder.repeat])[None]).permute(0, 1, 4, 2, 3)
-        z.append(encode(encoder, obs, driver.device, driver.dtype))
-    cost = driver.nets["cost"]
-    return {kind: cost.energy(torch.cat(z), kind).cpu().numpy() for kind in ENERGIES}
+        act = make_policy(name, env, driver, track, np.random.default_rng([seed, i]))
+        frames, off = [], []
+        for _ in range(round(SECONDS * FPS)):
+            frames.append(env.unwrapped.step(act(env))[0])
+            driver.memory.see(frames[-1])
+            off.append(driver.memory.off_course())
+        obs = torch.from_numpy(np.stack(frames[::R])[None]).permute(0, 1, 4, 2, 3)
+        z.append(encode(driver.encoder, obs, driver.device, driver.dtype))
+        off_course += off[::R][-len(z[-1]) :]
+    cost, z, off_course = driver.nets["cost"], torch.cat(z), torch.tensor(off_course)
+    energies = {kind: cost.energy(z, kind) for kind in ENERGIES[:2]}
+    energies["way"] = energies["density"] + cost.wrong_way(off_course.to(z.device))
+    return {kind: e.cpu().numpy() for kind, e in energies.items()}
 
 
 def behaviours(driver, tracks, seed):

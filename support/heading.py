@@ -1,7 +1,7 @@
-"""Which way the car should go, from the past of a drive: frames alone do not tell it.
+"""Which way the car should go, from the past of a drive: one frame does not tell it.
 
-The yaw rate is read off the red bar in a frame's HUD. Its sum is the heading. As long as latents
-are those of an expert, the heading is that of the road, and is remembered.
+Yaw rate and speed are read off the bars of a frame's HUD, the road's direction off its edges near
+the car. No net and no label: colours and scales of the picture only, as in `support.palette`.
 """
 
 import math
@@ -11,19 +11,29 @@ import torch
 
 from car import FPS, SCENE_H
 from car.telemetry import wrap_angle
-from networks import OOD_THRESHOLD
+from support.palette import ROAD
 
 GYRO = np.s_[SCENE_H:, 32:64, 0]  # where the red bar of the yaw rate grows from the middle
 GYRO_SIDE = np.repeat([1.0, -1.0], 16)  # to the left for left turns
 GYRO_SCALE = 0.2415  # rad/s of yaw that a fully red pixel stands for
-SURE = 0.05  # share of random driving's energy below which the car is surely along the road
-TURNED = math.pi / 2  # rad from the road's direction at which a car goes the wrong way
-MEMORY = 8.0  # s for which the road's direction is remembered; the road bends on meanwhile
+SPEED = np.s_[SCENE_H:, 8:10, 1]  # the white bar of the speed
+SPEED_SCALE = 18.85  # units/s of a white pixel; the bar begins 3.5 units/s below
+AHEAD = 20.0  # units ahead on the road at which a car beside it aims
+EDGE = 40.0  # levels from the road's colour at which a pixel is surely not road
+CLEAR = 5.0  # clearness of edges from which on the picture is trusted
+GAIN = 0.1  # share of a clear picture's difference that corrects the memory, a step
+ROWS, COLS = np.mgrid[:SCENE_H, :64]
+NEAR = np.exp(-((ROWS - 46) ** 2 + (COLS - 31.5) ** 2) / (2 * 8.0**2))  # weights around the car
 
 
 def yaw_rate(frame):
     """rad/s, + to the left, as a frame (64, 64, 3) uint8 shows it."""
     return GYRO_SCALE * float((frame[GYRO] / 255.0 @ GYRO_SIDE).sum())
+
+
+def speed(frame):
+    """units/s, as a frame's HUD shows it."""
+    return max(0.0, SPEED_SCALE * float((frame[SPEED] / 255.0).sum()) - 3.5)
 
 
 def turn_readout(encoder):
@@ -48,28 +58,43 @@ def turn_readout(encoder):
     return weights.float().to(encoder.mean.device), float(bias)
 
 
+def look_around(frame):
+    """(axis, clearness, share): what a frame (64, 64, 3) uint8 shows of the road near the car.
+
+    axis: rad that the car is off the road, + to the left, up to half a turn. A picture does not
+    show which of two ways is the lap's. The structure tensor of the road's edges tells axis and
+    clearness. share: of road around the car.
+    """
+    off_road = np.abs(frame[:SCENE_H].astype(np.float32) - ROAD[0]).max(axis=2)
+    road = (1 - off_road / EDGE).clip(0)
+    gy, gx = np.gradient(road)
+    across, both, along = (float((NEAR * g).sum()) for g in (gx * gx, 2 * gx * gy, gy * gy))
+    axis, clearness = math.atan2(both, across - along) / 2, math.hypot(across - along, both)
+    return axis, clearness, float((NEAR * road).sum() / NEAR.sum())
+
+
 class HeadingMemory:
-    """The car's heading and that of the road, rad from where the drive began."""
+    """Rad that the car is off its way along the road, + to the left.
+
+    A drive begins within a quarter turn of the road's direction. Then yaw rate and speed add up to
+    the car's heading and its place beside the road. The picture corrects them where it shows the
+    road. The way of a car beside the road leads back to it.
+    """
 
     def __init__(self):
-        self.heading, self.road, self.age = 0.0, None, 0.0
+        self.turned, self.beside = 0.0, 0.0  # rad and units, from the road; + to the left
+        self.frames = 0
 
     def see(self, frame):
-        """Adds the turn of one step, as its frame shows it."""
-        self.heading += yaw_rate(frame) / FPS
-        self.age += 1 / FPS
+        """Adds one step, as its frame shows it."""
+        self.frames += 1
+        turned = self.turned + yaw_rate(frame) / FPS
+        beside = self.beside + speed(frame) * math.sin(turned) / FPS
+        axis, clearness, share = look_around(frame)
+        gain = max(GAIN, 1 / self.frames) * min(1.0, clearness / CLEAR)
+        self.turned = wrap_angle(turned + gain * math.remainder(axis - turned, math.pi))
+        self.beside = (1 - gain * share) * beside
 
-    def turned(self, energy):
-        """Radians of the car from the road, if that counts now; else None.
-
-        energy: of the present latent, over that of random driving. It counts while the car is out
-        of distribution, or goes the wrong way. Until then the road leads where the car goes.
-        """
-        off = None if self.road is None else wrap_angle(self.heading - self.road)
-        wrong = off is not None and abs(off) >= TURNED
-        if energy < SURE and not wrong:
-            self.road, self.age = self.heading, 0.0
-        if self.age > MEMORY:
-            self.road = None
-        counts = self.road is not None and (wrong or energy > OOD_THRESHOLD)
-        return off if counts else None
+    def off_course(self):
+        """Rad, + to the left, between the car and its way."""
+        return wrap_angle(self.turned + math.atan(self.beside / AHEAD))

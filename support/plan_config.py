@@ -16,7 +16,7 @@ class PlanConfig:
 
     planner: str = "mppi"
     energy: str = "value"
-    samples: int = 1000  # candidates in the first iteration
+    samples: int = 256  # candidates in the first iteration
     horizon: int = 15  # latents in a rollout
     iterations: int | None = None  # None: ITERATIONS of the planner
     elites: int = 32
@@ -24,7 +24,6 @@ class PlanConfig:
     rho: float = 0.8  # AR(1) noise: correlation from step to step
     beta: float = 2.0  # power-law noise: power falls with frequency ** beta
     noise: tuple = (0.4, 0.5)  # standard deviation of steering and throttle, in units of full
-    heading: bool = False  # remember the road's direction: see support/heading.py
     max_gas: float | None = None  # most throttle in a plan; None: `take_gas` sets it
 
     @classmethod
@@ -56,8 +55,6 @@ def planning(p):
     add("--beta", type=Number(float, 0, 10), help="powerlaw: 0 is white noise, 1 pink, 2 red")
     deviation = "standard deviation of steering and throttle, of full"
     add("--noise", type=Number(float, 0, 100), nargs=2, help=deviation)
-    lost = "a lost car remembers the road's direction for 8 s; not measured yet"
-    add("--heading", action="store_true", help=lost)
     add("--max_gas", type=fraction, help="most gas in a plan (default: as the cost model stores)")
     p.set_defaults(**vars(PlanConfig()))
 

@@ -1,5 +1,7 @@
 """The cost of many candidate plans at once, in fewer operations than the nets' own methods take."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -13,11 +15,12 @@ class RolloutCost:
     `whiten` are one product, of the `scored_steps` only. The states have S numbers, so a
     whitened latent moves in S directions only: S numbers and a constant tell its norm.
 
-    turned: rad that the car is off the road's direction, + to the left, if that counts now; see
-    `support.heading`. Then a rollout counts as out of distribution, and its headings cost too.
+    turned: rad that the car is off its way, + to the left, if that is known; see `support.heading`.
+    It counts out of distribution. A car that goes the wrong way is out of distribution, too.
     """
 
     def __init__(self, predictor, cost, kind, turn_readout=None):
+        """turn_readout: of `support.heading`; without it `turned` never counts."""
         self.predictor, self.cost, self.kind = predictor, cost, kind
         self.turn_readout, self.turned = turn_readout, None
         self.w_in = predictor.into.weight.T.contiguous()
@@ -36,8 +39,10 @@ class RolloutCost:
             return cost.rollout_cost(z, p.rollout(z.expand(N, -1), act), self.kind)
 
         # present: state, what it does not carry, and both whitened
-        turned = self.turned if self.kind == "value" else None
-        ood = self.kind == "value" and (turned is not None or cost.is_ood(z))
+        turned = self.turned if self.turn_readout else None
+        wrong_way = turned is not None and abs(turned) > math.pi / 2
+        ood = self.kind == "value" and (wrong_way or cost.is_ood(z))
+        turned = turned if ood else None
         h, a = p.to_state(z), normalize_action(act).transpose(0, 1).contiguous()
         residual = p.residual(z, h, H)[0] + p.to_latent.bias  # (H, D)
         rest = (residual - cost.mu[:, None]) @ cost.whiten  # (K, H, D)

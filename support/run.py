@@ -244,6 +244,7 @@ class Run:
 
         A run of older code lacks some arguments; then its nets have to fit.
         """
+        # arguments
         then = payload.get("args", {})
         others = {
             key: f"--{key} {typed(then.get(key))}, this command has {typed(now)}"
@@ -259,6 +260,8 @@ class Run:
         if then.get("arithmetic") != self.args.arithmetic:
             was = f"{self.args.arithmetic} instead of {then.get('arithmetic')}"
             print(f"{self.path}: goes on with {was}, so its losses may differ in their last digits")
+
+        # state
         try:
             for name, net in self.nets.items():
                 net.load_state_dict(payload["nets"][name]["weights"])

@@ -9,37 +9,93 @@ from test_networks import random_nets
 
 from car import FPS
 from car.env import make_env, observe
-from car.telemetry import telemetry_of
+from car.telemetry import place_beside, telemetry_of
 from collect_recovery_data import FaultyExpert
 from networks import DISCOUNT, VALUE_WEIGHT, scored_steps
 from support.checkpoints import load_models
-from support.heading import MEMORY, HeadingMemory, turn_readout, yaw_rate
+from support.heading import HeadingMemory, look_around, speed, turn_readout, yaw_rate
 from support.latents import encode
 from support.rollout_cost import RolloutCost
 
 
 def drive(kind, steps=400, seed=200_300):
-    """Frames and yaw rates of an expert that errs."""
+    """Frames of an expert that errs, and the car's telemetry."""
     env, expert = make_env(kind), FaultyExpert(1.0)
     env.reset(seed=seed)
     expert.reset(env, np.random.default_rng(0))
-    frames, rates = [], []
+    frames, states = [], []
     for _ in range(steps):
         frames.append(observe(env, env.step(expert.act(env))[0]))
-        rates.append(telemetry_of(env)["yaw_rate"])
-    return np.stack(frames), np.array(rates)
+        states.append(telemetry_of(env))
+    env.close()
+    return np.stack(frames), {k: np.array([s[k] for s in states]) for k in states[0]}
 
 
 @pytest.mark.parametrize("kind", ["fast", "official"])
-def test_frames_show_the_yaw_rate(kind):
-    frames, rates = drive(kind)
+def test_frames_show_yaw_rate_and_speed(kind):
+    frames, true = drive(kind)
     read = np.array([yaw_rate(frame) for frame in frames])
-    assert np.abs(rates).max() > 1.5 and np.abs(read - rates).max() < 0.12
+    assert np.abs(true["yaw_rate"]).max() > 1.5
+    assert np.abs(read - true["yaw_rate"]).max() < 0.12
+    read = np.array([speed(frame) for frame in frames])
+    fast = np.hypot(true["forward_speed"], true["side_speed"])
+    assert fast.max() > 50 and np.abs(read - fast).max() < 3.5
+
+
+def off_the_road(state):
+    """Rad between car and road, + to the left."""
+    return -float(state["heading_error"])
+
+
+def test_a_frame_shows_the_road_up_to_half_a_turn():
+    env, errors, shares = make_env("fast"), [], []
+    rng = np.random.default_rng(0)
+    for i in range(120):
+        if i % 12 == 0:
+            env.reset(seed=200_320 + i)
+            env.unwrapped.t = math.inf  # the camera has arrived
+        tile = int(rng.integers(len(env.unwrapped.track)))
+        frame = place_beside(env, tile, rng.uniform(-4, 4), rng.uniform(-math.pi, math.pi), 20)
+        axis, _, share = look_around(frame)
+        errors.append(abs(math.remainder(axis - off_the_road(telemetry_of(env)), math.pi)))
+        shares.append(share)
+    assert np.median(errors) < 0.12 and np.quantile(errors, 0.9) < 0.5  # bends lead elsewhere
+    assert min(shares) > 0.3
+    assert look_around(place_beside(env, 0, 60.0))[1:] < (0.5, 0.01)  # lawn only
+    env.close()
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_the_memory_follows_a_car_that_turns_round_beside_the_road_and_leads_it_back(side):
+    """A car circles onto the grass, as far as its road is out of sight."""
+    env, memory = make_env("fast"), HeadingMemory()
+    env.reset(seed=200_331)
+    env.unwrapped.t = math.inf
+    memory.see(place_beside(env, 20, speed=30))
+    for _ in range(400):
+        state = telemetry_of(env)
+        if abs(state["heading_error"]) > 2.2 and state["wheels_off_road"] == 4:
+            break
+        lacking = 0.05 * (30 - state["forward_speed"])
+        action = [0.4 * side, np.clip(lacking, 0, 0.5), np.clip(-lacking, 0, 0.3)]
+        memory.see(env.step(np.array(action, np.float32))[0])
+    else:
+        pytest.fail("the car did not turn round")
+    assert abs(math.remainder(memory.turned - off_the_road(state), 2 * math.pi)) < 0.4
+    assert abs(memory.off_course()) > math.pi / 2  # it goes the wrong way
+
+    # placed beside the road along it, a car is off its way, which leads back
+    memory.turned, memory.beside = 0.0, 20.0
+    assert memory.off_course() == pytest.approx(math.pi / 4)
+    memory.beside = -20.0
+    assert memory.off_course() == pytest.approx(-math.pi / 4)
+    env.close()
 
 
 def test_latents_show_the_turn_between_two_of_them():
     nets, _, _ = load_models(".", None, torch.device("cpu"), names=("encoder",))
-    encoder, (frames, rates) = nets["encoder"], drive("fast")
+    encoder, (frames, true) = nets["encoder"], drive("fast")
+    rates = true["yaw_rate"]
     R, first = encoder.repeat, encoder.span - 1
     rows = [np.arange(first - k * R, len(frames) - k * R) for k in (2, 1, 0)]
     obs = torch.from_numpy(np.stack([frames[r] for r in rows], 1)).permute(0, 1, 4, 2, 3)
@@ -50,53 +106,38 @@ def test_latents_show_the_turn_between_two_of_them():
     assert np.polyfit(read, rates[first:], 1)[0] == pytest.approx(1, abs=0.12)
 
 
-def hud(rate):
-    """A frame whose red bar shows a yaw rate."""
-    env = make_env()
-    env.reset(seed=1)
-    env.unwrapped.car.hull.angularVelocity = rate
-    return env.step(np.zeros(3, np.float32))[0]
-
-
-def test_the_road_leads_where_an_expert_goes_until_the_car_is_lost_or_turned():
-    left, straight, memory = hud(3.0), hud(0.0), HeadingMemory()
-    rate = yaw_rate(left)
-    assert 1 < rate < 4 and abs(yaw_rate(straight)) < 0.3
-    see = lambda frame, seconds: [memory.see(frame) for _ in range(round(seconds * FPS))]
-    expert, unsure, lost = 0.01, 0.1, 0.5  # energies, over random driving's
-    assert memory.turned(lost) is None  # it has seen no road yet
-    assert memory.turned(expert) is None
-    see(left, 1 / rate)
-    assert memory.turned(expert) is None  # a bend: the road turned with the car
-    see(left, 1 / rate)
-    assert memory.turned(unsure) is None  # perhaps a slide: the road did not
-    see(left, 1.5 / rate)
-    off = memory.turned(lost)
-    assert off == pytest.approx(2.5, abs=0.1)  # the road is where it was
-    assert memory.turned(expert) == off  # along a road, the wrong way
-    see(left, (2 * math.pi - 2.5) / rate)
-    assert memory.turned(expert) is None  # all the way round
-    see(left, 2.5 / rate)
-    see(straight, MEMORY)
-    assert memory.turned(lost) is None  # too long ago
-
-
 @pytest.mark.parametrize("turned", [0.0, 2.0, -3.0])
-def test_headings_off_the_roads_cost_as_much_as_random_driving(turned):
+def test_the_wrong_way_costs_as_much_as_random_driving(turned):
     nets, H = random_nets(), 7
     predictor, cost = nets["predictor"], nets["cost"]
-    z, act = cost.mu[:1] + 0.1, torch.randn(32, H, 3)
+    far, act = cost.mu[:1] + 100.0, torch.randn(32, H, 3)
     readout = torch.randn(8) / 10, 0.05
     folded = RolloutCost(**nets, kind="value", turn_readout=readout)
-    plain = folded(z, act)
+    assert cost.is_ood(far)
+    plain = folded(far, act)
     folded.turned = turned
-    z_hat = predictor.rollout(z.expand(32, -1), act)
+    z_hat = predictor.rollout(far.expand(32, -1), act)
     heading = turned + (z_hat @ readout[0] + readout[1]).cumsum(1)
-    wrong = cost.random_energy * (1 - heading.cos()) / 2
+    wrong = cost.random_energy * (-heading.cos()).clamp_min(0)
     some = list(scored_steps(H))
     expected = H * (cost.saturate(cost.energy(z_hat[:, some])) + wrong[:, some]).mean(1)
     ends = cost.terminal_value(z_hat[:, -1]) + VALUE_WEIGHT * wrong[:, -1]
     expected = expected + DISCOUNT**H * ends
-    assert torch.allclose(folded(z, act), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(folded(far, act), expected, rtol=1e-4, atol=1e-4)
     folded.turned = None
+    assert torch.equal(folded(far, act), plain)
+
+
+def test_headings_count_out_of_distribution_and_on_the_wrong_way_only():
+    nets = random_nets()
+    z, act = nets["cost"].mu[:1] + 0.01, torch.randn(32, 7, 3)
+    folded = RolloutCost(**nets, kind="value", turn_readout=(torch.zeros(8), 0.0))
+    assert not nets["cost"].is_ood(z)
+    plain = folded(z, act)
+    folded.turned = 1.5
     assert torch.equal(folded(z, act), plain)
+    folded.turned = 1.6
+    assert (folded(z, act) != plain).all()
+    density = RolloutCost(**nets, kind="density", turn_readout=(torch.zeros(8), 0.0))
+    plain, density.turned = density(z, act), 3.0
+    assert torch.equal(density(z, act), plain)

@@ -36,13 +36,15 @@ def test_trials_judge_every_driver_by_the_same_starts(tmp_path):
     for r in found["recovery"].values():
         assert 0 <= r["all"]["low"] <= r["all"]["share"] <= r["all"]["high"] <= 1
     assert {name: r["n"] for name, r in found["turned"].items()} == {
-        "mpc with --heading": 2,
-        "mpc without": 2,
+        "mpc": 2,
+        "mpc without its memory": 2,
     }
     energies = found["behaviours"]
     for name in ("creeping", "standing on the road", "circling on the grass"):
         for kind in ("density", "classifier"):
             assert energies[name][kind][1] > energies["lapping"][kind][1], (name, kind)
+    wrong, same = (energies[f"the {way} way at 45 units/s"]["way"][1] for way in ("wrong", "same"))
+    assert wrong > 3 * same
     straight, *_, fast = found["landscape"].values()
     assert abs(straight["steer"]) < 0.15 and straight["gas"] > 0  # as a driver would
     assert fast["brake"] > 0

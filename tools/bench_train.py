@@ -26,7 +26,11 @@ LAPTOP = (
 TUNING_TRACK = 200_500  # one that is never collected nor reported
 WARM_UP_PLANS = 4
 BUSY_START_S = 5.0  # until a busy process is busy
-PLAN_SIZES = ((1, 256), (1, 1000), (2, 128), (2, 256), (2, 512), (4, 64), (4, 128), (4, 256))
+PLAN_SIZES = (  # iterations, candidates
+    *((1, 64), (1, 128), (1, 256), (1, 512), (1, 1000)),
+    *((2, 64), (2, 128), (2, 256), (2, 512)),
+    *((4, 64), (4, 128), (4, 256)),
+)
 
 
 def timed(work, device):
