@@ -19,6 +19,7 @@ GYRO_SCALE = 0.2415  # rad/s of yaw that a fully red pixel stands for
 SPEED = np.s_[SCENE_H:, 8:10, 1]  # the white bar of the speed
 SPEED_SCALE = 18.85  # units/s of a white pixel; the bar begins 3.5 units/s below
 AHEAD = 20.0  # units ahead on the road at which a car beside it aims
+STILL, SLOW = 1.0, 2.0  # s, units/s
 EDGE = 40.0  # levels from the road's colour at which a pixel is surely not road
 CLEAR = 5.0  # clearness of edges from which on the picture is trusted
 GAIN = 0.1  # share of a clear picture's difference that corrects the memory, a step
@@ -78,18 +79,23 @@ class HeadingMemory:
 
     A drive begins within a quarter turn of the road's direction. Then yaw rate and speed add up to
     the car's heading and its place beside the road. The picture corrects them where it shows the
-    road. The way of a car beside the road leads back to it.
+    road. The way of a car beside the road leads back to it. A car that stands for STILL begins
+    anew: the memory may be what holds it.
     """
 
     def __init__(self):
         self.turned, self.beside = 0.0, 0.0  # rad and units, from the road; + to the left
-        self.frames = 0
+        self.frames, self.still = 0, 0  # seen so far; without motion, up to now
 
     def see(self, frame):
         """Adds one step, as its frame shows it."""
+        v = speed(frame)
+        self.still = self.still + 1 if v < SLOW else 0
+        if self.still > STILL * FPS:
+            self.__init__()
         self.frames += 1
         turned = self.turned + yaw_rate(frame) / FPS
-        beside = self.beside + speed(frame) * math.sin(turned) / FPS
+        beside = self.beside + v * math.sin(turned) / FPS
         axis, clearness, share = look_around(frame)
         gain = max(GAIN, 1 / self.frames) * min(1.0, clearness / CLEAR)
         self.turned = wrap_angle(turned + gain * math.remainder(axis - turned, math.pi))

@@ -92,6 +92,21 @@ def test_the_memory_follows_a_car_that_turns_round_beside_the_road_and_leads_it_
     env.close()
 
 
+def test_a_car_that_stands_forgets_its_way():
+    env, memory = make_env("fast"), HeadingMemory()
+    env.reset(seed=200_331)
+    env.unwrapped.t = math.inf
+    stands = place_beside(env, 20)
+    memory.turned = 3.0
+    for _ in range(30):
+        memory.see(stands)
+    assert abs(memory.off_course()) > 2.8  # along the road, the wrong way
+    for _ in range(30):
+        memory.see(stands)
+    assert abs(memory.off_course()) < 0.3
+    env.close()
+
+
 def test_latents_show_the_turn_between_two_of_them():
     nets, _, _ = load_models(".", None, torch.device("cpu"), names=("encoder",))
     encoder, (frames, true) = nets["encoder"], drive("fast")
