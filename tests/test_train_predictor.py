@@ -1,13 +1,14 @@
 """What the predictor's pictures and its nulls show: windows under their own names, and actions of
 another episode."""
 
+import shutil
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import FakeEncoder, script
+from conftest import CHAIN, FakeEncoder, script
 from PIL import Image
 
 from buffer import load_sources, write_chunk
@@ -157,3 +158,19 @@ def test_swapped_actions_are_of_another_episode_of_the_same_source(tmp_path, hel
         assert (own[:, 0] != other[:, 0]).all()
         assert torch.equal(own[:, 0].round().int(), other[:, 0].round().int())  # of the same source
         assert len(other[:, 0].unique()) > 3
+
+
+def test_a_run_goes_on_with_other_data(chain, tmp_path):
+    shutil.copytree(chain[0] / "models", tmp_path / "models")
+    for name in ("data_race", "data_recovery"):
+        (tmp_path / name).symlink_to(chain[0] / name)
+    args = CHAIN["train_predictor.py"][2:]
+    more = "--epochs", "3", "--data", "data_race", "data_recovery", "--shares", "0.75", "0.25"
+    done = script("train_predictor.py", *args, *more, root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the run so far had --data" in done.stdout and "the data has changed" in done.stdout
+    read = lambda n: torch.load(tmp_path / "models" / f"predictor_ep{n}.pth", weights_only=True)
+    before, after = read(2), read(3)
+    assert (before["step"], after["step"]) == (40, 60)
+    seen = {k: after["frames_seen"][k] - before["frames_seen"][k] for k in before["frames_seen"]}
+    assert seen == {"data_race": 20 * 24 * 16, "data_recovery": 20 * 8 * 16, "data": 0}
