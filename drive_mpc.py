@@ -38,7 +38,7 @@ from support.device import set_up
 from support.disturbance import DISTURBANCES, Disturbance, disturbed_env
 from support.dreams import load_decoder
 from support.files import is_stream, lock_file, output_file, writable
-from support.heading import HeadingMemory, turn_readout
+from support.heading import SURE, HeadingMemory, turn_readout
 from support.lap_view import VIDEO_FPS, LapView
 from support.latents import encode
 from support.palette import Palette
@@ -236,7 +236,10 @@ class Driver:
 
     def replan(self):
         """Encodes the present and plans from it."""
-        self.plan_from(self.encode(), self.memory.off_course())
+        z, cost = self.encode(), self.nets["cost"]
+        if cost.energy(z) < SURE * cost.random_energy:
+            self.memory.settle()
+        self.plan_from(z, self.memory.off_course())
 
     def plan_from(self, z, turned=None):
         """Plans from the latent z (1, D), a real or a dreamt one: sets u and costs.

@@ -19,7 +19,8 @@ GYRO_SCALE = 0.2415  # rad/s of yaw that a fully red pixel stands for
 SPEED = np.s_[SCENE_H:, 8:10, 1]  # the white bar of the speed
 SPEED_SCALE = 18.85  # units/s of a white pixel; the bar begins 3.5 units/s below
 AHEAD = 20.0  # units ahead on the road at which a car beside it aims
-STILL, SLOW = 1.0, 2.0  # s, units/s
+SURE = 0.05  # share of random driving's energy below which the car is surely along the road
+STILL, SLOW = 0.5, 2.0  # s, units/s
 EDGE = 40.0  # levels from the road's colour at which a pixel is surely not road
 CLEAR = 5.0  # clearness of edges from which on the picture is trusted
 GAIN = 0.1  # share of a clear picture's difference that corrects the memory, a step
@@ -100,6 +101,10 @@ class HeadingMemory:
         gain = max(GAIN, 1 / self.frames) * min(1.0, clearness / CLEAR)
         self.turned = wrap_angle(turned + gain * math.remainder(axis - turned, math.pi))
         self.beside = (1 - gain * share) * beside
+
+    def settle(self):
+        """The car is surely along the road, one way or the other: a sharp bend's picture may err."""
+        self.turned, self.beside = wrap_angle(math.pi * round(self.turned / math.pi)), 0.0
 
     def off_course(self):
         """Rad, + to the left, between the car and its way."""

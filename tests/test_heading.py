@@ -98,10 +98,10 @@ def test_a_car_that_stands_forgets_its_way():
     env.unwrapped.t = math.inf
     stands = place_beside(env, 20)
     memory.turned = 3.0
-    for _ in range(30):
+    for _ in range(20):
         memory.see(stands)
     assert abs(memory.off_course()) > 2.8  # along the road, the wrong way
-    for _ in range(30):
+    for _ in range(10):
         memory.see(stands)
     assert abs(memory.off_course()) < 0.3
     env.close()
