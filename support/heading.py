@@ -103,7 +103,7 @@ class HeadingMemory:
         self.beside = (1 - gain * share) * beside
 
     def settle(self):
-        """The car is surely along the road, one way or the other: a sharp bend's picture may err."""
+        """The car is surely along the road, either way: the picture of a sharp bend may err."""
         self.turned, self.beside = wrap_angle(math.pi * round(self.turned / math.pi)), 0.0
 
     def off_course(self):
