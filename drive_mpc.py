@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import secrets
 import time
 from collections import deque
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -200,7 +201,6 @@ class Driver:
         self.rng, self.blind = np.random.default_rng([self.seed, track_seed]), 0
         self.u = self.planned.u  # (H, 2) the plan that is followed
         self.t, self.ms, self.costs = 0, [], None
-        self.rollout_cost.turned = None
         self.palette, self.memory, self.action = Palette(), HeadingMemory(), None
 
     @torch.inference_mode()
@@ -213,6 +213,7 @@ class Driver:
 
     def act(self, frame):
         """frame (64, 64, 3) uint8 -> action (3,) float32; plans every `repeat` steps."""
+        start = time.perf_counter()
         if self.t == LEARN_COLORS:
             self.palette.learn(frame)
         frame = self.palette(frame)
@@ -222,7 +223,6 @@ class Driver:
         if self.t < ZOOM_STEPS:
             self.action = np.array([0, START_GAS, 0], np.float32)
         elif (self.t - ZOOM_STEPS) % self.encoder.repeat == 0:
-            start = time.perf_counter()
             if self.blind:
                 self.planned, self.blind = self.planned.shifted(), self.blind - 1
                 self.u = self.planned.u
@@ -246,9 +246,8 @@ class Driver:
 
         turned: rad that the car is off its way, if that is known; see `support.heading`.
         """
-        self.z, self.rollout_cost.turned = z, turned
-        of = self.rollout_cost, self.planned, self.cfg, self.generator
-        self.planned, self.costs = plan(self.z, *of)
+        self.z, rollout_cost = z, partial(self.rollout_cost, turned=turned)
+        self.planned, self.costs = plan(z, rollout_cost, self.planned, self.cfg, self.generator)
         self.u = self.planned.u
 
     @torch.inference_mode()

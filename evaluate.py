@@ -93,7 +93,6 @@ def arguments():
     for name, (low, high, default, text) in SIZES.items():
         g.add_argument(name, type=Number(int, low, high), default=default, help=text)
     planning(p)
-    p.set_defaults(samples=256)
     return p.parse_args()
 
 

@@ -10,14 +10,15 @@ turned      drives 2 s, then turns the car round on the grass, --turns times. Th
             within 8 s. Beside the driver stands one without the memory of its heading.
 behaviours  energies of lapping, and of what must cost more: standing on the road, creeping along
             it, driving the wrong way round after a turn, circling on the grass. Driving the right
-            way at the same speed stands beside the wrong way. `way` is the density plus the energy
-            of the way that the driver remembers.
+            way at the same speed stands beside the wrong way. `way` adds to the density the energy
+            of the wrong way, by the memory of one who saw the start. A car that circles starts at
+            any angle, so its `way` means little.
 landscape   energies of plans that hold steering and throttle, in four situations. Axes and prints
             are actions: the steering in rad (the joint stops at 0.4), gas and brake from 0 to 1.
             Gas ends at the limit of --max_gas.
 
 It takes the fast env and tracks for choosing. It writes ROOT/visuals/trials.json and
-visuals/energy_landscape.png. Two minutes on a CPU with `--samples 256 --threads 1`.
+visuals/energy_landscape.png. Fifteen minutes on a CPU core, most of them for `turned`.
 
     python -m report.trials
 """
@@ -40,13 +41,14 @@ from collect_race_data import MAX_OFFSET, RACE_PACES, Expert
 from drive_mpc import BRAKE, STEER, BaselineDriver, load_driver, to_action
 from report.page import print_table
 from support.checkpoints import require_dir
-from support.cli import Number, parser, run_main, track_number
+from support.cli import Number, fail, parser, run_main, track_number
 from support.files import replace_atomically, versions, writable
 from support.latents import encode
 from support.pictures import ornament, pyplot, save_figure
 from support.plan_config import planning
 from support.progress import progress
 
+TRIES = 20  # to turn a car round
 DRIVEN, TURNING, BACK_WITHIN = 2.0, 6.0, 8.0  # s: driven before a turn, turned, to come back
 REJOINED = 4.0  # s in which a turned car finds the road, the wrong way round
 TURNED_BY = 2.2  # rad that a turned car is off the road's direction, at least
@@ -175,33 +177,29 @@ def recovery(driver, starts, tracks, seed):
 
 
 def turn_round(env, driver, track, rng):
-    """Drives, then turns the car round on the grass; returns the frame, or None if it did not turn.
+    """Drives, then turns the car round on the grass; returns the frame.
 
-    The driver sees every frame, but does not decide in the turn.
+    The driver sees every frame, but does not decide in the turn. Begins again where the car meets
+    another stretch of the road.
     """
-    curvature = reset_past_zoom(env, track)
-    frame = place_beside(env, int(rng.integers(len(curvature))), speed=rng.uniform(20, 50))
-    driver.reset(track)
-    driver.t = ZOOM_STEPS
-    for _ in range(round(DRIVEN * FPS)):
-        frame = env.unwrapped.step(driver.act(frame))[0]
-    side, speed = rng.choice((-1, 1)), rng.uniform(15, 30)
-    for _ in range(round(TURNING * FPS)):
-        driver.act(frame)
-        state = telemetry_of(env)
-        lacking = (speed - state["forward_speed"]) / 20
-        action = [0.4 * side, np.clip(lacking, 0, 0.5), np.clip(-lacking, 0, 0.3)]
-        frame = env.unwrapped.step(np.array(action, np.float32))[0]
-        if state["wheels_off_road"] == 4 and side * state["heading_error"] > TURNED_BY:
-            return frame
-    return None
+    for _ in range(TRIES):
+        curvature = reset_past_zoom(env, track)
+        frame = place_beside(env, int(rng.integers(len(curvature))), speed=rng.uniform(20, 50))
+        driver.reset(track)
+        driver.t = ZOOM_STEPS
+        for _ in range(round(DRIVEN * FPS)):
+            frame = env.unwrapped.step(driver.act(frame))[0]
 
-
-def turned_car(env, driver, track, rng):
-    """The frame of a car that was turned round; see `turn_round`."""
-    while (frame := turn_round(env, driver, track, rng)) is None:
-        pass
-    return frame
+        side, speed = rng.choice((-1, 1)), rng.uniform(15, 30)
+        for _ in range(round(TURNING * FPS)):
+            driver.act(frame)
+            state = telemetry_of(env)
+            lacking = (speed - state["forward_speed"]) / 20
+            action = [0.4 * side, np.clip(lacking, 0, 0.5), np.clip(-lacking, 0, 0.3)]
+            frame = env.unwrapped.step(np.array(action, np.float32))[0]
+            if state["wheels_off_road"] == 4 and side * state["heading_error"] > TURNED_BY:
+                return frame
+    fail(f"track {track}: the car did not turn round in {TRIES} tries; choose other tracks")
 
 
 def comes_back(env, driver, frame):
@@ -224,11 +222,11 @@ def turned(driver, turns, tracks, seed):
     """{driver: recovery_share} of cars that were turned round, printed as a table."""
     env, back, cost = make_env("fast"), {}, driver.rollout_cost
     readout = cost.turn_readout
-    for name, cost.turn_readout in (("mpc", readout), ("mpc without its memory", None)):
-        back[name] = []
+    for name, memory in (("mpc", readout), ("mpc without its memory", None)):
+        cost.turn_readout, back[name] = memory, []
         for i in progress(range(turns), desc="turned", unit="start", leave=False):
             rng = np.random.default_rng([seed, i])
-            frame = turned_car(env, driver, tracks[i % len(tracks)], rng)
+            frame = turn_round(env, driver, tracks[i % len(tracks)], rng)
             back[name].append(1.0 if comes_back(env, driver, frame) else None)
     cost.turn_readout = readout
     env.close()
@@ -255,7 +253,7 @@ def hold_line(speed, sign, env):
 def make_policy(name, env, driver, track, rng):
     """Places the car for a behaviour and returns its policy, act(env)."""
     if name in HELD and HELD[name][1] < 0:
-        frame = turned_car(env, driver, track, rng)
+        frame = turn_round(env, driver, track, rng)
         for _ in range(round(REJOINED * FPS)):
             frame = env.unwrapped.step(hold_line(*HELD[name], env))[0]
             driver.memory.see(frame)

@@ -1,7 +1,8 @@
 """Which way the car should go, from the past of a drive: one frame does not tell it.
 
 Yaw rate and speed are read off the bars of a frame's HUD, the road's direction off its edges near
-the car. No net and no label: colours and scales of the picture only, as in `support.palette`.
+the car, in the usual colours. The density of a latent tells when the car is surely along the road.
+No labels.
 """
 
 import math
@@ -17,10 +18,11 @@ GYRO = np.s_[SCENE_H:, 32:64, 0]  # where the red bar of the yaw rate grows from
 GYRO_SIDE = np.repeat([1.0, -1.0], 16)  # to the left for left turns
 GYRO_SCALE = 0.2415  # rad/s of yaw that a fully red pixel stands for
 SPEED = np.s_[SCENE_H:, 8:10, 1]  # the white bar of the speed
-SPEED_SCALE = 18.85  # units/s of a white pixel; the bar begins 3.5 units/s below
+SPEED_SCALE, SPEED_LEAST = 22.1, 1.7  # units/s of a white pixel, and without a bar
+DARK = 30.0  # levels that do not count as the speed's bar, such as noise
 AHEAD = 20.0  # units ahead on the road at which a car beside it aims
 SURE = 0.05  # share of random driving's energy below which the car is surely along the road
-STILL, SLOW = 0.5, 2.0  # s, units/s
+STILL, SLOW = 0.5, 4.0  # s below so many units/s after which a car has stopped
 EDGE = 40.0  # levels from the road's colour at which a pixel is surely not road
 CLEAR = 5.0  # clearness of edges from which on the picture is trusted
 GAIN = 0.1  # share of a clear picture's difference that corrects the memory, a step
@@ -34,8 +36,9 @@ def yaw_rate(frame):
 
 
 def speed(frame):
-    """units/s, as a frame's HUD shows it."""
-    return max(0.0, SPEED_SCALE * float((frame[SPEED] / 255.0).sum()) - 3.5)
+    """units/s, as a frame (64, 64, 3) uint8 shows it, within 4."""
+    bar = (frame[SPEED] - DARK).clip(0) / 255
+    return SPEED_SCALE * float(bar.sum()) + SPEED_LEAST
 
 
 def turn_readout(encoder):
@@ -64,8 +67,8 @@ def look_around(frame):
     """(axis, clearness, share): what a frame (64, 64, 3) uint8 shows of the road near the car.
 
     axis: rad that the car is off the road, + to the left, up to half a turn. A picture does not
-    show which of two ways is the lap's. The structure tensor of the road's edges tells axis and
-    clearness. share: of road around the car.
+    show which of two ways is the lap's. The structure tensor of the road's edges tells it.
+    clearness: 0 without edges, about 12 on a road. share: of road around the car, 0..1.
     """
     off_road = np.abs(frame[:SCENE_H].astype(np.float32) - ROAD[0]).max(axis=2)
     road = (1 - off_road / EDGE).clip(0)
@@ -80,20 +83,27 @@ class HeadingMemory:
 
     A drive begins within a quarter turn of the road's direction. Then yaw rate and speed add up to
     the car's heading and its place beside the road. The picture corrects them where it shows the
-    road. The way of a car beside the road leads back to it. A car that stands for STILL begins
-    anew: the memory may be what holds it.
+    road. The way of a car beside the road leads back to it.
     """
 
     def __init__(self):
+        self.still = 0  # steps without motion, up to now
+        self.forget()
+
+    def forget(self):
+        """Begins anew, within a quarter turn of the road's direction."""
         self.turned, self.beside = 0.0, 0.0  # rad and units, from the road; + to the left
-        self.frames, self.still = 0, 0  # seen so far; without motion, up to now
+        self.frames = 0  # seen since then
 
     def see(self, frame):
-        """Adds one step, as its frame shows it."""
+        """Adds one step, as its frame (64, 64, 3) uint8 in the usual colours shows it.
+
+        A car that has stopped forgets: its memory may be what stops it.
+        """
         v = speed(frame)
         self.still = self.still + 1 if v < SLOW else 0
         if self.still > STILL * FPS:
-            self.__init__()
+            self.forget()
         self.frames += 1
         turned = self.turned + yaw_rate(frame) / FPS
         beside = self.beside + v * math.sin(turned) / FPS

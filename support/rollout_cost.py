@@ -16,13 +16,14 @@ class RolloutCost:
     whitened latent moves in S directions only: S numbers and a constant tell its norm.
 
     turned: rad that the car is off its way, + to the left, if that is known; see `support.heading`.
-    It counts out of distribution. A car that goes the wrong way is out of distribution, too.
+    For the value, headings on the wrong way cost too, out of distribution. A car that already goes
+    the wrong way is out of distribution.
     """
 
     def __init__(self, predictor, cost, kind, turn_readout=None):
-        """turn_readout: of `support.heading`; without it `turned` never counts."""
+        """turn_readout: of `support.heading`; without it headings never count."""
         self.predictor, self.cost, self.kind = predictor, cost, kind
-        self.turn_readout, self.turned = turn_readout, None
+        self.turn_readout = turn_readout
         self.w_in = predictor.into.weight.T.contiguous()
         self.w_out = predictor.out.weight.T.contiguous()
         of_state = predictor.to_latent.weight.T @ cost.whiten  # (K, S, D)
@@ -31,7 +32,7 @@ class RolloutCost:
         self.whiten = torch.cat(list(reach.mT.float()), dim=1)  # (S, K * S)
 
     @torch.inference_mode()
-    def __call__(self, z, act):
+    def __call__(self, z, act, turned=None):
         N, H, _ = act.shape
         p, cost = self.predictor, self.cost
         z = z[:, : p.dim]
@@ -39,7 +40,7 @@ class RolloutCost:
             return cost.rollout_cost(z, p.rollout(z.expand(N, -1), act), self.kind)
 
         # present: state, what it does not carry, and both whitened
-        turned = self.turned if self.turn_readout else None
+        turned = turned if self.turn_readout else None
         wrong_way = turned is not None and abs(turned) > math.pi / 2
         ood = self.kind == "value" and (wrong_way or cost.is_ood(z))
         turned = turned if ood else None

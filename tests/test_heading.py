@@ -7,14 +7,18 @@ import pytest
 import torch
 from test_networks import random_nets
 
-from car import FPS
+from car import FPS, ZOOM_STEPS
 from car.env import make_env, observe
 from car.telemetry import place_beside, telemetry_of
+from collect_race_data import Expert
 from collect_recovery_data import FaultyExpert
+from drive_mpc import Driver
 from networks import DISCOUNT, VALUE_WEIGHT, scored_steps
 from support.checkpoints import load_models
+from support.disturbance import Disturbance, disturbed_env
 from support.heading import HeadingMemory, look_around, speed, turn_readout, yaw_rate
 from support.latents import encode
+from support.plan_config import PlanConfig
 from support.rollout_cost import RolloutCost
 
 
@@ -39,7 +43,7 @@ def test_frames_show_yaw_rate_and_speed(kind):
     assert np.abs(read - true["yaw_rate"]).max() < 0.12
     read = np.array([speed(frame) for frame in frames])
     fast = np.hypot(true["forward_speed"], true["side_speed"])
-    assert fast.max() > 50 and np.abs(read - fast).max() < 3.5
+    assert fast.max() > 50 and np.abs(read - fast).max() < 6 and np.abs(read - fast).mean() < 2
 
 
 def off_the_road(state):
@@ -92,18 +96,66 @@ def test_the_memory_follows_a_car_that_turns_round_beside_the_road_and_leads_it_
     env.close()
 
 
-def test_a_car_that_stands_forgets_its_way():
-    env, memory = make_env("fast"), HeadingMemory()
+@pytest.mark.parametrize("noise", ["none", "noise"])
+def test_a_car_that_stands_forgets_its_way(noise):
+    env, memory, disturbance = make_env("fast"), HeadingMemory(), Disturbance(noise)
     env.reset(seed=200_331)
     env.unwrapped.t = math.inf
+    disturbance.reset(1)
     stands = place_beside(env, 20)
     memory.turned = 3.0
     for _ in range(20):
-        memory.see(stands)
+        memory.see(disturbance(stands))
     assert abs(memory.off_course()) > 2.8  # along the road, the wrong way
     for _ in range(10):
-        memory.see(stands)
+        memory.see(disturbance(stands))
     assert abs(memory.off_course()) < 0.3
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def nets():
+    return load_models(".", None, torch.device("cpu"))[0]
+
+
+def make_driver(nets):
+    cfg = PlanConfig(samples=8, max_gas=1.0)
+    return Driver(nets, cfg, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("disturbance", ["none", "noise", "shift3"])
+def test_a_lap_is_never_the_wrong_way(nets, disturbance):
+    """An expert drives; the driver looks on and remembers."""
+    env, expert, disturb = disturbed_env("fast", disturbance), Expert(1.0), Disturbance(disturbance)
+    driver, off = make_driver(nets), []
+    obs, _ = env.reset(seed=200_340)
+    expert.reset(env)
+    driver.reset(200_340)
+    disturb.reset(200_340)
+    for _ in range(560):
+        driver.act(disturb(observe(env, obs)))
+        off.append(abs(driver.memory.off_course()))
+        obs = env.step(expert.act(env))[0]
+    env.close()
+    assert max(off) < 1.2 and np.median(off) < 0.1
+
+
+def test_the_driver_plans_by_its_memory(nets):
+    env, driver = make_env("fast"), make_driver(nets)
+    env.reset(seed=200_331)
+    env.unwrapped.t = math.inf
+    askew = place_beside(env, 20, askew=1.0, speed=20)
+    costs = []
+    for wrong in (False, True):
+        driver.reset(1)
+        driver.t = ZOOM_STEPS
+        if wrong:
+            driver.memory.frames, driver.memory.turned = 100, 2.5
+        driver.act(askew)
+        costs.append(driver.costs)
+    assert (costs[1] > costs[0]).all()
+    driver.reset(2)
+    assert driver.memory.turned == 0
     env.close()
 
 
@@ -129,8 +181,6 @@ def test_the_wrong_way_costs_as_much_as_random_driving(turned):
     readout = torch.randn(8) / 10, 0.05
     folded = RolloutCost(**nets, kind="value", turn_readout=readout)
     assert cost.is_ood(far)
-    plain = folded(far, act)
-    folded.turned = turned
     z_hat = predictor.rollout(far.expand(32, -1), act)
     heading = turned + (z_hat @ readout[0] + readout[1]).cumsum(1)
     wrong = cost.random_energy * (-heading.cos()).clamp_min(0)
@@ -138,9 +188,9 @@ def test_the_wrong_way_costs_as_much_as_random_driving(turned):
     expected = H * (cost.saturate(cost.energy(z_hat[:, some])) + wrong[:, some]).mean(1)
     ends = cost.terminal_value(z_hat[:, -1]) + VALUE_WEIGHT * wrong[:, -1]
     expected = expected + DISCOUNT**H * ends
-    assert torch.allclose(folded(far, act), expected, rtol=1e-4, atol=1e-4)
-    folded.turned = None
-    assert torch.equal(folded(far, act), plain)
+    assert torch.allclose(folded(far, act, turned), expected, rtol=1e-4, atol=1e-4)
+    without = RolloutCost(**nets, kind="value")
+    assert torch.equal(without(far, act, turned), without(far, act))
 
 
 def test_headings_count_out_of_distribution_and_on_the_wrong_way_only():
@@ -149,10 +199,7 @@ def test_headings_count_out_of_distribution_and_on_the_wrong_way_only():
     folded = RolloutCost(**nets, kind="value", turn_readout=(torch.zeros(8), 0.0))
     assert not nets["cost"].is_ood(z)
     plain = folded(z, act)
-    folded.turned = 1.5
-    assert torch.equal(folded(z, act), plain)
-    folded.turned = 1.6
-    assert (folded(z, act) != plain).all()
+    assert torch.equal(folded(z, act, 1.5), plain)
+    assert (folded(z, act, 1.6) != plain).all()
     density = RolloutCost(**nets, kind="density", turn_readout=(torch.zeros(8), 0.0))
-    plain, density.turned = density(z, act), 3.0
-    assert torch.equal(density(z, act), plain)
+    assert torch.equal(density(z, act, 3.0), density(z, act))
