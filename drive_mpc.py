@@ -52,7 +52,7 @@ from support.window import NoWindow, keys_text, open_window
 from support.workers import FIRST_SEED, chunk_provenance
 
 LEARN_COLORS = 40  # step at which the palette is learned: the camera has nearly arrived
-START_GAS = 0.25  # held through the opening zoom, in which latents mean little
+START_GAS, GAS_RISE = 0.06, 0.0325  # gas of the first step, and its rise in each step of the zoom
 STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
 BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
 WORST = 1e9  # cost of a rollout that overflowed
@@ -189,8 +189,8 @@ class Driver:
         self.open_loop = open_loop
         self.nets, self.cfg, self.device, self.dtype = nets, cfg, device, dtype
         self.encoder, self.models = nets["encoder"], models
-        of = nets["predictor"], nets["cost"], cfg.energy
-        self.rollout_cost = RolloutCost(*of, turn_readout(self.encoder))
+        of = nets["predictor"], nets["cost"], cfg.energy, turn_readout(self.encoder)
+        self.rollout_cost = RolloutCost(*of, dtype)
         self.seed, self.generator = seed, torch.Generator(device)
 
     def reset(self, track_seed):
@@ -221,7 +221,8 @@ class Driver:
         if self.t >= ZOOM_STEPS:
             self.memory.see(frame)
         if self.t < ZOOM_STEPS:
-            self.action = np.array([0, START_GAS, 0], np.float32)
+            gas = min(1.0, START_GAS + GAS_RISE * self.t)  # latents mean little in the zoom
+            self.action = np.array([0, gas, 0], np.float32)
         elif (self.t - ZOOM_STEPS) % self.encoder.repeat == 0:
             if self.blind:
                 self.planned, self.blind = self.planned.shifted(), self.blind - 1

@@ -9,7 +9,7 @@ from networks import DISCOUNT, VALUE_WEIGHT, normalize_action, scored_steps
 
 
 class RolloutCost:
-    """Costs of many candidates from one latent, in float32: (z (1, D), act (N, H, 3)) -> (N,).
+    """Costs of many candidates from one latent: (z (1, D), act (N, H, 3)) -> (N,), float32.
 
     It computes CostModel.rollout_cost of Predictor.rollout. For the density, `to_latent` and
     `whiten` are one product, of the `scored_steps` only. The states have S numbers, so a
@@ -20,16 +20,21 @@ class RolloutCost:
     the wrong way is out of distribution.
     """
 
-    def __init__(self, predictor, cost, kind, turn_readout=None):
-        """turn_readout: of `support.heading`; without it headings never count."""
+    def __init__(self, predictor, cost, kind, turn_readout=None, dtype=torch.float32):
+        """turn_readout: of `support.heading`; without it headings never count.
+
+        dtype: bfloat16 takes half of float32's time for products. All sums stay float32.
+        """
         self.predictor, self.cost, self.kind = predictor, cost, kind
         self.turn_readout = turn_readout
-        self.w_in = predictor.into.weight.T.contiguous()
-        self.w_out = predictor.out.weight.T.contiguous()
+        self.dtype = dtype if dtype == torch.bfloat16 else torch.float32
         of_state = predictor.to_latent.weight.T @ cost.whiten  # (K, S, D)
         self.directions, reach = torch.linalg.qr(of_state.mT.double())  # (K, D, S), (K, S, S)
         self.directions = self.directions.float()
-        self.whiten = torch.cat(list(reach.mT.float()), dim=1)  # (S, K * S)
+        self.whiten = torch.cat(list(reach.mT), dim=1).to(self.dtype)  # (S, K * S)
+        self.w_in = predictor.into.weight.T.contiguous().to(self.dtype)
+        self.b_in = predictor.into.bias.to(self.dtype)
+        self.w_out = predictor.out.weight.T.contiguous().to(self.dtype)
 
     @torch.inference_mode()
     def __call__(self, z, act, turned=None):
@@ -44,7 +49,7 @@ class RolloutCost:
         wrong_way = turned is not None and abs(turned) > math.pi / 2
         ood = self.kind == "value" and (wrong_way or cost.is_ood(z))
         turned = turned if ood else None
-        h, a = p.to_state(z), normalize_action(act).transpose(0, 1).contiguous()
+        h, a = p.to_state(z), normalize_action(act).transpose(0, 1)
         residual = p.residual(z, h, H)[0] + p.to_latent.bias  # (H, D)
         rest = (residual - cost.mu[:, None]) @ cost.whiten  # (K, H, D)
         bias = rest @ self.directions  # (K, H, S)
@@ -55,19 +60,17 @@ class RolloutCost:
             turn_weights = p.to_latent.weight.T @ weights  # (S,)
             turn_bias, heading = residual @ weights + offset, z.new_full((N,), turned)
 
-        # roll out in place: x holds states and actions, white the whitened latents
-        x = torch.cat([h.expand(N, -1), a[0]], dim=1)
-        state = x[:, : p.state]
-        hidden, white = x.new_empty(N, p.into.out_features), x.new_empty(N, bias.shape[1])
-        total, scored = x.new_zeros(N), scored_steps(H)
+        # roll out: x holds states and actions, white the whitened latents
+        state, x = h.repeat(N, 1), h.new_empty(N, p.into.in_features, dtype=self.dtype)
+        total, scored = z.new_zeros(N), scored_steps(H)
         for t in range(H):
-            x[:, p.state :] = a[t]
-            torch.addmm(p.into.bias, x, self.w_in, out=hidden)
-            state.addmm_(F.silu(hidden, inplace=True), self.w_out)
+            x[:, : p.state], x[:, p.state :] = state, a[t]
+            hidden = F.silu(torch.addmm(self.b_in, x, self.w_in), inplace=True)
+            state += hidden @ self.w_out
             if turned is not None:
                 heading = heading + state @ turn_weights + turn_bias[t]
             if t in scored:
-                torch.addmm(bias[t], state, self.whiten, out=white)
+                white = bias[t] + state.to(self.dtype) @ self.whiten
                 norms = torch.linalg.vector_norm(white.view(N, len(cost.mu), -1), dim=2).square()
                 energy = (norms + constant[t]).amin(dim=1).clamp_min(0).mul(0.5 / p.dim)
                 energy = cost.saturate(energy) if ood else energy

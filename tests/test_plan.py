@@ -9,6 +9,7 @@ from test_networks import random_nets
 
 from drive_mpc import BRAKE, DECAY, LEAST_STD, STEER, Plan, clip_plan, draw_plans, plan, to_action
 from networks import OOD_THRESHOLD
+from support.checkpoints import load_models
 from support.cli import Parser
 from support.plan_config import PlanConfig, ar1_noise, planning, powerlaw_noise, take_gas
 from support.rollout_cost import RolloutCost
@@ -318,3 +319,19 @@ def test_the_folded_rollout_cost_is_the_plain_one(kind, H, far):
     folded = RolloutCost(**nets, kind=kind)
     for _ in range(2):  # nothing is left of the first
         assert torch.allclose(folded(z, act), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_costs_in_bfloat16_rank_plans_alike():
+    nets, _, _ = load_models(".", None, torch.device("cpu"))
+    of = nets["predictor"], nets["cost"], "value"
+    generator = torch.Generator().manual_seed(0)
+    z = nets["cost"].mu[:1] + 0.1 * torch.randn(1, nets["cost"].mu.shape[1], generator=generator)
+    cfg = PlanConfig(max_gas=1.0)
+    u = draw_plans(256, torch.zeros(15, 2), torch.tensor(cfg.noise), cfg, generator)
+    exact, fast = (
+        RolloutCost(*of, dtype=d)(z, to_action(u)) for d in (torch.float32, torch.bfloat16)
+    )
+    assert fast.dtype == torch.float32 and not torch.equal(exact, fast)
+    best, found = (set(c.topk(32, largest=False).indices.tolist()) for c in (exact, fast))
+    assert len(best & found) >= 30
+    assert torch.allclose(exact, fast, rtol=0.03)
