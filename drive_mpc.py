@@ -78,8 +78,6 @@ def arguments():
     add("--json", type=output_file, help="file of the scores, written after each drive")
     saved = f"episodes of --policy go to ROOT/{SELF_DRIVEN_DIR}, of tracks from {FIRST_SEED} on"
     add("--save_data", action="store_true", help=saved)
-    blind = "share of the plans that are followed to their end: what plans lead to, to learn from"
-    add("--open_loop", type=fraction, default=0.0, help=blind)
     add("--film", type=Number(int, 0, 1000), default=1, help="laps of --policy in the film")
     add("--headless", action="store_true", help="no window: as fast as it goes")
     add("--no_video", action="store_true", help="scores only, no window, no pictures")
@@ -184,9 +182,7 @@ def plan(z, rollout_cost, previous, cfg, generator=None):
 class Driver:
     """Drives from pixels: `act(frame)` sees 64x64 frames and its own past plans, nothing else."""
 
-    def __init__(self, nets, cfg, device, dtype, seed=0, models=None, open_loop=0.0):
-        """open_loop: share of the plans that are followed to their end, without another look."""
-        self.open_loop = open_loop
+    def __init__(self, nets, cfg, device, dtype, seed=0, models=None):
         self.nets, self.cfg, self.device, self.dtype = nets, cfg, device, dtype
         self.encoder, self.models = nets["encoder"], models
         of = nets["predictor"], nets["cost"], cfg.energy, turn_readout(self.encoder)
@@ -198,7 +194,6 @@ class Driver:
         self.generator.manual_seed(self.seed + track_seed)
         self.frames = deque(maxlen=self.encoder.span)
         self.planned = Plan.none(self.cfg.horizon, self.device)
-        self.rng, self.blind = np.random.default_rng([self.seed, track_seed]), 0
         self.u = self.planned.u  # (H, 2) the plan that is followed
         self.t, self.ms, self.costs = 0, [], None
         self.palette, self.memory, self.action = Palette(), HeadingMemory(), None
@@ -224,12 +219,7 @@ class Driver:
             gas = min(1.0, START_GAS + GAS_RISE * self.t)  # latents mean little in the zoom
             self.action = np.array([0, gas, 0], np.float32)
         elif (self.t - ZOOM_STEPS) % self.encoder.repeat == 0:
-            if self.blind:
-                self.planned, self.blind = self.planned.shifted(), self.blind - 1
-                self.u = self.planned.u
-            else:
-                self.replan()
-                self.blind = (self.rng.random() < self.open_loop) * (self.cfg.horizon - 1)
+            self.replan()
             self.action = to_action(self.u[0]).cpu().numpy()  # waits for the device
             self.ms.append(1000 * (time.perf_counter() - start))
         self.t += 1
@@ -298,8 +288,7 @@ def load_driver(args, cfg, policy="mpc"):
     take_gas(cfg, payloads["cost"])
     kind = NoModelDriver if policy == "no_model" else Driver
     of = PlanConfig.of(cfg), device, dtype, args.seed, str(folder)
-    driver = kind(nets, *of, getattr(args, "open_loop", 0.0))
-    return driver, load_decoder(folder, checkpoints.fingerprint(nets["encoder"]), device)
+    return kind(nets, *of), load_decoder(folder, checkpoints.fingerprint(nets["encoder"]), device)
 
 
 # ------------------------------------------------------------------ drives

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_encoder
 from buffer import PREFETCH, load_sources
-from car import ZOOM_STEPS
 from car.env import make_env
 from car.telemetry import telemetry
 from drive_mpc import drive, load_driver
@@ -105,19 +104,15 @@ def bench_train(root, repeats, steps):
 
 
 def time_plans(driver, plans):
-    """Milliseconds of each of so many plans, encoding included, along the road's middle."""
-    env, took = make_env("fast"), []
-    env.reset(seed=TUNING_TRACK)
+    """Milliseconds of each of so many plans, as the driver makes them along the road's middle."""
+    env = make_env("fast")
+    frame, _ = env.reset(seed=TUNING_TRACK)
     driver.reset(TUNING_TRACK)
-    for step in range(ZOOM_STEPS + WARM_UP_PLANS + plans):
-        driver.frames.append(env.step(follow(telemetry(env)))[0])
-        if step >= ZOOM_STEPS:
-            start = time.perf_counter()
-            driver.replan()
-            driver.u.cpu()  # waits for the device
-            took.append(1000 * (time.perf_counter() - start))
+    while len(driver.ms) < WARM_UP_PLANS + plans:
+        driver.act(frame)
+        frame = env.step(follow(telemetry(env)))[0]
     env.close()
-    return took[WARM_UP_PLANS:]
+    return driver.ms[WARM_UP_PLANS:]
 
 
 def keep_busy():
