@@ -16,7 +16,7 @@ class PlanConfig:
 
     planner: str = "mppi"
     energy: str = "value"
-    samples: int = 256  # candidates in the first iteration
+    samples: int = 512  # candidates in the first iteration
     horizon: int = 15  # latents in a rollout
     iterations: int | None = None  # None: ITERATIONS of the planner
     elites: int = 32
@@ -57,6 +57,7 @@ def planning(p):
     add("--noise", type=Number(float, 0, 100), nargs=2, help=deviation)
     add("--max_gas", type=fraction, help="most gas in a plan (default: as the cost model stores)")
     p.set_defaults(**vars(PlanConfig()))
+    p.set_defaults(threads=1)  # a second one saves a tenth, and waits for other processes
 
 
 def take_gas(args, payload):
