@@ -216,7 +216,7 @@ class Driver:
         if self.t >= ZOOM_STEPS:
             self.memory.see(frame)
         if self.t < ZOOM_STEPS:
-            gas = min(1.0, START_GAS + GAS_RISE * self.t)  # latents mean little in the zoom
+            gas = min(self.cfg.max_gas, START_GAS + GAS_RISE * self.t)  # latents mean little here
             self.action = np.array([0, gas, 0], np.float32)
         elif (self.t - ZOOM_STEPS) % self.encoder.repeat == 0:
             self.replan()
