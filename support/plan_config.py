@@ -57,7 +57,7 @@ def planning(p):
     add("--noise", type=Number(float, 0, 100), nargs=2, help=deviation)
     add("--max_gas", type=fraction, help="most gas in a plan (default: as the cost model stores)")
     p.set_defaults(**vars(PlanConfig()))
-    p.set_defaults(threads=1)  # a second one saves a tenth, and waits for other processes
+    p.set_defaults(threads=1)  # a second one saves a fifth, and waits for other processes
 
 
 def take_gas(args, payload):
