@@ -18,7 +18,7 @@ landscape   energies of plans that hold steering and throttle, in four situation
             Gas ends at the limit of --max_gas.
 
 It takes the fast env and tracks for choosing. It writes ROOT/visuals/trials.json and
-visuals/energy_landscape.png. Fifteen minutes on a CPU core, most of them for `turned`.
+visuals/energy_landscape.png. Twelve minutes on a CPU core, most of them for `turned`.
 
     python -m report.trials
 """
