@@ -44,7 +44,7 @@ from support.lap_view import VIDEO_FPS, LapView
 from support.latents import encode
 from support.palette import Palette
 from support.pictures import VideoRecorder
-from support.plan_config import ITERATIONS, PlanConfig, planning, take_gas
+from support.plan_config import ITERATIONS, PlanConfig, clip_plan, planning, take_gas, to_action
 from support.progress import progress
 from support.rollout_cost import RolloutCost
 from support.scores import COLUMNS, Report, compare, row_line, row_name, score_settings
@@ -53,8 +53,6 @@ from support.workers import FIRST_SEED, chunk_provenance
 
 LEARN_COLORS = 40  # step at which the palette is learned: the camera has nearly arrived
 START_GAS, GAS_RISE = 0.06, 0.0325  # gas of the first step, and its rise in each step of the zoom
-STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
-BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
 WORST = 1e9  # cost of a rollout that overflowed
 DECAY, REUSED, MOMENTUM, LEAST_STD = 1.25, 0.3, 0.1, 0.1  # iCEM's; the first three as published
 SELF_DRIVEN_DIR = "data_mpc"  # folder of the episodes that --save_data writes
@@ -96,15 +94,23 @@ def draw_plans(N, mean, std, cfg, generator=None):
     return clip_plan(mean + std * cfg.correlate(white), cfg.max_gas)
 
 
-def clip_plan(u, max_gas):
-    """Clips plans u (..., 2) to -1..1, and their throttle to max_gas."""
-    return u.clamp(u.new_tensor([-1.0, -1.0]), u.new_tensor([1.0, max_gas]))
+@torch.inference_mode()
+def propose(z, predictor, policy, cfg, generator=None):
+    """Plans (P, H, 2) that the policy makes while it drives the dream from z (1, D).
 
-
-def to_action(u):
-    """Plans u (..., 2) in -1..1 (steer, throttle) -> actions (..., 3): steer, gas, brake."""
-    steer, throttle = u.unbind(-1)
-    return torch.stack([STEER * steer, throttle.clamp_min(0), BRAKE * (-throttle).clamp_min(0)], -1)
+    P is cfg.policy_share of the candidates. Noise is added to all but the first. Random plans
+    seldom brake and turn in at the right moment.
+    """
+    P = int(cfg.policy_share * cfg.samples)
+    white = torch.randn(P, cfg.horizon, 2, generator=generator, device=z.device)
+    noise = cfg.policy_noise * z.new_tensor(cfg.noise) * cfg.correlate(white)
+    noise[:1] = 0
+    h = predictor.to_state(z[:, : predictor.dim]).expand(P, -1)
+    steps = []
+    for t in range(cfg.horizon):
+        steps.append(clip_plan(policy(h) + noise[:, t], cfg.max_gas))
+        h = predictor.transition(h, to_action(steps[-1]))
+    return torch.stack(steps, dim=1)
 
 
 class Plan(NamedTuple):
@@ -126,11 +132,12 @@ class Plan(NamedTuple):
 
 
 @torch.inference_mode()
-def plan(z, rollout_cost, previous, cfg, generator=None):
+def plan(z, rollout_cost, previous, cfg, generator=None, proposals=()):
     """(the next Plan, costs (N,) of the candidates of its last iteration).
 
     z (1, D): the present latent. rollout_cost(z, act (N, H, 3)) -> costs (N,).
     previous: the last Plan, not yet shifted. It goes on if all costs are equal.
+    proposals (P, H, 2): plans that take the place of random ones in the first iteration.
     cfg: PlanConfig. Refuses costs of which none is finite.
 
     mppi: Williams et al. 2017. icem: Pinneri et al. 2020, arXiv:2008.06389. Each iteration of icem
@@ -152,6 +159,8 @@ def plan(z, rollout_cost, previous, cfg, generator=None):
             drawn[N - len(kept) :, :steps] = kept[:, :steps]
         elif i > 0:
             drawn[-K:] = elites
+        if i == 0 and len(proposals):
+            drawn[1 : 1 + len(proposals)] = proposals[: N - 1]
 
         # roll out
         costs = rollout_cost(z, to_action(drawn)).nan_to_num(nan=WORST, posinf=WORST)  # (N,)
@@ -238,7 +247,9 @@ class Driver:
         turned: rad that the car is off its way, if that is known; see `support.heading`.
         """
         self.z, rollout_cost = z, partial(self.rollout_cost, turned=turned)
-        self.planned, self.costs = plan(z, rollout_cost, self.planned, self.cfg, self.generator)
+        cfg, generator = self.cfg, self.generator
+        proposals = propose(z, self.nets["predictor"], self.nets["cost"].policy, cfg, generator)
+        self.planned, self.costs = plan(z, rollout_cost, self.planned, cfg, generator, proposals)
         self.u = self.planned.u
 
     @torch.inference_mode()

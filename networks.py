@@ -20,6 +20,7 @@ SCORE_EVERY = 3  # the cost looks at every third latent of a rollout: neighbours
 OOD_THRESHOLD = 0.3  # of the energy of random driving; most of a lap stays below
 DISCOUNT, VALUE_HORIZON = 0.97, 75  # per latent; latents whose energies the value sums up
 VALUE_WEIGHT = (1 - DISCOUNT**VALUE_HORIZON) / (1 - DISCOUNT)  # sum of their weights
+MISTAKE_WEIGHT = 0.004  # of a mistake's logit, over random driving's energy
 
 
 # ------------------------------------------------------------------ encoder
@@ -358,7 +359,7 @@ def scored_steps(H):
 
 
 class CostModel(nn.Module):
-    """Three energies on frozen latents, learned without reward and without labels.
+    """Energies of frozen latents, learned without reward and without labels.
 
     They see the first `dim` numbers of a latent, the planned part.
 
@@ -366,15 +367,19 @@ class CostModel(nn.Module):
     density: half the squared Mahalanobis distance to expert latents, over D. It rises in every
     direction that leaves the expert; a classifier knows only the directions it saw. Of several
     Gaussians, such as those of straights and of bends, the nearest one counts.
-    value: the density. Out of distribution it is the saturated density plus a terminal value, the
-    energy that follows while an expert recovers.
+    mistake: the logit of an expert who recovers from mistakes against one who makes none.
+    value: density and a little of `mistake`. Out of distribution, the saturated density and a
+    terminal value, the energy that follows while an expert recovers.
+    policy: a predictor's state (N, S) -> what an expert plans there (N, 2).
     """
 
-    def __init__(self, dim=512, hidden=256, gaussians=1):
+    def __init__(self, dim=512, hidden=256, gaussians=1, state=256):
         super().__init__()
-        self.args = dict(dim=dim, hidden=hidden, gaussians=gaussians)
+        self.args = dict(dim=dim, hidden=hidden, gaussians=gaussians, state=state)
         self.classifier = mlp(dim, hidden, hidden, 1)
         self.value = mlp(dim, hidden, hidden, 1)
+        self.mistake = mlp(dim, hidden, hidden, 1)
+        self.policy = mlp(state, hidden, hidden, 2)
         self.register_buffer("mu", torch.zeros(gaussians, dim))
         self.register_buffer("whiten", torch.eye(dim).repeat(gaussians, 1, 1))  # of z - mu
         self.register_buffer("random_energy", torch.ones(()))
@@ -395,10 +400,14 @@ class CostModel(nn.Module):
     def energy(self, z, kind="density"):
         """(..., D) -> (...): low where an expert would be. One latent's `value` is its density."""
         z = self.seen(z)
-        if kind == "classifier":
-            return self.classifier(z).squeeze(-1).float()
+        if kind in ("classifier", "mistake"):
+            return getattr(self, kind)(z).squeeze(-1).float()
         white = (((z - mu) @ whiten).float() for mu, whiten in zip(self.mu, self.whiten))
         return torch.stack([w.pow(2).mean(dim=-1) for w in white]).amin(dim=0) / 2
+
+    def mistake_energy(self, logit):
+        """Logits (...) of mistakes -> (...): what they add to the density."""
+        return MISTAKE_WEIGHT * self.random_energy * F.softplus(logit)
 
     def is_ood(self, z):
         """Whether the present latent (1, D) is out of the experts' distribution."""
@@ -409,10 +418,7 @@ class CostModel(nn.Module):
         return VALUE_WEIGHT * self.random_energy * self.predicted_value(z).float().clamp_min(0)
 
     def wrong_way(self, turned):
-        """Energies (...) of a car `turned` (...) rad off its way: 0 up to a quarter turn.
-
-        From there they rise to random_energy.
-        """
+        """Energies (...) of a car `turned` (...) rad off its way: none below a quarter turn."""
         return self.random_energy * (-turned.cos()).clamp_min(0)
 
     def predicted_value(self, z):
@@ -432,13 +438,13 @@ class CostModel(nn.Module):
         return share[:, 1:].unfold(1, VALUE_HORIZON, 1) @ self.discount
 
     def rollout_cost(self, z, z_hat, kind="value"):
-        """Rollouts z_hat (N, H, D) of the present z (1, D) -> (N,), the sum of their energies.
-
-        It is estimated from the `scored_steps`.
-        """
+        """z_hat (N, H, D) of the present z (1, D) -> (N,), H times the mean of `scored_steps`."""
         H = z_hat.shape[1]
-        energies = self.energy(z_hat[:, list(scored_steps(H))], kind)
+        scored = z_hat[:, list(scored_steps(H))]
+        energies, end = self.energy(scored, kind), 0
         if kind == "value" and self.is_ood(z):
             energies = self.saturate(energies)
-            return H * energies.mean(dim=1) + DISCOUNT**H * self.terminal_value(z_hat[:, -1])
-        return H * energies.mean(dim=1)
+            end = DISCOUNT**H * self.terminal_value(z_hat[:, -1])
+        elif kind == "value":
+            energies = energies + self.mistake_energy(self.energy(scored, "mistake"))
+        return H * energies.mean(dim=1) + end

@@ -34,7 +34,7 @@ from car.telemetry import TELEMETRY, telemetry, telemetry_of
 from collect_recovery_data import FaultyExpert
 from demo_energy import MIN_JUMP, teleport
 from dream import TEMPERATURE
-from drive_mpc import load_driver, save_episode, to_action
+from drive_mpc import load_driver, save_episode
 from support.checkpoints import require_dir
 from support.cli import Stop, fail, parser, run_main, track_number, weight
 from support.dreams import load_dream
@@ -42,7 +42,7 @@ from support.files import replace_atomically, writable
 from support.lap_view import VIDEO_FPS
 from support.latents import encode, ridge
 from support.pictures import VideoRecorder
-from support.plan_config import planning
+from support.plan_config import planning, to_action
 from support.play_keys import ARROWS, DIGITS, KEYS, KeyScript, PlayWindow
 from support.play_view import AHEAD, BRAKE, STEER, TICK, TRACE, compose
 from support.window import keys_text, open_window

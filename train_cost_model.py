@@ -2,13 +2,15 @@
 
 Reads encoder, predictor and data. Writes ROOT/models/cost_model_final.pth,
 models/cost_model.jsonl, visuals/cost_model_curves.png and visuals/energy_histogram.png.
-The file holds three energies. classifier: the logit of random against expert. density: half the
+The file holds four energies. classifier: the logit of random against expert. density: half the
 squared Mahalanobis distance to the nearest of a few Gaussians of expert latents, over D; it drives.
-value: what of the density is to come while an expert recovers; it takes over out of distribution.
-Beside them stands the most gas a plan may give: 0.5 if the predictor's held-out error is above 0.12
-of copy-last's, else 1. Nets of little training spin the car with full gas.
+value: the density and a little of the logit of recovery against expert, which tells mistakes early.
+Out of distribution it is what of the density is to come while an expert recovers.
+Beside them stands a policy: it imitates the expert in the predictor's states, and proposes plans.
+So does the most gas a plan may give: 0.5 if the predictor's held-out error is above 0.12 of
+copy-last's, else 1. Nets of little training spin the car with full gas.
 
-Two minutes on two CPU cores; expect a held-out AUC above 0.99 for both energies.
+Five minutes on two CPU cores; expect a held-out AUC above 0.99 of classifier and density.
 
     python train_cost_model.py
 """
@@ -29,11 +31,13 @@ from support.cli import Number, Stop, add_flags, fail, optimisation, parser, run
 from support.device import set_up
 from support.latents import LatentSampler, WindowSampler, load_latents
 from support.pictures import ornament, plain, pyplot, save_figure
+from support.plan_config import to_plan
 from support.run import Run, lock_stage, refuse_nan
 from train_predictor import evaluate as rollout_errors
 
 EXPERT, RECOVERY, RANDOM = "data_race", "data_recovery", "data"  # recovery trains the value only
-KINDS = ("classifier", "density")
+NAMES = {EXPERT: "expert", RECOVERY: "recovery", RANDOM: "random"}
+KINDS = {"classifier": RANDOM, "density": RANDOM, "mistake": RECOVERY}  # told from the expert
 OUTPUTS = ("cost_model_final.pth", "cost_model.jsonl")  # --fresh moves them aside
 DENSITY_SAMPLE = 200_000  # expert latents that the density is fitted to, at most
 CLUSTER_DIMS = 12  # principal components of latents by which they are clustered
@@ -55,16 +59,42 @@ def arguments():
     return p.parse_args()
 
 
-def loss_fn(nets, expert, random, recovery, target):
-    """Classifier and value: latents (B, D) of the three sources, target (B,) of the recoveries.
+def loss_fn(nets, expert, random, recovery, target, h, act):
+    """Classifier, value and policy: latents (B, D) of three sources, target (B,) of the recoveries,
+    states h (N, S) and actions act (N, 3) of the expert.
 
-    -> (binary cross-entropy of the logits, expert 0 and random 1, plus the value's error, logs)
+    -> (the sum of their errors, logs). The expert is 0 in the binary cross-entropy of the logits.
     """
-    e, r = (nets["cost"].energy(z, "classifier") for z in (expert, random))
-    loss = (F.softplus(e).mean() + F.softplus(-r).mean()) / 2
-    value = value_loss(nets["cost"], recovery, target)
-    logs = {"expert": e.mean(), "random": r.mean(), "value": value}
-    return loss + value, {name: x.detach() for name, x in logs.items()}
+    cost = nets["cost"]
+    errors = {
+        "classifier": cross_entropy(*(cost.energy(z, "classifier") for z in (expert, random))),
+        "mistake": cross_entropy(*(cost.energy(z, "mistake") for z in (expert, recovery))),
+        "value": value_loss(cost, recovery, target),
+        "policy": policy_loss(cost, h, act),
+    }
+    return sum(errors.values()), {name: x.detach() for name, x in errors.items()}
+
+
+def cross_entropy(zero, one):
+    """Binary cross-entropy of logits: zero (N,) of class 0, one (M,) of class 1."""
+    return (F.softplus(zero).mean() + F.softplus(-one).mean()) / 2
+
+
+def policy_loss(cost, h, act):
+    """Mean squared error of the policy's plans in states h (B, S) to actions act (B, 3)."""
+    return F.mse_loss(cost.policy(h), to_plan(act))
+
+
+@torch.no_grad()
+def expert_states(predictor, z, act):
+    """Windows z (B, K, D), act (B, K - 1, 3) -> states (N, S), actions (N, 3) of an expert in them.
+
+    Half the states are real, half are imagined under the expert's actions.
+    """
+    device = predictor.decay_logit.device
+    z, act = z[..., : predictor.dim].to(device), act.to(device)
+    real, imagined = predictor.to_state(z[:, :-1]), predictor.states(z[:, 0], act)[:, :-1]
+    return torch.cat([real, imagined]).flatten(0, 1), torch.cat([act, act]).flatten(0, 1)
 
 
 def value_loss(cost, z, target):
@@ -73,25 +103,31 @@ def value_loss(cost, z, target):
 
 
 @torch.no_grad()
-def evaluate(cost, held, recovery, device, dtype, when="held out"):
-    """Held-out energies {(kind, source): (N,)}, AUC {kind: float}, R² of the value.
+def evaluate(cost, predictor, held, recovery, driven, device, dtype, when="held out"):
+    """Held-out energies {(kind, source): (N,)}, AUC {kind: float}, R² {"value", "policy": float}.
 
-    held: {source: LatentSampler}; recovery: one with value targets.
+    held, recovery, driven: of `samplers`.
     """
     from sklearn.metrics import roc_auc_score  # 1 s, which a refusal need not take
 
+    # energies of real latents, and how well they tell random driving from the expert's
     energies = {}
     for name, sampler in held.items():
         z = sampler.real(4000, 1).to(device)
         energies |= {(kind, name): cost.energy(z, kind).cpu().numpy() for kind in KINDS}
     refuse_nan(sum(e.sum() for e in energies.values()), when)
     auc = {}
-    for kind in KINDS:
-        e, r = energies[kind, EXPERT], energies[kind, RANDOM]
+    for kind, other in KINDS.items():
+        e, r = energies[kind, EXPERT], energies[kind, other]
         labels = np.r_[np.zeros(len(e)), np.ones(len(r))]
         auc[kind] = float(roc_auc_score(labels, np.r_[e, r]))
+
+    # value and policy
     z, target = recovery.sample(4000, np.random.default_rng(1), device, dtype)
-    return energies, auc, 1 - float(value_loss(cost, z, target) / target.var())
+    r2 = {"value": 1 - float(value_loss(cost, z, target) / target.var())}
+    h, act = expert_states(predictor, *driven(0))
+    r2["policy"] = 1 - float(policy_loss(cost, h, act) / to_plan(act).var(dim=0).mean())
+    return energies, auc, r2
 
 
 def gas_limit(predictor, held, device, dtype):
@@ -108,21 +144,20 @@ def gas_limit(predictor, held, device, dtype):
 
 
 def draw_energies(energies, auc, path):
-    """Histograms of both energies, a curve per source."""
+    """Histograms of the energies, a curve per source."""
     plt = pyplot()
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    names = {EXPERT: "expert", RANDOM: "random", RECOVERY: "recovery"}
-    for ax, kind in zip(axes, KINDS):
+    fig, axes = plt.subplots(1, 3, figsize=(13, 3.2), layout="constrained")
+    for ax, (kind, other) in zip(axes, KINDS.items()):
         rows = {name: e for (k, name), e in energies.items() if k == kind}
         if kind == "density":
             rows = {name: np.log10(e + 1e-6) for name, e in rows.items()}
         low, high = min(e.min() for e in rows.values()), max(e.max() for e in rows.values())
         style = dict(histtype="stepfilled", alpha=0.45, density=True)
         for name, e in rows.items():
-            label = plain(names.get(name, name))
+            label = plain(NAMES.get(name, name))
             ax.hist(e, np.linspace(low, high, 60), **style, label=label)
-        ax.set_title(f"{kind}: AUC {auc[kind]:.3f}, random over expert", fontsize=9)
-        ax.set_xlabel("energy (logit)" if kind == "classifier" else "log10 of the energy")
+        ax.set_title(f"{kind}: AUC {auc[kind]:.3f}, {NAMES[other]} over expert", fontsize=9)
+        ax.set_xlabel("log10 of the energy" if kind == "density" else "energy (logit)")
         ax.set_ylabel("density of held-out frames")
         ax.legend(fontsize=8)
     save_figure(fig, path)
@@ -148,22 +183,28 @@ def load_inputs(args, device, dtype, stop):
     return sources, latents, keys, predictor, payload["horizon"]
 
 
+def samplers(args, latents, sources, predictor, horizon, cost, part):
+    """Of one part, 0 to train or 1 held out: ({source: LatentSampler}, recoveries, windows).
+
+    recoveries: with the value target of each; windows: a WindowSampler of the expert's.
+    """
+    of = predictor, horizon
+    single = {name: LatentSampler(latents, s[part], *of) for name, s in sources.items()}
+    recoveries = LatentSampler(latents, sources[RECOVERY][part], *of, cost)
+    expert, size = {EXPERT: sources[EXPERT]}, max(1, args.batch_size // 8)
+    windows = WindowSampler(latents, expert, part, size, horizon, seed=args.seed, skip=ZOOM_STEPS)
+    return single, recoveries, windows
+
+
 def main():
     args = arguments()
     stop = Stop()  # encoding may take long
     device, dtype = set_up(args, "cost_model")
     sources, latents, keys, predictor, horizon = load_inputs(args, device, dtype, stop)
 
-    # samplers of latents, to train and held out; those of recovery know what comes
-    rollouts = predictor, horizon
-    train, held = (
-        {name: LatentSampler(latents, split[part], *rollouts) for name, split in sources.items()}
-        for part in (0, 1)
-    )
-    cost = CostModel(predictor.dim, args.hidden, args.gaussians).to(device)
-    recovery, held_recovery = (
-        LatentSampler(latents, part, *rollouts, cost) for part in sources[RECOVERY]
-    )
+    cost = CostModel(predictor.dim, args.hidden, args.gaussians, predictor.state).to(device)
+    of = args, latents, sources, predictor, horizon, cost
+    (train, recovery, driven), held = samplers(*of, part=0), samplers(*of, part=1)
     windows = lambda: WindowSampler(latents, sources, 1, 512, horizon)
 
     optim = torch.optim.AdamW(cost.parameters(), args.lr, weight_decay=args.weight_decay)
@@ -175,11 +216,11 @@ def main():
     final = run.models / "cost_model_final.pth"
 
     def check():
-        return evaluate(cost, held, held_recovery, device, dtype, f"step {run.step}, held out")
+        return evaluate(cost, predictor, *held, device, dtype, f"step {run.step}, held out")
 
     def write(path, auc, r2):
         limit = gas_limit(predictor, windows(), device, dtype)
-        run.write(path, auc=auc, r2_value=r2, max_gas=limit)
+        run.write(path, auc=auc, **{f"r2_{k}": r for k, r in r2.items()}, max_gas=limit)
 
     if run.step >= run.steps:
         return run.already_trained(final, lambda path: write(path, *check()[1:]))
@@ -191,12 +232,15 @@ def main():
     while run.step < run.steps:
         rng, size = np.random.default_rng([args.seed, run.step]), args.batch_size
         expert, random = (train[k].sample(size, rng, device, dtype) for k in (EXPERT, RANDOM))
-        loss, logs = loss_fn(nets, expert, random, *recovery.sample(size, rng, device, dtype))
+        recoveries = recovery.sample(size, rng, device, dtype)
+        states = expert_states(predictor, *driven(run.step))
+        loss, logs = loss_fn(nets, expert, random, *recoveries, *states)
         run.optimise(loss)
         run.advance(loss, logs)
         if run.at_epoch_end():
             energies, auc, r2 = check()
-            run.log.log(run.step, val_r2_value=r2, **{f"val_auc_{k}": a for k, a in auc.items()})
+            scores = {f"val_r2_{k}": r for k, r in r2.items()}
+            run.log.log(run.step, **scores, **{f"val_auc_{k}": a for k, a in auc.items()})
             if run.step == run.steps:
                 write(final, auc, r2)
         if run.save_or_stop():
@@ -204,9 +248,9 @@ def main():
 
     with ornament(histogram := args.root / "visuals" / "energy_histogram.png"):
         draw_energies(energies, auc, histogram)
-    scores = f"classifier {auc['classifier']:.3f}, density {auc['density']:.3f}"
-    value = f"R² of the value on recoveries {r2:.3f}"
-    print(f"{final}: {run.summary(device)}; held-out AUC of random over expert: {scores}; {value}")
+    scores = ", ".join(f"{k} {a:.3f} ({NAMES[KINDS[k]]})" for k, a in auc.items())
+    r2 = f"R² of the value on recoveries {r2['value']:.3f}, of the policy {r2['policy']:.3f}"
+    print(f"{final}: {run.summary(device)}; held-out AUC over expert: {scores}; {r2}")
     return 0
 
 

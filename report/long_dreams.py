@@ -33,7 +33,7 @@ from car.env import make_env
 from car.episode import run_episode
 from car.telemetry import IN_VIEW, TELEMETRY, place_beside
 from collect_data import RandomDriver
-from drive_mpc import Driver, NoModelDriver, to_action
+from drive_mpc import Driver, NoModelDriver
 from report.episodes import TRAINED, Samples, at_latent_rate, channels_first, choose_samples
 from report.simulator import end_contacts, restore_state
 from report.statistics import bootstrap_intervals, r2, spearman
@@ -41,6 +41,7 @@ from support.cli import fail
 from support.dreams import draw_strips, paint
 from support.latents import ridge
 from support.pictures import ornament
+from support.plan_config import to_action
 from support.progress import progress
 
 STEPS = 500  # latents of a dream: 20 s

@@ -24,12 +24,13 @@ from car import FPS
 from car.env import make_env
 from car.telemetry import centre_line
 from collect_race_data import Expert
-from drive_mpc import Plan, draw_plans, plan, to_action
+from drive_mpc import Plan, draw_plans, plan
 from report.episodes import TRAINED, channels_first, choose_samples, rows_by_source, sources_of
 from report.simulator import end_contacts, restore_state
 from report.statistics import bootstrap_intervals, spearman
 from support.cli import fail
 from support.latents import ridge
+from support.plan_config import to_action
 from support.progress import progress
 from support.rollout_cost import RolloutCost
 

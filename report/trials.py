@@ -38,14 +38,14 @@ from car import FPS, ZOOM_STEPS
 from car.env import make_env
 from car.telemetry import RECOVERY_HOLD, centre_line, is_recovered, place_beside, telemetry_of
 from collect_race_data import MAX_OFFSET, RACE_PACES, Expert
-from drive_mpc import BRAKE, STEER, BaselineDriver, load_driver, to_action
+from drive_mpc import BaselineDriver, load_driver
 from report.page import print_table
 from support.checkpoints import require_dir
 from support.cli import Number, fail, parser, run_main, track_number
 from support.files import replace_atomically, versions, writable
 from support.latents import encode
 from support.pictures import ornament, pyplot, save_figure
-from support.plan_config import planning
+from support.plan_config import BRAKE, STEER, planning, to_action
 from support.progress import progress
 
 TRIES = 20  # to turn a car round

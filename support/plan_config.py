@@ -1,4 +1,4 @@
-"""Settings of the planner, their flags, and the noise of its candidates."""
+"""Plans: settings of the planner, their flags, units, and the noise of candidates."""
 
 from dataclasses import dataclass, fields
 
@@ -7,6 +7,8 @@ import torch
 from car import MAX_STEPS
 from support.cli import Number, fraction
 
+STEER = 0.5  # steering of a plan's u = 1; the joint stops at 0.4, so full lock is well inside
+BRAKE = 0.4  # brake of u = -1; 0.1 to 0.3 is a lot
 ITERATIONS = {"shooting": 1, "icem": 3, "mppi": 1}  # of a plan, unless --iterations says otherwise
 
 
@@ -16,7 +18,9 @@ class PlanConfig:
 
     planner: str = "mppi"
     energy: str = "value"
-    samples: int = 512  # candidates in the first iteration
+    samples: int = 256  # candidates in the first iteration
+    policy_share: float = 0.25  # of the candidates that the cost model's policy proposes
+    policy_noise: float = 0.3  # around the policy, over `noise`
     horizon: int = 15  # latents in a rollout
     iterations: int | None = None  # None: ITERATIONS of the planner
     elites: int = 32
@@ -45,6 +49,9 @@ def planning(p):
     energies = ["value", "density", "classifier"]
     add("--energy", choices=energies, help="of a latent: see CostModel in networks.py")
     add("--samples", type=Number(int, 2, 10**6), help="candidates; icem: fewer in each iteration")
+    proposed = "share of the candidates that imitate the expert; 0 for none"
+    add("--policy_share", type=fraction, help=proposed)
+    add("--policy_noise", type=Number(float, 0, 100), help="their noise, over --noise")
     add("--horizon", type=Number(int, 1, MAX_STEPS), help="latents in a rollout")
     most = f"icem {ITERATIONS['icem']}, mppi {ITERATIONS['mppi']}"
     add("--iterations", type=Number(int, 1, 1000), help=f"of a plan (default: {most})")
@@ -66,6 +73,23 @@ def take_gas(args, payload):
         args.max_gas = payload.get("max_gas", 1.0)
         stored = "stored with" if "max_gas" in payload else "no limit is stored with"
         print(f"gas up to {args.max_gas:g}, {stored} the cost model")
+
+
+def clip_plan(u, max_gas):
+    """Clips plans u (..., 2) to -1..1, and their throttle to max_gas."""
+    return u.clamp(u.new_tensor([-1.0, -1.0]), u.new_tensor([1.0, max_gas]))
+
+
+def to_action(u):
+    """Plans u (..., 2) in -1..1 (steer, throttle) -> actions (..., 3): steer, gas, brake."""
+    steer, throttle = u.unbind(-1)
+    return torch.stack([STEER * steer, throttle.clamp_min(0), BRAKE * (-throttle).clamp_min(0)], -1)
+
+
+def to_plan(act):
+    """Actions (..., 3) -> plans (..., 2) in -1..1 that come nearest."""
+    steer, gas, brake = act.unbind(-1)
+    return torch.stack([steer / STEER, gas - brake / BRAKE], -1).clamp(-1, 1)
 
 
 def ar1_noise(white, rho):

@@ -1,6 +1,7 @@
 """The cost of many candidate plans at once, in fewer operations than the nets' own methods take."""
 
 import math
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ class RolloutCost:
         self.directions, reach = torch.linalg.qr(of_state.mT.double())  # (K, D, S), (K, S, S)
         self.directions = self.directions.float()
         self.whiten = torch.cat(list(reach.mT), dim=1).to(self.dtype)  # (S, K * S)
+        self.mistake = deepcopy(cost.mistake).to(self.dtype)
+        self.to_mistake = predictor.to_latent.weight.T @ cost.mistake[0].weight.T  # (S, hidden)
+        self.to_mistake = self.to_mistake.to(self.dtype)
         self.w_in = predictor.into.weight.T.contiguous().to(self.dtype)
         self.b_in = predictor.into.bias.to(self.dtype)
         self.w_out = predictor.out.weight.T.contiguous().to(self.dtype)
@@ -55,6 +59,7 @@ class RolloutCost:
         bias = rest @ self.directions  # (K, H, S)
         constant = (rest.square().sum(2) - bias.square().sum(2)).T  # (H, K)
         bias = bias.transpose(0, 1).flatten(1)  # (H, K * S)
+        mistake_bias = cost.mistake[0](residual).to(self.dtype)  # (H, hidden)
         if turned is not None:
             weights, offset = self.turn_readout
             turn_weights = p.to_latent.weight.T @ weights  # (S,)
@@ -70,10 +75,15 @@ class RolloutCost:
             if turned is not None:
                 heading = heading + state @ turn_weights + turn_bias[t]
             if t in scored:
-                white = bias[t] + state.to(self.dtype) @ self.whiten
+                small = state.to(self.dtype)
+                white = bias[t] + small @ self.whiten
                 norms = torch.linalg.vector_norm(white.view(N, len(cost.mu), -1), dim=2).square()
                 energy = (norms + constant[t]).amin(dim=1).clamp_min(0).mul(0.5 / p.dim)
-                energy = cost.saturate(energy) if ood else energy
+                if ood:
+                    energy = cost.saturate(energy)
+                elif self.kind == "value":
+                    logit = self.mistake[1:](mistake_bias[t] + small @ self.to_mistake)
+                    energy = energy + cost.mistake_energy(logit.squeeze(-1).float())
                 if turned is not None:
                     energy = energy + cost.wrong_way(heading)
                 total.add_(energy, alpha=H / len(scored))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.covariance import shrunk_covariance
 
-from networks import DISCOUNT, VALUE_HORIZON, CostModel, Predictor
+from networks import DISCOUNT, MISTAKE_WEIGHT, VALUE_HORIZON, CostModel, Predictor
 from support.cli import Refusal
 from train_cost_model import OWN_SHARE, fit_density
 
@@ -122,11 +122,14 @@ def test_rollout_eats_its_own_output(nets):
     assert torch.allclose(net.rollout(z, act[:, :2]), z_hat[:, :2], atol=1e-6)
 
 
-def test_value_is_the_density_on_the_road_and_looks_further_out_of_distribution(nets):
+def test_value_adds_mistakes_on_the_road_and_what_comes_out_of_distribution(nets):
     cost, z_hat = nets["cost"], torch.randn(32, 15, 8)
     near, far = cost.mu[:1], cost.mu[:1] + 100
     every_third = 3 * cost.energy(z_hat[:, 2::3]).sum(1)
-    assert torch.allclose(cost.rollout_cost(near, z_hat, "value"), every_third, rtol=1e-5)
+    odds = cost.energy(z_hat[:, 2::3], "mistake").exp()
+    mistakes = 3 * MISTAKE_WEIGHT * cost.random_energy * (1 + odds).log().sum(1)
+    on_road = cost.rollout_cost(near, z_hat, "value")
+    assert torch.allclose(on_road, every_third + mistakes, rtol=1e-5) and mistakes.min() > 0
     assert torch.allclose(cost.rollout_cost(far, z_hat, "density"), every_third, rtol=1e-5)
     beyond = cost.rollout_cost(far, z_hat, "value") - 3 * cost.saturate(
         cost.energy(z_hat[:, 2::3])

@@ -7,11 +7,22 @@ import pytest
 import torch
 from test_networks import random_nets
 
-from drive_mpc import BRAKE, DECAY, LEAST_STD, STEER, Plan, clip_plan, draw_plans, plan, to_action
+from drive_mpc import DECAY, LEAST_STD, Plan, draw_plans, plan, propose
 from networks import OOD_THRESHOLD
 from support.checkpoints import load_models
 from support.cli import Parser
-from support.plan_config import PlanConfig, ar1_noise, planning, powerlaw_noise, take_gas
+from support.plan_config import (
+    BRAKE,
+    STEER,
+    PlanConfig,
+    ar1_noise,
+    clip_plan,
+    planning,
+    powerlaw_noise,
+    take_gas,
+    to_action,
+    to_plan,
+)
 from support.rollout_cost import RolloutCost
 
 
@@ -247,6 +258,46 @@ def test_actions_cover_full_lock_and_braking():
         to_action(u), torch.tensor([[STEER, 1.0, 0.0], [-STEER, 0.0, BRAKE], [0.0, 0.0, 0.0]])
     )
     assert STEER >= 0.4 and BRAKE >= 0.3  # the joint's stop; enough to lock up at speed
+
+
+def test_a_plan_is_what_its_actions_say():
+    u = 2 * torch.rand(50, 4, 2, generator=torch.Generator().manual_seed(0)) - 1
+    assert torch.allclose(to_plan(to_action(u)), u, atol=1e-6)
+    far = to_plan(torch.tensor([[-1.0, 1.0, 0.0], [1.0, 0.0, 1.0]]))
+    assert torch.equal(far, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
+
+
+def test_proposals_are_what_the_policy_does_in_the_dream():
+    """Step by step; the others are near it, and none has more gas than it may."""
+    nets, z = random_nets(), torch.randn(1, 8)
+    predictor, policy = nets["predictor"], torch.nn.Linear(6, 2).requires_grad_(False)
+    cfg = replace(PlanConfig(samples=40, max_gas=0.3), policy_share=0.25, policy_noise=0.1)
+    plans = propose(z, predictor, policy, cfg, torch.Generator().manual_seed(0))
+    assert plans.shape == (10, 15, 2) and plans[..., 1].max() <= 0.3
+
+    h = predictor.to_state(z)
+    for t in range(15):
+        u = clip_plan(policy(h), 0.3)
+        assert torch.allclose(plans[0, t], u[0], atol=1e-6)
+        h = predictor.transition(h, to_action(u))
+    first = (plans[1:, 0] - plans[0, 0]).std(dim=0)
+    assert (first > 0).any() and (first < 0.1).all()
+    assert propose(z, predictor, policy, replace(cfg, policy_share=0)).shape == (0, 15, 2)
+
+
+def test_a_proposal_that_is_best_is_followed():
+    """Also where noise around the last plan would not find it, and with few candidates."""
+    z, best = torch.zeros(1, 2), torch.ones(1, 15, 2)
+    cost = lambda z, act: (act - to_action(best)).abs().sum((1, 2))
+    for planner in ("shooting", "icem"):
+        cfg = config(planner, noise=(0.01, 0.01), iterations=1)
+        with_it, _ = plan(z, cost, Plan.none(15), cfg, proposals=best)
+        without, _ = plan(z, cost, Plan.none(15), cfg)
+        assert torch.equal(with_it.u, best[0]) and without.u.max() < 0.1
+    few = replace(cfg, samples=2, planner="shooting")
+    assert torch.equal(
+        plan(z, cost, Plan.none(15), few, proposals=best.repeat(5, 1, 1))[0].u, best[0]
+    )
 
 
 def test_no_plan_has_more_gas_than_it_may():

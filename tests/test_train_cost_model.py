@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import script
 
-from networks import Predictor
-from train_cost_model import gas_limit
+from networks import CostModel, Predictor
+from support.plan_config import to_action
+from train_cost_model import expert_states, gas_limit, policy_loss
 
 
 def test_a_drive_without_the_flag_is_the_drive_with_the_stored_limit(chain, tmp_path):
@@ -62,3 +63,21 @@ def test_full_gas_is_for_nets_whose_rollouts_hold(error, gas, capsys):
 
     assert gas_limit(Dreamer(8, 4, 4), Held(), torch.device("cpu"), torch.float32) == gas
     assert f"is {error:.3f} of copy-last's" in capsys.readouterr().out
+
+
+def test_the_policy_learns_what_the_expert_does_in_real_and_imagined_states():
+    torch.manual_seed(0)
+    predictor, cost = Predictor(8, 16, 6), CostModel(10, 16, state=6)
+    z, act = torch.randn(5, 4, 10), to_action(2 * torch.rand(5, 3, 2) - 1)
+    h, what = expert_states(predictor, z, act)
+    assert h.shape == (30, 6) and torch.equal(what, torch.cat([act, act]).flatten(0, 1))
+    assert torch.equal(h[:15], predictor.to_state(z[:, :3, :8]).flatten(0, 1))
+    assert torch.equal(h[15:], predictor.states(z[:, 0, :8], act)[:, :3].flatten(0, 1))
+
+    optim = torch.optim.Adam(cost.policy.parameters(), 0.01)
+    before = float(policy_loss(cost, h, what))
+    for _ in range(300):
+        optim.zero_grad()
+        policy_loss(cost, h, what).backward()
+        optim.step()
+    assert float(policy_loss(cost, h, what)) < 0.3 * before

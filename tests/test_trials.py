@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import script
 
-from drive_mpc import to_action
 from report.trials import draw_landscape
 from support.pictures import pyplot
+from support.plan_config import to_action
 
 
 def test_trials_judge_every_driver_by_the_same_starts(tmp_path):
