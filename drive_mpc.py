@@ -7,8 +7,8 @@ visuals/drive_mpc.mp4 and .gif. --json writes the scores after each drive; run t
 again to continue an unfinished file.
 
 Policies to compare with: `random`; `expert`, who reads the simulator; `no_model`, random plans that
-are followed while the present energy falls; `untrained`, a fresh predictor. Tracks 100000 to 100099
-are for reporting, 200000 to 299999 for choosing.
+are followed while the present energy falls; `untrained`, a fresh predictor; `imitation`, the policy
+that proposes plans. Tracks 100000 to 100099 are for reporting, 200000 to 299999 for choosing.
 
     python drive_mpc.py --episodes 3 --track_seed 100000
 """
@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import secrets
 import time
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -57,7 +58,14 @@ WORST = 1e9  # cost of a rollout that overflowed
 DECAY, REUSED, MOMENTUM, LEAST_STD = 1.25, 0.3, 0.1, 0.1  # iCEM's; the first three as published
 SELF_DRIVEN_DIR = "data_mpc"  # folder of the episodes that --save_data writes
 BASELINES = ["random", "expert"]  # policies that use no nets
-POLICIES = ["random", "no_model", "untrained", "mpc", "expert"]  # in the order of the table
+POLICIES = [
+    "random",
+    "no_model",
+    "untrained",
+    "imitation",
+    "mpc",
+    "expert",
+]  # in the order of the table
 
 
 def arguments():
@@ -274,6 +282,14 @@ class NoModelDriver(Driver):
             self.u = draw_plans(1, mean, std, self.cfg, self.generator)[0]
 
 
+class ImitationDriver(Driver):
+    """Plans nothing: follows the policy that proposes plans."""
+
+    def plan_from(self, z, turned=None):
+        self.z, only = z, replace(self.cfg, samples=1, policy_share=1.0)
+        self.u = propose(z, self.nets["predictor"], self.nets["cost"].policy, only)[0]
+
+
 class BaselineDriver:
     """Drives without nets: uniform random actions, or the expert."""
 
@@ -297,7 +313,7 @@ def load_driver(args, cfg, policy="mpc"):
         fresh = Predictor(**nets["predictor"].args)
         nets["predictor"] = fresh.to(device).eval().requires_grad_(False)
     take_gas(cfg, payloads["cost"])
-    kind = NoModelDriver if policy == "no_model" else Driver
+    kind = {"no_model": NoModelDriver, "imitation": ImitationDriver}.get(policy, Driver)
     of = PlanConfig.of(cfg), device, dtype, args.seed, str(folder)
     return kind(nets, *of), load_decoder(folder, checkpoints.fingerprint(nets["encoder"]), device)
 

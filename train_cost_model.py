@@ -52,7 +52,7 @@ def arguments():
     add_flags(
         p.add_argument_group("model"),
         ("--hidden", Number(int, 1, 16384), 256, "width of classifier and value"),
-        ("--gaussians", Number(int, 1, 1000), 1, gaussians),
+        ("--gaussians", Number(int, 1, 1000), 6, gaussians),
         ("--shrinkage", Number(float, 1e-6, 0.99), 0.05, shrinkage),
     )
     optimisation(p, batch_size=1024, epochs=8, steps_per_epoch=250, lr=2e-3, weight_decay=1e-2)

@@ -150,6 +150,7 @@ def test_rows_to_compare_with_come_from_the_same_code(chain, tmp_path):
         "no_model",
         "--compare",
         "untrained",
+        "imitation",
         "--env",
         "fast",
         "--no_video",
@@ -159,7 +160,11 @@ def test_rows_to_compare_with_come_from_the_same_code(chain, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "s.json").read_text())
-    assert report["policy"] == "no_model" and set(report["rows"]) == {"no_model", "untrained"}
+    assert report["policy"] == "no_model" and set(report["rows"]) == {
+        "no_model",
+        "untrained",
+        "imitation",
+    }
     assert report["env_id"] == "CarRacing-v3 fast"  # not to be taken for the official one's
     assert all(
         r["mean"] < 500 and r["episodes"][0]["plan_ms_p50"] > 0 for r in report["rows"].values()
