@@ -65,32 +65,28 @@ class RolloutCost:
             turn_weights = p.to_latent.weight.T @ weights  # (S,)
             turn_bias, heading = residual @ weights + offset, z.new_full((N,), turned)
 
-        # roll out: x holds states and actions
+        # roll out: x holds states and actions, white the whitened latents
         state, x = h.repeat(N, 1), h.new_empty(N, p.into.in_features, dtype=self.dtype)
-        scored = list(scored_steps(H))
-        kept, headings = h.new_empty(len(scored), N, p.state, dtype=self.dtype), []
+        total, scored = z.new_zeros(N), scored_steps(H)
         for t in range(H):
             x[:, : p.state], x[:, p.state :] = state, a[t]
             hidden = F.silu(torch.addmm(self.b_in, x, self.w_in), inplace=True)
             state += hidden @ self.w_out
             if turned is not None:
                 heading = heading + state @ turn_weights + turn_bias[t]
-                headings.append(heading)
             if t in scored:
-                kept[scored.index(t)] = state
-
-        # energies of the scored steps, all at once
-        white = kept @ self.whiten + bias[scored, None]
-        norms = torch.linalg.vector_norm(white.unflatten(2, (len(cost.mu), -1)), dim=3).square()
-        energy = (norms + constant[scored, None]).amin(dim=2).clamp_min(0).mul(0.5 / p.dim)
-        if ood:
-            energy = cost.saturate(energy)
-        elif self.kind == "value":
-            logit = self.mistake[1:](kept @ self.to_mistake + mistake_bias[scored, None])
-            energy = energy + cost.mistake_energy(logit.squeeze(-1).float())
-        if turned is not None:
-            energy = energy + cost.wrong_way(torch.stack([headings[t] for t in scored]))
-        total = H * energy.mean(dim=0)
+                small = state.to(self.dtype)
+                white = bias[t] + small @ self.whiten
+                norms = torch.linalg.vector_norm(white.view(N, len(cost.mu), -1), dim=2).square()
+                energy = (norms + constant[t]).amin(dim=1).clamp_min(0).mul(0.5 / p.dim)
+                if ood:
+                    energy = cost.saturate(energy)
+                elif self.kind == "value":
+                    logit = self.mistake[1:](mistake_bias[t] + small @ self.to_mistake)
+                    energy = energy + cost.mistake_energy(logit.squeeze(-1).float())
+                if turned is not None:
+                    energy = energy + cost.wrong_way(heading)
+                total.add_(energy, alpha=H / len(scored))
 
         if ood:
             last = torch.addmm(residual[-1], state, p.to_latent.weight.T)
