@@ -75,9 +75,9 @@ def test_the_policy_learns_what_the_expert_does_in_real_and_imagined_states():
     assert torch.equal(h[15:], predictor.states(z[:, 0, :8], act)[:, :3].flatten(0, 1))
 
     optim = torch.optim.Adam(cost.policy.parameters(), 0.01)
-    before = float(policy_loss(cost, h, what))
+    before = policy_loss(cost, h, what).item()
     for _ in range(300):
         optim.zero_grad()
         policy_loss(cost, h, what).backward()
         optim.step()
-    assert float(policy_loss(cost, h, what)) < 0.3 * before
+    assert policy_loss(cost, h, what).item() < 0.3 * before
