@@ -207,6 +207,7 @@ def main():
     (train, recovery, driven), held = samplers(*of, part=0), samplers(*of, part=1)
     windows = lambda: WindowSampler(latents, sources, 1, 512, horizon)
 
+    # run, or the rest of one that was stopped
     optim = torch.optim.AdamW(cost.parameters(), args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=False)  # small and in fp32
     per_epoch = args.steps_per_epoch or max(1, len(train[EXPERT].starts) // args.batch_size)
