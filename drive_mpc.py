@@ -58,14 +58,8 @@ WORST = 1e9  # cost of a rollout that overflowed
 DECAY, REUSED, MOMENTUM, LEAST_STD = 1.25, 0.3, 0.1, 0.1  # iCEM's; the first three as published
 SELF_DRIVEN_DIR = "data_mpc"  # folder of the episodes that --save_data writes
 BASELINES = ["random", "expert"]  # policies that use no nets
-POLICIES = [
-    "random",
-    "no_model",
-    "untrained",
-    "imitation",
-    "mpc",
-    "expert",
-]  # in the order of the table
+# in the order of the table
+POLICIES = ["random", "no_model", "untrained", "imitation", "mpc", "expert"]
 
 
 def arguments():
@@ -110,6 +104,8 @@ def propose(z, predictor, policy, cfg, generator=None):
     seldom brake and turn in at the right moment.
     """
     P = int(cfg.policy_share * cfg.samples)
+    if not P:
+        return z.new_empty(0, cfg.horizon, 2)
     white = torch.randn(P, cfg.horizon, 2, generator=generator, device=z.device)
     noise = cfg.policy_noise * z.new_tensor(cfg.noise) * cfg.correlate(white)
     noise[:1] = 0

@@ -93,7 +93,7 @@ def arguments():
     for name, (low, high, default, text) in SIZES.items():
         g.add_argument(name, type=Number(int, low, high), default=default, help=text)
     planning(p)
-    p.set_defaults(samples=256, threads=0)  # it encodes more than it plans: all cores
+    p.set_defaults(threads=0)  # it encodes more than it plans: all cores
     return p.parse_args()
 
 

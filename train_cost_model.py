@@ -35,7 +35,7 @@ from support.plan_config import to_plan
 from support.run import Run, lock_stage, refuse_nan
 from train_predictor import evaluate as rollout_errors
 
-EXPERT, RECOVERY, RANDOM = "data_race", "data_recovery", "data"  # recovery trains the value only
+EXPERT, RECOVERY, RANDOM = "data_race", "data_recovery", "data"
 NAMES = {EXPERT: "expert", RECOVERY: "recovery", RANDOM: "random"}
 KINDS = {"classifier": RANDOM, "density": RANDOM, "mistake": RECOVERY}  # told from the expert
 OUTPUTS = ("cost_model_final.pth", "cost_model.jsonl")  # --fresh moves them aside
@@ -51,7 +51,7 @@ def arguments():
     shrinkage = "density: share of a round covariance in the experts' own"
     add_flags(
         p.add_argument_group("model"),
-        ("--hidden", Number(int, 1, 16384), 256, "width of classifier and value"),
+        ("--hidden", Number(int, 1, 16384), 256, "width of classifier, mistake, value and policy"),
         ("--gaussians", Number(int, 1, 1000), 6, gaussians),
         ("--shrinkage", Number(float, 1e-6, 0.99), 0.05, shrinkage),
     )

@@ -33,7 +33,7 @@ class RolloutCost:
         self.directions, reach = torch.linalg.qr(of_state.mT.double())  # (K, D, S), (K, S, S)
         self.directions = self.directions.float()
         self.whiten = torch.cat(list(reach.mT), dim=1).to(self.dtype)  # (S, K * S)
-        self.mistake = deepcopy(cost.mistake).to(self.dtype)
+        self.mistake = deepcopy(cost.mistake[1:]).to(self.dtype)  # behind `to_mistake`
         self.to_mistake = predictor.to_latent.weight.T @ cost.mistake[0].weight.T  # (S, hidden)
         self.to_mistake = self.to_mistake.to(self.dtype)
         self.w_in = predictor.into.weight.T.contiguous().to(self.dtype)
@@ -82,7 +82,7 @@ class RolloutCost:
                 if ood:
                     energy = cost.saturate(energy)
                 elif self.kind == "value":
-                    logit = self.mistake[1:](mistake_bias[t] + small @ self.to_mistake)
+                    logit = self.mistake(mistake_bias[t] + small @ self.to_mistake)
                     energy = energy + cost.mistake_energy(logit.squeeze(-1).float())
                 if turned is not None:
                     energy = energy + cost.wrong_way(heading)
