@@ -16,6 +16,7 @@ that proposes plans. Tracks 100000 to 100099 are for reporting, 200000 to 299999
 if __name__ == "__main__":
     import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
+import math
 import secrets
 import time
 from collections import deque
@@ -33,10 +34,10 @@ from car.env import observe
 from car.episode import EpisodeRecorder
 from car.telemetry import telemetry
 from collect_race_data import Expert
-from networks import Predictor
+from networks import POLICY_STEPS, Predictor
 from support import checkpoints
 from support.cli import Number, Stop, fail, fraction, parser, run_main, track_number
-from support.device import set_up
+from support.device import cast_weights, set_up
 from support.disturbance import DISTURBANCES, Disturbance, disturbed_env
 from support.dreams import load_decoder
 from support.files import is_stream, lock_file, output_file, writable
@@ -97,23 +98,24 @@ def draw_plans(N, mean, std, cfg, generator=None):
 
 
 @torch.inference_mode()
-def propose(z, predictor, policy, cfg, generator=None):
-    """Plans (P, H, 2) that the policy makes while it drives the dream from z (1, D).
+def propose(z, predictor, cost, cfg, generator=None):
+    """Plans (P, H, 2) that the cost model's policy makes while it drives the dream from z (1, D).
 
-    P is cfg.policy_share of the candidates. Noise is added to all but the first. Random plans
-    seldom brake and turn in at the right moment.
+    P is cfg.policy_share of the candidates, rounded up. Noise is added to all but the first.
+    Random plans seldom brake and turn in at the right moment.
     """
-    P = int(cfg.policy_share * cfg.samples)
+    P, H = math.ceil(cfg.policy_share * cfg.samples), cfg.horizon
     if not P:
-        return z.new_empty(0, cfg.horizon, 2)
-    white = torch.randn(P, cfg.horizon, 2, generator=generator, device=z.device)
+        return z.new_empty(0, H, 2)
+    white = torch.randn(P, H, 2, generator=generator, device=z.device)
     noise = cfg.policy_noise * z.new_tensor(cfg.noise) * cfg.correlate(white)
     noise[:1] = 0
-    h = predictor.to_state(z[:, : predictor.dim]).expand(P, -1)
-    steps = []
-    for t in range(cfg.horizon):
-        steps.append(clip_plan(policy(h) + noise[:, t], cfg.max_gas))
-        h = predictor.transition(h, to_action(steps[-1]))
+    h, steps = predictor.to_state(z[:, : predictor.dim]).expand(P, -1), []
+    for few in noise.split(POLICY_STEPS, dim=1):
+        for u in steps[-POLICY_STEPS:]:
+            h = predictor.transition(h, to_action(u))
+        u = clip_plan(cost.expert_plan(h)[:, : few.shape[1]] + few, cfg.max_gas)
+        steps += u.unbind(1)
     return torch.stack(steps, dim=1)
 
 
@@ -197,7 +199,7 @@ class Driver:
 
     def __init__(self, nets, cfg, device, dtype, seed=0, models=None):
         self.nets, self.cfg, self.device, self.dtype = nets, cfg, device, dtype
-        self.encoder, self.models = nets["encoder"], models
+        self.encoder, self.models = cast_weights(nets["encoder"], dtype), models  # to encode only
         of = nets["predictor"], nets["cost"], cfg.energy, turn_readout(self.encoder)
         self.rollout_cost = RolloutCost(*of, dtype)
         self.seed, self.generator = seed, torch.Generator(device)
@@ -252,7 +254,7 @@ class Driver:
         """
         self.z, rollout_cost = z, partial(self.rollout_cost, turned=turned)
         cfg, generator = self.cfg, self.generator
-        proposals = propose(z, self.nets["predictor"], self.nets["cost"].policy, cfg, generator)
+        proposals = propose(z, self.nets["predictor"], self.nets["cost"], cfg, generator)
         self.planned, self.costs = plan(z, rollout_cost, self.planned, cfg, generator, proposals)
         self.u = self.planned.u
 
@@ -283,7 +285,7 @@ class ImitationDriver(Driver):
 
     def plan_from(self, z, turned=None):
         self.z, only = z, replace(self.cfg, samples=1, policy_share=1.0)
-        self.u = propose(z, self.nets["predictor"], self.nets["cost"].policy, only)[0]
+        self.u = propose(z, self.nets["predictor"], self.nets["cost"], only)[0]
 
 
 class BaselineDriver:

@@ -20,7 +20,8 @@ SCORE_EVERY = 3  # the cost looks at every third latent of a rollout: neighbours
 OOD_THRESHOLD = 0.3  # of the energy of random driving; most of a lap stays below
 DISCOUNT, VALUE_HORIZON = 0.97, 75  # per latent; latents whose energies the value sums up
 VALUE_WEIGHT = (1 - DISCOUNT**VALUE_HORIZON) / (1 - DISCOUNT)  # sum of their weights
-MISTAKE_WEIGHT = 0.004  # of a mistake's logit, over random driving's energy
+POLICY_STEPS = 3  # latents that the policy plans at once: it is asked five times for 15
+MISTAKE_WEIGHT = 0.008  # of a mistake's logit, over random driving's energy
 
 
 # ------------------------------------------------------------------ encoder
@@ -365,49 +366,44 @@ class CostModel(nn.Module):
 
     classifier: the logit of random against expert; its sigmoid is 0 for expert, 1 for random.
     density: half the squared Mahalanobis distance to expert latents, over D. It rises in every
-    direction that leaves the expert; a classifier knows only the directions it saw. Of several
-    Gaussians, such as those of straights and of bends, the nearest one counts.
+    direction that leaves the expert; a classifier knows only the directions it saw.
     mistake: the logit of an expert who recovers from mistakes against one who makes none.
     value: density and a little of `mistake`. Out of distribution, the saturated density and a
     terminal value, the energy that follows while an expert recovers.
-    policy: a predictor's state (N, S) -> what an expert plans there (N, 2).
+    policy: a predictor's state -> what an expert plans from there on, see `expert_plan`.
     """
 
-    def __init__(self, dim=512, hidden=256, gaussians=1, state=256):
+    def __init__(self, dim=512, hidden=256, state=256):
         super().__init__()
-        self.args = dict(dim=dim, hidden=hidden, gaussians=gaussians, state=state)
+        self.args = dict(dim=dim, hidden=hidden, state=state)
         self.classifier = mlp(dim, hidden, hidden, 1)
         self.value = mlp(dim, hidden, hidden, 1)
         self.mistake = mlp(dim, hidden, hidden, 1)
-        self.policy = mlp(state, hidden, hidden, 2)
-        self.register_buffer("mu", torch.zeros(gaussians, dim))
-        self.register_buffer("whiten", torch.eye(dim).repeat(gaussians, 1, 1))  # of z - mu
+        self.policy = mlp(state, hidden, hidden, 2 * POLICY_STEPS)
+        self.register_buffer("mu", torch.zeros(dim))
+        self.register_buffer("whiten", torch.eye(dim))  # of z - mu
         self.register_buffer("random_energy", torch.ones(()))
         weights = DISCOUNT ** torch.arange(VALUE_HORIZON)
         self.register_buffer("discount", weights / weights.sum(), persistent=False)
 
-    @torch.no_grad()
-    def set_density(self, mu, cov, z_random):
-        """Gaussians of means mu (K, D) and covariances cov (K, D, D); random_energy of z_random."""
-        self.mu.copy_(mu)
-        self.whiten.copy_(torch.linalg.cholesky(torch.linalg.inv(cov)))
-        self.random_energy.copy_(self.energy(z_random).median())
-
     def seen(self, z):
         """The part of latents (..., D) that the energies see."""
-        return z[..., : self.mu.shape[1]]
+        return z[..., : len(self.mu)]
 
     def energy(self, z, kind="density"):
         """(..., D) -> (...): low where an expert would be. One latent's `value` is its density."""
         z = self.seen(z)
         if kind in ("classifier", "mistake"):
             return getattr(self, kind)(z).squeeze(-1).float()
-        white = (((z - mu) @ whiten).float() for mu, whiten in zip(self.mu, self.whiten))
-        return torch.stack([w.pow(2).mean(dim=-1) for w in white]).amin(dim=0) / 2
+        return ((z - self.mu) @ self.whiten).float().pow(2).mean(dim=-1) / 2
 
     def mistake_energy(self, logit):
         """Logits (...) of mistakes -> (...): what they add to the density."""
         return MISTAKE_WEIGHT * self.random_energy * F.softplus(logit)
+
+    def expert_plan(self, h):
+        """States h (..., S) of a predictor -> the plans (..., POLICY_STEPS, 2) of an expert."""
+        return self.policy(h).unflatten(-1, (POLICY_STEPS, 2))
 
     def is_ood(self, z):
         """Whether the present latent (1, D) is out of the experts' distribution."""

@@ -73,7 +73,7 @@ def arguments():
     add("--keys", type=Path, help="file of keys that are pressed, for --headless")
     add("--headless", action="store_true", help="no window: needs --keys, records all of it")
     planning(p)
-    p.set_defaults(policy_share=0.0)  # proposals take a quarter of a tick
+    p.set_defaults(policy_share=0.0)  # proposals take a tenth of a tick
     args = p.parse_args()
     if args.headless != bool(args.keys):
         p.error("--headless and --keys belong together")
@@ -124,7 +124,7 @@ class Game:
 
     def __init__(self, args, driver, folder):
         self.args, self.driver, self.folder = args, driver, folder
-        self.encoder, self.predictor = driver.encoder, driver.nets["predictor"]
+        self.encoder, self.predictor = driver.nets["encoder"], driver.nets["predictor"]
         self.cost, self.env = driver.nets["cost"], make_env("fast").unwrapped
         self.model = load_dream(Path(driver.models), self.encoder, driver.device)
         self.refresh = args.refresh

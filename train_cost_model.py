@@ -2,12 +2,12 @@
 
 Reads encoder, predictor and data. Writes ROOT/models/cost_model_final.pth,
 models/cost_model.jsonl, visuals/cost_model_curves.png and visuals/energy_histogram.png.
-The file holds four energies. classifier: the logit of random against expert. density: half the
-squared Mahalanobis distance to the nearest of a few Gaussians of expert latents, over D; it drives.
-value: the density and a little of the logit of recovery against expert, which tells mistakes early.
-Out of distribution it is what of the density is to come while an expert recovers.
-Beside them stands a policy: it imitates the expert in the predictor's states, and proposes plans.
-So does the most gas a plan may give: 0.5 if the predictor's held-out error is above 0.12 of
+The file holds four energies. classifier: the logit of random against expert. mistake: that of
+recovery against expert, which tells mistakes early. density: half the squared Mahalanobis distance
+to expert latents, over D. value: the density and a little of the mistake's logit; out of
+distribution, what of the density is to come while an expert recovers. It drives.
+The file also holds a policy, which imitates the expert in the predictor's states and proposes
+plans, and the most gas a plan may give: 0.5 if the predictor's held-out error is above 0.12 of
 copy-last's, else 1. Nets of little training spin the car with full gas.
 
 Five minutes on two CPU cores; expect a held-out AUC above 0.99 of classifier and density.
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from buffer import DEFAULT_FOLDERS, chunk_files, load_sources, made_by, provenance
 from car import ZOOM_STEPS
-from networks import CostModel
+from networks import POLICY_STEPS, CostModel
 from support.checkpoints import fingerprint, latest, load_frozen
 from support.cli import Number, Stop, add_flags, fail, optimisation, parser, run_main
 from support.device import set_up
@@ -40,19 +40,15 @@ NAMES = {EXPERT: "expert", RECOVERY: "recovery", RANDOM: "random"}
 KINDS = {"classifier": RANDOM, "density": RANDOM, "mistake": RECOVERY}  # told from the expert
 OUTPUTS = ("cost_model_final.pth", "cost_model.jsonl")  # --fresh moves them aside
 DENSITY_SAMPLE = 200_000  # expert latents that the density is fitted to, at most
-CLUSTER_DIMS = 12  # principal components of latents by which they are clustered
-OWN_SHARE = 0.7  # of a cluster's own covariance in its Gaussian; the rest is that of all latents
 GOOD_ROLLOUT, CAREFUL_GAS = 0.12, 0.5  # share of copy-last's error up to which full gas is allowed
 
 
 def arguments():
     p = parser(__doc__, data=True, shares=False)
-    gaussians = "density: clusters of expert latents, each a Gaussian"
     shrinkage = "density: share of a round covariance in the experts' own"
     add_flags(
         p.add_argument_group("model"),
         ("--hidden", Number(int, 1, 16384), 256, "width of classifier, mistake, value and policy"),
-        ("--gaussians", Number(int, 1, 1000), 6, gaussians),
         ("--shrinkage", Number(float, 1e-6, 0.99), 0.05, shrinkage),
     )
     optimisation(p, batch_size=1024, epochs=8, steps_per_epoch=250, lr=2e-3, weight_decay=1e-2)
@@ -61,7 +57,7 @@ def arguments():
 
 def loss_fn(nets, expert, random, recovery, target, h, act):
     """Classifier, value and policy: latents (B, D) of three sources, target (B,) of the recoveries,
-    states h (N, S) and actions act (N, 3) of the expert.
+    states h (N, S) of the expert and its actions act (N, POLICY_STEPS, 3) from there on.
 
     -> (the sum of their errors, logs). The expert is 0 in the binary cross-entropy of the logits.
     """
@@ -81,20 +77,23 @@ def cross_entropy(zero, one):
 
 
 def policy_loss(cost, h, act):
-    """Mean squared error of the policy's plans in states h (B, S) to actions act (B, 3)."""
-    return F.mse_loss(cost.policy(h), to_plan(act))
+    """Mean squared error of plans in states h (B, S) to actions act (B, POLICY_STEPS, 3)."""
+    return F.mse_loss(cost.expert_plan(h), to_plan(act))
 
 
 @torch.no_grad()
 def expert_states(predictor, z, act):
-    """Windows z (B, K, D), act (B, K - 1, 3) -> states (N, S), actions (N, 3) of an expert in them.
+    """Windows z (B, K, D), act (B, K - 1, 3) of an expert -> states (N, S) and the actions
+    (N, POLICY_STEPS, 3) from there on.
 
     Half the states are real, half are imagined under the expert's actions.
     """
     device = predictor.decay_logit.device
     z, act = z[..., : predictor.dim].to(device), act.to(device)
-    real, imagined = predictor.to_state(z[:, :-1]), predictor.states(z[:, 0], act)[:, :-1]
-    return torch.cat([real, imagined]).flatten(0, 1), torch.cat([act, act]).flatten(0, 1)
+    ahead = act.unfold(1, POLICY_STEPS, 1).mT  # (B, n, POLICY_STEPS, 3)
+    n = ahead.shape[1]
+    real, imagined = predictor.to_state(z[:, :n]), predictor.states(z[:, 0], act[:, : n - 1])
+    return torch.cat([real, imagined]).flatten(0, 1), torch.cat([ahead, ahead]).flatten(0, 1)
 
 
 def value_loss(cost, z, target):
@@ -126,7 +125,7 @@ def evaluate(cost, predictor, held, recovery, driven, device, dtype, when="held 
     z, target = recovery.sample(4000, np.random.default_rng(1), device, dtype)
     r2 = {"value": 1 - float(value_loss(cost, z, target) / target.var())}
     h, act = expert_states(predictor, *driven(0))
-    r2["policy"] = 1 - float(policy_loss(cost, h, act) / to_plan(act).var(dim=0).mean())
+    r2["policy"] = 1 - float(policy_loss(cost, h, act) / to_plan(act).flatten(0, 1).var(0).mean())
     return energies, auc, r2
 
 
@@ -192,7 +191,8 @@ def samplers(args, latents, sources, predictor, horizon, cost, part):
     single = {name: LatentSampler(latents, s[part], *of) for name, s in sources.items()}
     recoveries = LatentSampler(latents, sources[RECOVERY][part], *of, cost)
     expert, size = {EXPERT: sources[EXPERT]}, max(1, args.batch_size // 8)
-    windows = WindowSampler(latents, expert, part, size, horizon, seed=args.seed, skip=ZOOM_STEPS)
+    H = max(horizon, POLICY_STEPS)
+    windows = WindowSampler(latents, expert, part, size, H, seed=args.seed, skip=ZOOM_STEPS)
     return single, recoveries, windows
 
 
@@ -202,7 +202,7 @@ def main():
     device, dtype = set_up(args, "cost_model")
     sources, latents, keys, predictor, horizon = load_inputs(args, device, dtype, stop)
 
-    cost = CostModel(predictor.dim, args.hidden, args.gaussians, predictor.state).to(device)
+    cost = CostModel(predictor.dim, args.hidden, predictor.state).to(device)
     of = args, latents, sources, predictor, horizon, cost
     (train, recovery, driven), held = samplers(*of, part=0), samplers(*of, part=1)
     windows = lambda: WindowSampler(latents, sources, 1, 512, horizon)
@@ -258,27 +258,19 @@ def main():
 def fit_density(cost, expert, random, shrinkage=0.05):
     """Fits the density to expert latents (N, D), random_energy to random ones (M, D).
 
-    K-means of their first principal components finds the clusters. The share `shrinkage` of each
-    covariance is a round one of the same trace. Refuses latents that are all alike, or too few.
+    The share `shrinkage` of the covariance is a round one of the same trace. Refuses latents that
+    are all alike.
     """
-    from sklearn.cluster import KMeans  # 1 s, which a refusal need not take
-    from sklearn.covariance import shrunk_covariance
-    from sklearn.decomposition import PCA
+    from sklearn.covariance import ShrunkCovariance  # 1 s, which a refusal need not take
 
     z = cost.seen(expert).double().cpu().numpy()
-    (N, D), K = z.shape, len(cost.mu)
-    covariance = lambda z: np.cov(z.T, bias=True).reshape(D, D)
-    whole = covariance(z)
-    if N <= K or not whole.trace() > 0:
-        found = "are all alike" if N > K else f"are too few for {K} Gaussians"
-        fail(f"the density: the {N} latents of the expert {found}; collect more frames that differ")
-
-    places = PCA(min(CLUSTER_DIMS, D, N), random_state=0).fit_transform(z)
-    label = KMeans(K, n_init=1, random_state=0).fit_predict(places)
-    clusters = [z[label == k] for k in range(K)]
-    cov = [OWN_SHARE * covariance(own) + (1 - OWN_SHARE) * whole for own in clusters]
-    mu, cov = np.stack([own.mean(axis=0) for own in clusters]), shrunk_covariance(cov, shrinkage)
-    cost.set_density(*(torch.from_numpy(x).to(expert.device) for x in (mu, cov)), random)
+    if not z.var(axis=0).sum() > 0:
+        why = f"the {len(z)} latents of the expert are all alike"
+        fail(f"the density: {why}; collect more frames that differ")
+    fit = ShrunkCovariance(shrinkage=shrinkage).fit(z)
+    cost.mu.copy_(torch.from_numpy(fit.location_))
+    cost.whiten.copy_(torch.linalg.cholesky(torch.from_numpy(fit.precision_)))
+    cost.random_energy.copy_(cost.energy(random).median())
 
 
 if __name__ == "__main__":

@@ -16,16 +16,18 @@ and an untrained predictor. Two minutes on two CPU cores give under 0.2 of copy-
 if __name__ == "__main__":
     import support.start  # noqa: F401  first: Ctrl-C ends a script quietly while it imports
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
 from buffer import load_sources, provenance, shares_of
 from car import MAX_STEPS
 from networks import Predictor
-from support.checkpoints import rotate
-from support.cli import Number, Stop, add_flags, optimisation, parser, run_main
+from support.checkpoints import fingerprint, latest, load_frozen, rotate
+from support.cli import Number, Stop, add_flags, fail, optimisation, parser, run_main
 from support.device import autocast, set_up
-from support.distributed import RANK, RANKS, wrap_ddp
+from support.distributed import RANK, RANKS, rank_by_rank, wrap_ddp
 from support.dreams import draw_dreams, dream_windows, load_decoder
 from support.latents import WindowSampler, load_latents
 from support.run import Run, lock_stage, refuse_nan
@@ -46,7 +48,31 @@ def arguments():
         ("--horizon", Number(int, 1, MAX_STEPS), 15, "latents in a rollout"),
     )
     optimisation(p, batch_size=1024)
+    weights = "begin with the weights of this predictor_ep{N}.pth, such as the shipped one"
+    p.add_argument("--start", type=Path, help=weights)
     return p.parse_args()
+
+
+def read_start(args, device):
+    """The predictor of --start, or None. A run that is resumed does not need it any more.
+
+    Refuses one of another encoder or of other sizes.
+    """
+    models = args.root / "models"
+    if not args.start or (models / "predictor_resume.pth").is_file() and not args.fresh:
+        return None
+    with rank_by_rank():  # --fresh may move it aside
+        start, payload = load_frozen(args.start, "predictor", device)
+    newest = latest(models, "encoder_mixed")
+    encoder, _ = load_frozen(newest, "encoder", device, "train_encoder.py")
+    if payload.get("encoder_key") != fingerprint(encoder):
+        what = f"was trained on another encoder than {newest}"
+        fail(f"--start {args.start}: {what}; copy the encoder it was trained on to {models}")
+    sizes = {name: start.args[name] for name in ("hidden", "state")}
+    if sizes != {name: getattr(args, name) for name in sizes}:
+        flags = " ".join(f"--{name} {size}" for name, size in sizes.items())
+        fail(f"--start {args.start}: has other sizes; add {flags}")
+    return start
 
 
 def loss_fn(nets, z, act):
@@ -111,6 +137,8 @@ def main():
     args.data = list(sources)
     lock_stage(args.root, "predictor")
 
+    start = read_start(args, device)
+
     # data: windows of cached latents; frames of a few windows for pictures
     latents, encoder, key = load_latents(args, "predictor", sources, device, dtype, stop)
     batches = args.batch_size, args.horizon, args.shares, args.seed
@@ -120,6 +148,8 @@ def main():
 
     sizes = args.hidden, args.state, args.dropout
     predictor = Predictor(encoder.planned, *sizes, encoder.scene_pca).to(device)
+    if start:
+        predictor.load_state_dict(start.state_dict())
     nets = {"predictor": predictor}
     optim = torch.optim.AdamW(predictor.parameters(), args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

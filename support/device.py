@@ -6,11 +6,13 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from threadpoolctl import threadpool_limits
+from torch import nn
 
 from support.checkpoints import read
 from support.cli import Refusal, cores, fail
@@ -174,6 +176,15 @@ def resumed_precision(args, stage):
 def autocast(device, dtype):
     """The autocast context of this device and dtype; none in fp32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def cast_weights(net, dtype):
+    """A copy of a frozen net, its weights cast once: autocast does it in each call (1 ms of 5)."""
+    net = deepcopy(net)
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.to(dtype)
+    return net.to(memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------ memory and batches

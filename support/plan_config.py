@@ -19,7 +19,7 @@ class PlanConfig:
     planner: str = "mppi"
     energy: str = "value"
     samples: int = 256  # candidates in the first iteration
-    policy_share: float = 0.25  # of the candidates that the cost model's policy proposes
+    policy_share: float = 1 / 16  # of the candidates that the cost model's policy proposes
     policy_noise: float = 0.3  # around the policy, over `noise`
     horizon: int = 15  # latents in a rollout
     iterations: int | None = None  # None: ITERATIONS of the planner
@@ -49,7 +49,7 @@ def planning(p):
     energies = ["value", "density", "classifier"]
     add("--energy", choices=energies, help="of a latent: see CostModel in networks.py")
     add("--samples", type=Number(int, 2, 10**6), help="candidates; icem: fewer in each iteration")
-    proposed = "share of the candidates that imitate the expert; 0 for none"
+    proposed = "share of the candidates that imitate the expert, rounded up; 0 for none"
     add("--policy_share", type=fraction, help=proposed)
     add("--policy_noise", type=Number(float, 0, 100), help="their noise, over --noise")
     add("--horizon", type=Number(int, 1, MAX_STEPS), help="latents in a rollout")

@@ -29,10 +29,10 @@ class RolloutCost:
         self.predictor, self.cost, self.kind = predictor, cost, kind
         self.turn_readout = turn_readout
         self.dtype = dtype if dtype == torch.bfloat16 else torch.float32
-        of_state = predictor.to_latent.weight.T @ cost.whiten  # (K, S, D)
-        self.directions, reach = torch.linalg.qr(of_state.mT.double())  # (K, D, S), (K, S, S)
+        of_state = predictor.to_latent.weight.T @ cost.whiten  # (S, D)
+        self.directions, reach = torch.linalg.qr(of_state.mT.double())  # (D, S), (S, S)
         self.directions = self.directions.float()
-        self.whiten = torch.cat(list(reach.mT), dim=1).to(self.dtype)  # (S, K * S)
+        self.whiten = reach.mT.to(self.dtype)
         self.mistake = deepcopy(cost.mistake[1:]).to(self.dtype)  # behind `to_mistake`
         self.to_mistake = predictor.to_latent.weight.T @ cost.mistake[0].weight.T  # (S, hidden)
         self.to_mistake = self.to_mistake.to(self.dtype)
@@ -55,19 +55,19 @@ class RolloutCost:
         turned = turned if ood else None
         h, a = p.to_state(z), normalize_action(act).transpose(0, 1)
         residual = p.residual(z, h, H)[0] + p.to_latent.bias  # (H, D)
-        rest = (residual - cost.mu[:, None]) @ cost.whiten  # (K, H, D)
-        bias = rest @ self.directions  # (K, H, S)
-        constant = (rest.square().sum(2) - bias.square().sum(2)).T  # (H, K)
-        bias = bias.transpose(0, 1).flatten(1)  # (H, K * S)
+        rest = (residual - cost.mu) @ cost.whiten  # (H, D)
+        bias = rest @ self.directions  # (H, S)
+        constant = rest.square().sum(1) - bias.square().sum(1)  # (H,)
         mistake_bias = cost.mistake[0](residual).to(self.dtype)  # (H, hidden)
         if turned is not None:
             weights, offset = self.turn_readout
             turn_weights = p.to_latent.weight.T @ weights  # (S,)
-            turn_bias, heading = residual @ weights + offset, z.new_full((N,), turned)
+            turn_bias = residual @ weights + offset
 
-        # roll out: x holds states and actions, white the whitened latents
+        # roll out: x holds states and actions
         state, x = h.repeat(N, 1), h.new_empty(N, p.into.in_features, dtype=self.dtype)
-        total, scored = z.new_zeros(N), scored_steps(H)
+        heading = z.new_full((N,), turned or 0)
+        kept, headings, scored = [], [], scored_steps(H)
         for t in range(H):
             x[:, : p.state], x[:, p.state :] = state, a[t]
             hidden = F.silu(torch.addmm(self.b_in, x, self.w_in), inplace=True)
@@ -75,18 +75,21 @@ class RolloutCost:
             if turned is not None:
                 heading = heading + state @ turn_weights + turn_bias[t]
             if t in scored:
-                small = state.to(self.dtype)
-                white = bias[t] + small @ self.whiten
-                norms = torch.linalg.vector_norm(white.view(N, len(cost.mu), -1), dim=2).square()
-                energy = (norms + constant[t]).amin(dim=1).clamp_min(0).mul(0.5 / p.dim)
-                if ood:
-                    energy = cost.saturate(energy)
-                elif self.kind == "value":
-                    logit = self.mistake(mistake_bias[t] + small @ self.to_mistake)
-                    energy = energy + cost.mistake_energy(logit.squeeze(-1).float())
-                if turned is not None:
-                    energy = energy + cost.wrong_way(heading)
-                total.add_(energy, alpha=H / len(scored))
+                kept.append(state.to(self.dtype, copy=True))  # it changes in place
+                headings.append(heading)
+
+        # energies of the scored steps (T, N), all at once
+        kept, some = torch.stack(kept), slice(scored.start, None, scored.step)  # (T, N, S)
+        norms = torch.linalg.vector_norm(bias[some, None] + kept @ self.whiten, dim=2)
+        energy = (norms.square() + constant[some, None]).clamp_min(0).mul(0.5 / p.dim)
+        if ood:
+            energy = cost.saturate(energy)
+        elif self.kind == "value":
+            logit = self.mistake(mistake_bias[some, None] + kept @ self.to_mistake)
+            energy = energy + cost.mistake_energy(logit.squeeze(-1).float())
+        if turned is not None:
+            energy = energy + cost.wrong_way(torch.stack(headings))
+        total = H * energy.mean(dim=0)
 
         if ood:
             last = torch.addmm(residual[-1], state, p.to_latent.weight.T)

@@ -96,7 +96,7 @@ def test_the_film_shows_zoom_rollout_plan_and_end(driver):
             self.last = frame.astype(int), seconds
 
     film = Film()
-    decoder = load_decoder(Path(driver.models), fingerprint(driver.encoder), driver.device)
+    decoder = load_decoder(Path(driver.models), fingerprint(driver.nets["encoder"]), driver.device)
     view = LapView(NoWindow(), film, "mpc", decoder)
     view.reset(TRACK)
     drive(make_env("fast"), driver, TRACK, lambda *seen: view(*seen) and view.step < 70)

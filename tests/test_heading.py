@@ -177,7 +177,7 @@ def test_latents_show_the_turn_between_two_of_them():
 def test_the_wrong_way_costs_as_much_as_random_driving(turned):
     nets, H = random_nets(), 7
     predictor, cost = nets["predictor"], nets["cost"]
-    far, act = cost.mu[:1] + 100.0, torch.randn(32, H, 3)
+    far, act = cost.mu[None] + 100.0, torch.randn(32, H, 3)
     readout = torch.randn(8) / 10, 0.05
     folded = RolloutCost(**nets, kind="value", turn_readout=readout)
     assert cost.is_ood(far)
@@ -195,7 +195,7 @@ def test_the_wrong_way_costs_as_much_as_random_driving(turned):
 
 def test_headings_count_out_of_distribution_and_on_the_wrong_way_only():
     nets = random_nets()
-    z, act = nets["cost"].mu[:1] + 0.01, torch.randn(32, 7, 3)
+    z, act = nets["cost"].mu[None] + 0.01, torch.randn(32, 7, 3)
     folded = RolloutCost(**nets, kind="value", turn_readout=(torch.zeros(8), 0.0))
     assert not nets["cost"].is_ood(z)
     plain = folded(z, act)

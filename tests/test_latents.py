@@ -13,7 +13,8 @@ from buffer import index, read_chunk
 from networks import VALUE_HORIZON, CostModel, Predictor, TinyEncoder, stack_frames
 from support.checkpoints import fingerprint
 from support.cli import Refusal
-from support.latents import Latents, LatentSampler
+from support.device import DTYPES, cast_weights
+from support.latents import Latents, LatentSampler, encode
 from train_cost_model import fit_density
 
 
@@ -41,6 +42,14 @@ def encoder():
     with torch.no_grad():
         net.fit_standardization(net.features(torch.randint(0, 256, (64, 9, 64, 64))))
     return net.requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_an_encoder_whose_weights_are_cast_once_gives_the_same_latents(encoder, dtype):
+    obs = torch.randint(0, 256, (3, encoder.history, 3, 64, 64), dtype=torch.uint8)
+    cpu, cast = torch.device("cpu"), cast_weights(encoder, dtype)
+    assert torch.equal(encode(cast, obs, cpu, dtype), encode(encoder, obs, cpu, dtype))
+    assert cast.head.weight.dtype == dtype and encoder.head.weight.dtype == torch.float32
 
 
 def test_cached_latents_are_those_computed_anew(data, tmp_path, encoder):

@@ -7,13 +7,13 @@ from sklearn.covariance import shrunk_covariance
 
 from networks import DISCOUNT, MISTAKE_WEIGHT, VALUE_HORIZON, CostModel, Predictor
 from support.cli import Refusal
-from train_cost_model import OWN_SHARE, fit_density
+from train_cost_model import fit_density
 
 
 def test_density_is_the_mahalanobis_distance():
     torch.manual_seed(0)
     z = torch.randn(4000, 6) @ torch.randn(6, 6) + 3
-    cost = CostModel(6, gaussians=1)
+    cost = CostModel(6)
     fit_density(cost, z, 3 * z, shrinkage=0.0)
     mu, inverse = z.double().mean(0), torch.linalg.inv(torch.cov(z.T.double()))
     d = z[:50].double() - mu
@@ -26,7 +26,7 @@ def test_density_is_the_mahalanobis_distance():
 @pytest.mark.parametrize("shrinkage", [0.05, 0.5, 1.0])
 def test_the_densitys_covariance_is_shrunk_by_a_fixed_share(dim, shrinkage):
     torch.manual_seed(0)
-    z, cost = torch.randn(60, dim) @ torch.randn(dim, dim), CostModel(dim, 4, 1)
+    z, cost = torch.randn(60, dim) @ torch.randn(dim, dim), CostModel(dim, 4)
     fit_density(cost, z, 3 * z, shrinkage)
     cov = shrunk_covariance(np.cov(z.numpy().T, bias=True).reshape(dim, dim), shrinkage)
     d = z.double().numpy() - z.double().numpy().mean(axis=0)
@@ -34,30 +34,10 @@ def test_the_densitys_covariance_is_shrunk_by_a_fixed_share(dim, shrinkage):
     assert np.allclose(cost.energy(z), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_the_nearest_of_several_gaussians_counts():
-    torch.manual_seed(0)
-    means = 50 * torch.randn(3, 4)
-    shapes = torch.randn(3, 4, 4)
-    parts = [torch.randn(2000, 4) @ shape + mu for shape, mu in zip(shapes, means)]
-    z, cost = torch.cat(parts), CostModel(4, gaussians=3)
-    fit_density(cost, z, 3 * z, shrinkage=0.0)
-    own = [np.cov(x.numpy().T, bias=True) for x in parts]
-    whole = np.cov(z.numpy().T, bias=True)
-    nearest = np.full(90, np.inf)
-    some = torch.cat([x[:30] for x in parts]).double().numpy() + 20
-    for x, cov in zip(parts, own):
-        inverse = np.linalg.inv(OWN_SHARE * cov + (1 - OWN_SHARE) * whole)
-        d = some - x.double().numpy().mean(axis=0)
-        nearest = np.minimum(nearest, np.einsum("ni,ij,nj->n", d, inverse, d) / 2 / 4)
-    assert np.allclose(cost.energy(torch.from_numpy(some).float()), nearest, rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "z,why", [(torch.ones(9, 3), "all alike"), (torch.randn(6, 3), "too few for 6 Gaussians")]
-)
-def test_a_density_of_latents_that_are_all_alike_or_too_few_is_refused(z, why):
-    with pytest.raises(Refusal, match=why):
-        fit_density(CostModel(3, gaussians=6 if len(z) == 6 else 1), z, z)
+@pytest.mark.parametrize("z", [torch.ones(9, 3), torch.randn(1, 3)])
+def test_a_density_of_latents_that_are_all_alike_is_refused(z):
+    with pytest.raises(Refusal, match="all alike"):
+        fit_density(CostModel(3), z, z)
 
 
 def test_looks_change_nothing_of_what_is_planned_with():
@@ -96,7 +76,7 @@ def nets():
 def random_nets():
     """A predictor and a cost model that nobody trained."""
     torch.manual_seed(0)
-    predictor, cost = Predictor(dim=8, hidden=16, state=6), CostModel(8, gaussians=3)
+    predictor, cost = Predictor(dim=8, hidden=16, state=6), CostModel(8)
     with torch.no_grad():
         for p in predictor.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -124,7 +104,7 @@ def test_rollout_eats_its_own_output(nets):
 
 def test_value_adds_mistakes_on_the_road_and_what_comes_out_of_distribution(nets):
     cost, z_hat = nets["cost"], torch.randn(32, 15, 8)
-    near, far = cost.mu[:1], cost.mu[:1] + 100
+    near, far = cost.mu[None], cost.mu[None] + 100
     every_third = 3 * cost.energy(z_hat[:, 2::3]).sum(1)
     odds = cost.energy(z_hat[:, 2::3], "mistake").exp()
     mistakes = 3 * MISTAKE_WEIGHT * cost.random_energy * (1 + odds).log().sum(1)

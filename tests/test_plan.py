@@ -8,7 +8,7 @@ import torch
 from test_networks import random_nets
 
 from drive_mpc import DECAY, LEAST_STD, Plan, draw_plans, plan, propose
-from networks import OOD_THRESHOLD
+from networks import OOD_THRESHOLD, POLICY_STEPS, CostModel
 from support.checkpoints import load_models
 from support.cli import Parser
 from support.plan_config import (
@@ -267,22 +267,25 @@ def test_a_plan_is_what_its_actions_say():
     assert torch.equal(far, torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
 
 
-def test_proposals_are_what_the_policy_does_in_the_dream():
-    """Step by step; the others are near it, and none has more gas than it may."""
+@pytest.mark.parametrize("horizon", [2, 15, 16])
+def test_proposals_are_what_the_policy_does_in_the_dream(horizon):
+    """A few steps at a time; the others are near it, and none has more gas than it may."""
     nets, z = random_nets(), torch.randn(1, 8)
-    predictor, policy = nets["predictor"], torch.nn.Linear(6, 2).requires_grad_(False)
-    cfg = replace(PlanConfig(samples=40, max_gas=0.3), policy_share=0.25, policy_noise=0.1)
-    plans = propose(z, predictor, policy, cfg, torch.Generator().manual_seed(0))
-    assert plans.shape == (10, 15, 2) and plans[..., 1].max() <= 0.3
+    predictor, cost = nets["predictor"], CostModel(8, state=6).requires_grad_(False)
+    cfg = PlanConfig(samples=40, max_gas=0.3, horizon=horizon, policy_share=0.25, policy_noise=0.1)
+    plans = propose(z, predictor, cost, cfg, torch.Generator().manual_seed(0))
+    assert plans.shape == (10, horizon, 2) and plans[..., 1].max() <= 0.3
 
     h = predictor.to_state(z)
-    for t in range(15):
-        u = clip_plan(policy(h), 0.3)
-        assert torch.allclose(plans[0, t], u[0], atol=1e-6)
-        h = predictor.transition(h, to_action(u))
+    for t in range(horizon):
+        if t % POLICY_STEPS == 0:
+            u = clip_plan(cost.expert_plan(h)[0], 0.3)
+        now = u[t % POLICY_STEPS]
+        assert torch.allclose(plans[0, t], now, atol=1e-6)
+        h = predictor.transition(h, to_action(now)[None])
     first = (plans[1:, 0] - plans[0, 0]).std(dim=0)
     assert (first > 0).any() and (first < 0.1).all()
-    assert propose(z, predictor, policy, replace(cfg, policy_share=0)).shape == (0, 15, 2)
+    assert propose(z, predictor, cost, replace(cfg, policy_share=0)).shape == (0, horizon, 2)
 
 
 def test_a_proposal_that_is_best_is_followed():
@@ -362,7 +365,7 @@ def test_the_folded_rollout_cost_is_the_plain_one(kind, H, far):
     nets = random_nets()
     cost, act = nets["cost"], torch.randn(32, H, 3)
     away = torch.randn(1, 8)
-    ray = cost.mu[:1] + torch.linspace(0, 50, 20_001)[:, None] * away
+    ray = cost.mu[None] + torch.linspace(0, 50, 20_001)[:, None] * away
     beyond = cost.energy(ray) > far * OOD_THRESHOLD * cost.random_energy
     z = ray[beyond.nonzero()[:1, 0]]  # just beyond that share of where out of distribution begins
     assert cost.is_ood(z) == (far > 1)
@@ -376,7 +379,7 @@ def test_costs_in_bfloat16_rank_plans_alike():
     nets, _, _ = load_models(".", None, torch.device("cpu"))
     of = nets["predictor"], nets["cost"], "value"
     generator = torch.Generator().manual_seed(0)
-    z = nets["cost"].mu[:1] + 0.1 * torch.randn(1, nets["cost"].mu.shape[1], generator=generator)
+    z = nets["cost"].mu[None] + 0.1 * torch.randn(1, nets["predictor"].dim, generator=generator)
     cfg = PlanConfig(max_gas=1.0)
     u = draw_plans(256, torch.zeros(15, 2), torch.tensor(cfg.noise), cfg, generator)
     exact, fast = (

@@ -379,7 +379,7 @@ NUMBERS = {
     "train_decoder": "channels steps batch_size autoencoder_steps lr seed threads",
     "train_predictor": "hidden state dropout horizon epochs batch_size lr weight_decay",
     "train_dream": "hidden width depth horizon epochs batch_size lr weight_decay",
-    "train_cost_model": "hidden gaussians shrinkage epochs batch_size lr weight_decay",
+    "train_cost_model": "hidden shrinkage epochs batch_size lr weight_decay",
     "evaluate": "track_seed tracks train_frames frames windows states replayed_plans "
     "supervised_steps "
     "supervised_batch autoencoder_steps bootstrap off_road",

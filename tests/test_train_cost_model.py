@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import script
 
-from networks import CostModel, Predictor
+from networks import POLICY_STEPS, CostModel, Predictor
 from support.plan_config import to_action
 from train_cost_model import expert_states, gas_limit, policy_loss
 
@@ -68,11 +68,13 @@ def test_full_gas_is_for_nets_whose_rollouts_hold(error, gas, capsys):
 def test_the_policy_learns_what_the_expert_does_in_real_and_imagined_states():
     torch.manual_seed(0)
     predictor, cost = Predictor(8, 16, 6), CostModel(10, 16, state=6)
-    z, act = torch.randn(5, 4, 10), to_action(2 * torch.rand(5, 3, 2) - 1)
+    z, act = torch.randn(5, 6, 10), to_action(2 * torch.rand(5, 5, 2) - 1)
     h, what = expert_states(predictor, z, act)
-    assert h.shape == (30, 6) and torch.equal(what, torch.cat([act, act]).flatten(0, 1))
+    assert h.shape == (30, 6) and what.shape == (30, POLICY_STEPS, 3)
     assert torch.equal(h[:15], predictor.to_state(z[:, :3, :8]).flatten(0, 1))
     assert torch.equal(h[15:], predictor.states(z[:, 0, :8], act)[:, :3].flatten(0, 1))
+    for i in (0, 15):  # the second state of the first window
+        assert torch.equal(what[i + 1], act[0, 1 : 1 + POLICY_STEPS])
 
     optim = torch.optim.Adam(cost.policy.parameters(), 0.01)
     before = policy_loss(cost, h, what).item()

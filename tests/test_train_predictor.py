@@ -174,3 +174,33 @@ def test_a_run_goes_on_with_other_data(chain, tmp_path):
     assert (before["step"], after["step"]) == (40, 60)
     seen = {k: after["frames_seen"][k] - before["frames_seen"][k] for k in before["frames_seen"]}
     assert seen == {"data_race": 20 * 24 * 16, "data_recovery": 20 * 8 * 16, "data": 0}
+
+
+def test_a_run_starts_from_another_predictor(chain, tmp_path):
+    """With its weights. One that does not fit is refused; a resumed run needs it no more."""
+    shutil.copytree(chain[0] / "models", tmp_path / "models")
+    for name in ("data_race", "data_recovery", "data"):
+        (tmp_path / name).symlink_to(chain[0] / name)
+    start = tmp_path / "start.pth"
+    shutil.copy(chain[0] / "models" / "predictor_ep2.pth", start)
+
+    def train(*more):
+        args = *CHAIN["train_predictor.py"], "--epochs", 1, "--steps_per_epoch", 1, "--lr", 1e-9
+        return script("train_predictor.py", *args, "--start", start, *more, root=tmp_path)
+
+    done = train("--fresh")
+    assert done.returncode == 0, done.stderr
+    read = lambda path: torch.load(path, weights_only=True)["nets"]["predictor"]["weights"]
+    before, after = read(start), read(tmp_path / "models" / "predictor_ep1.pth")
+    assert all(torch.allclose(w, after[k], atol=1e-6) for k, w in before.items())
+
+    done = train("--fresh", "--hidden", 32)
+    assert done.returncode == 2 and "has other sizes; add --hidden 64 --state 256" in done.stderr
+    payload = torch.load(start, weights_only=True)
+    torch.save(payload | {"encoder_key": "0" * 16}, start)
+    done = train("--fresh")
+    assert done.returncode == 2 and "was trained on another encoder" in done.stderr
+    start.unlink()
+    done = train("--fresh")
+    assert done.returncode == 2 and f"{start}: not found" in done.stderr
+    assert train("--epochs", 2).returncode == 0
