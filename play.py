@@ -73,7 +73,7 @@ def arguments():
     add("--keys", type=Path, help="file of keys that are pressed, for --headless")
     add("--headless", action="store_true", help="no window: needs --keys, records all of it")
     planning(p)
-    p.set_defaults(policy_share=0.0)  # proposals take a tenth of a tick
+    p.set_defaults(policy_share=0.0)  # proposals take a sixth of a tick
     args = p.parse_args()
     if args.headless != bool(args.keys):
         p.error("--headless and --keys belong together")
