@@ -10,7 +10,7 @@ The file also holds a policy, which imitates the expert in the predictor's state
 plans, and the most gas a plan may give: 0.5 if the predictor's held-out error is above 0.12 of
 copy-last's, else 1. Nets of little training spin the car with full gas.
 
-Five minutes on two CPU cores; expect a held-out AUC above 0.99 of classifier and density.
+Nine minutes on one CPU core; expect a held-out AUC above 0.99 of classifier and density.
 
     python train_cost_model.py
 """
