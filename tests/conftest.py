@@ -1,6 +1,8 @@
 """One small chain, run once by the README's commands, that the tests look at from outside."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,39 +18,21 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 
+from support.files import lock  # noqa: E402
+
 SMALL = "--channels 8 --dim 32 --batch_size 12 --precision fp32 --threads 1".split()
 CHAIN = {  # stage: the README's command, small
-    "collect_race_data.py": [
-        "--frames",
-        "2500",
-        "--workers",
-        "2",
-        "--pace",
-        "0.1",
-        "0.2",
-        "--max_offset",
-        "3",
-    ],
-    "collect_recovery_data.py": ["--frames", "2500", "--workers", "2"],
-    "collect_data.py": ["--frames", "3200", "--workers", "2"],
-    "train_encoder.py": [*SMALL, "--epochs", "2", "--steps_per_epoch", "20"],
-    "train_decoder.py": ["--once", "--steps", "20", "--batch_size", "16", "--channels", "16"],
-    "train_predictor.py": [
-        "--epochs",
-        "2",
-        "--steps_per_epoch",
-        "20",
-        "--batch_size",
-        "32",
-        "--hidden",
-        "64",
-    ],
-    "train_dream.py": [
-        *["--epochs", "2", "--steps_per_epoch", "10", "--batch_size", "16", "--horizon", "8"],
-        *["--hidden", "32", "--width", "64"],
-    ],
-    "train_cost_model.py": ["--epochs", "1", "--steps_per_epoch", "20", "--batch_size", "64"],
+    "collect_race_data.py": "--frames 2500 --workers 2 --pace 0.1 0.2 --max_offset 3",
+    "collect_recovery_data.py": "--frames 2500 --workers 2",
+    "collect_data.py": "--frames 3200 --workers 2",
+    "train_encoder.py": f"{' '.join(SMALL)} --epochs 2 --steps_per_epoch 20",
+    "train_decoder.py": "--once --steps 20 --batch_size 16 --channels 16",
+    "train_predictor.py": "--epochs 2 --steps_per_epoch 20 --batch_size 32 --hidden 64",
+    "train_dream.py": "--epochs 2 --steps_per_epoch 10 --batch_size 16 --horizon 8 "
+    "--hidden 32 --width 64",
+    "train_cost_model.py": "--epochs 1 --steps_per_epoch 20 --batch_size 64",
 }
+CHAIN = {name: args.split() for name, args in CHAIN.items()}
 
 
 def script(name, *args, root=None, **kw):
@@ -85,13 +69,31 @@ def workers_of(pid):
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
-    """(root, {script: its output}) after every stage ran small, in the order of the README."""
-    root, said = tmp_path_factory.mktemp("chain"), {}
+    """(root, {script: its output}) after every stage ran small, in the order of the README.
+
+    One of the test processes runs the stages; each tests its own copy.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    built, outputs = shared / "chain", shared / "chain.json"
+    with open(shared / "chain.lock", "w") as f:
+        lock(f)
+        if not outputs.is_file():
+            outputs.write_text(json.dumps(run_chain(built)))
+    root = shutil.copytree(built, tmp_path_factory.mktemp("chain") / "root")
+    said = json.loads(outputs.read_text())
+    return root, {name: text.replace(str(built), str(root)) for name, text in said.items()}
+
+
+def run_chain(root):
+    """{script: its output} of the stages."""
+    root.mkdir(exist_ok=True)
+    said = {}
     for name, args in CHAIN.items():
         done = script(name, *args, root=root)
         assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
         said[name] = done.stdout
-    return root, said
+    return said
 
 
 @pytest.fixture(scope="session")
