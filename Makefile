@@ -48,19 +48,27 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400
 	$(PY) drive_mpc.py $(LAPTOP) --headless --episodes 3 --track_seed 100000 --compare random no_model expert --json "$(ROOT)/visuals/drive_mpc.json"
 
+# own drives with plans followed to their end: the predictor learns what its dreams got wrong
+OWN = --env fast --save_data --no_video --open_loop 0.06 --samples 64
+OWN_SHARES = --data data_race data_recovery data data_mpc --shares 0.25 0.35 0.15 0.25
+
 pretrained: ROOT = pretrained
-pretrained: .venv/installed  ## over three hours on two cores: weights like those that come with the code
+pretrained: .venv/installed  ## about four hours on two cores: weights like those that come with the code
 	$(PY) collect_race_data.py $(LAPTOP) --frames 260000
-	$(PY) collect_recovery_data.py $(LAPTOP) --frames 1500000
-	$(PY) collect_data.py $(LAPTOP) --frames 1500000
+	$(PY) collect_recovery_data.py $(LAPTOP) --frames 800000
+	$(PY) collect_data.py $(LAPTOP) --frames 800000
 	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(ENCODER) --dim 512 --strides 1 2 2 2 --mirror 0.5 --congeal 25 --pred 30 --cov 2 --epochs 8 --steps_per_epoch 500
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 2000 --autoencoder_steps 2000
-	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(PREDICTOR) --hidden 384 --state 256 --epochs 10 --steps_per_epoch 3000
-	$(PY) train_cost_model.py $(LAPTOP)
-	$(PY) collect_data.py $(LAPTOP) --frames 1900000 --steps 1000
+	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(PREDICTOR) --hidden 384 --epochs 4 --steps_per_epoch 3000
+	$(PY) train_cost_model.py $(LAPTOP) --fresh
+	$(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000000 --episodes 50
+	$(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000050 --episodes 60 --energy density --policy_share 0
+	$(PY) train_predictor.py $(LAPTOP) $(OWN_SHARES) $(PREDICTOR) --hidden 384 --epochs 7 --steps_per_epoch 3000
+	$(PY) train_cost_model.py $(LAPTOP) --fresh
+	$(PY) collect_data.py $(LAPTOP) --frames 1200000 --steps 1000
 	$(PY) train_dream.py $(LAPTOP) $(SHARES) --batch_size 30 --epochs 8 --steps_per_epoch 1000
 	mkdir -p models/pretrained && rm -f models/pretrained/*.pth
-	cd "$(ROOT)/models" && cp encoder_mixed_ep8.pth decoder_ep8.pth predictor_ep10.pth cost_model_final.pth "$(CURDIR)/models/pretrained/"
+	cd "$(ROOT)/models" && cp encoder_mixed_ep8.pth decoder_ep8.pth predictor_ep7.pth cost_model_final.pth "$(CURDIR)/models/pretrained/"
 	$(PY) -m tools.checkpoint "$(ROOT)/models/dream_ep8.pth" --half models/pretrained/dream_ep8.pth
 
 test: .venv/installed  ## the tests, under ten minutes on two cores

@@ -79,6 +79,8 @@ def arguments():
     add("--json", type=output_file, help="file of the scores, written after each drive")
     saved = f"episodes of --policy go to ROOT/{SELF_DRIVEN_DIR}, of tracks from {FIRST_SEED} on"
     add("--save_data", action="store_true", help=saved)
+    followed = "share of the plans that are followed to their end: what they lead to, to learn from"
+    add("--open_loop", type=fraction, help=followed)
     add("--film", type=Number(int, 0, 1000), default=1, help="laps of --policy in the film")
     add("--headless", action="store_true", help="no window: as fast as it goes")
     add("--no_video", action="store_true", help="scores only, no window, no pictures")
@@ -89,12 +91,6 @@ def arguments():
 
 
 # ------------------------------------------------------------------ planner
-
-
-def draw_plans(N, mean, std, cfg, generator=None):
-    """N random plans (N, H, 2) around mean (H, 2), clipped; std (H, 2) or (2,) scales the noise."""
-    white = torch.randn(N, len(mean), 2, generator=generator, device=mean.device)
-    return clip_plan(mean + std * cfg.correlate(white), cfg.max_gas)
 
 
 @torch.inference_mode()
@@ -157,7 +153,7 @@ def plan(z, rollout_cost, previous, cfg, generator=None, proposals=()):
     for i in range(1 if cfg.planner == "shooting" else iterations):
         # draw candidates: the mean, noise around it, and earlier elites
         N = min(cfg.samples, max(int(cfg.samples / DECAY**i), 2 * K)) if icem else cfg.samples
-        drawn = draw_plans(N, mean, std, cfg, generator)
+        drawn = cfg.draw_plans(N, mean, std, generator)
         drawn[0] = mean
         if icem:
             kept = elites[: max(1, int(REUSED * K))]
@@ -210,6 +206,7 @@ class Driver:
         self.frames = deque(maxlen=self.encoder.span)
         self.planned = Plan.none(self.cfg.horizon, self.device)
         self.u = self.planned.u  # (H, 2) the plan that is followed
+        self.open_loop_left = 0  # latents for which it is still followed without another plan
         self.t, self.ms, self.costs = 0, [], None
         self.palette, self.memory, self.action = Palette(), HeadingMemory(), None
 
@@ -241,11 +238,17 @@ class Driver:
         return self.action
 
     def replan(self):
-        """Encodes the present and plans from it."""
+        """Encodes the present and plans from it, or goes on with an open-loop plan."""
+        if self.open_loop_left:
+            self.open_loop_left -= 1
+            self.planned, self.u = self.planned.shifted(), torch.cat([self.u[1:], self.u[-1:]])
+            return
         z, cost = self.encode(), self.nets["cost"]
         if cost.energy(z) < SURE * cost.random_energy:
             self.memory.settle()
         self.plan_from(z, self.memory.off_course())
+        if self.cfg.open_loop and torch.rand((), generator=self.generator) < self.cfg.open_loop:
+            self.open_loop_left = self.cfg.horizon - 1
 
     def plan_from(self, z, turned=None):
         """Plans from the latent z (1, D), a real or a dreamt one: sets u and costs.
@@ -277,7 +280,7 @@ class NoModelDriver(Driver):
         self.u = torch.cat([self.u[1:], self.u[-1:]])
         if before is None or self.now > before:
             mean, std = torch.zeros_like(self.u), self.u.new_tensor(self.cfg.noise)
-            self.u = draw_plans(1, mean, std, self.cfg, self.generator)[0]
+            self.u = self.cfg.draw_plans(1, mean, std, self.generator)[0]
 
 
 class ImitationDriver(Driver):

@@ -24,7 +24,7 @@ from car import FPS
 from car.env import make_env
 from car.telemetry import centre_line
 from collect_race_data import Expert
-from drive_mpc import Plan, draw_plans, plan
+from drive_mpc import Plan, plan
 from report.episodes import TRAINED, channels_first, choose_samples, rows_by_source, sources_of
 from report.simulator import end_contacts, restore_state
 from report.statistics import bootstrap_intervals, spearman
@@ -144,7 +144,7 @@ def score_candidates(models, episode, k, seed, planner):
     chosen = plan(now, cost, last, planner, generator.manual_seed(seed + k))[0].u
     generator.manual_seed(seed + k)
     mean = last.shifted().mean
-    u = draw_plans(planner.samples, mean, mean.new_tensor(planner.noise), planner, generator)
+    u = planner.draw_plans(planner.samples, mean, mean.new_tensor(planner.noise), generator)
     u[0] = mean
     act = to_action(u)
     return [x.cpu().numpy() for x in (act, cost(now, act), untrained(now, act), to_action(chosen))]

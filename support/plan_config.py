@@ -28,6 +28,7 @@ class PlanConfig:
     rho: float = 0.8  # AR(1) noise: correlation from step to step
     beta: float = 2.0  # power-law noise: power falls with frequency ** beta
     noise: tuple = (0.4, 0.5)  # standard deviation of steering and throttle, in units of full
+    open_loop: float = 0.0  # share of the plans that are followed to their end
     max_gas: float | None = None  # most throttle in a plan; None: `take_gas` sets it
 
     @classmethod
@@ -39,6 +40,11 @@ class PlanConfig:
         """White noise (N, H, 2) -> noise of `noise_kind`, correlated over the H steps."""
         ar1 = self.noise_kind == "ar1"
         return ar1_noise(white, self.rho) if ar1 else powerlaw_noise(white, self.beta)
+
+    def draw_plans(self, N, mean, std, generator=None):
+        """N random plans (N, H, 2) around mean (H, 2), clipped; std (2,) or (H, 2) scales noise."""
+        white = torch.randn(N, len(mean), 2, generator=generator, device=mean.device)
+        return clip_plan(mean + std * self.correlate(white), self.max_gas)
 
 
 def planning(p):

@@ -2,12 +2,15 @@
 
 import json
 import multiprocessing as mp
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import script
 
+from car import ZOOM_STEPS
 from car.env import make_env, observe
 from drive_mpc import drive, load_driver, planning
 from support.checkpoints import fingerprint
@@ -15,6 +18,7 @@ from support.cli import parser
 from support.disturbance import Disturbance
 from support.dreams import load_decoder
 from support.lap_view import LapView
+from support.plan_config import to_action
 from support.window import PAPER, VIEW, NoWindow
 
 TRACK = 200_010
@@ -66,6 +70,25 @@ def test_the_driver_needs_nothing_but_observations(driver):
     assert drive(env, driver, TRACK, watch) is None  # broken off by watch
     assert np.array_equal(seen, acts) and total[-1] == pytest.approx(apart, abs=1e-9)
     assert np.std(acts, axis=0)[0] > 0.01  # it steered
+
+
+def test_an_open_loop_plan_is_followed_to_its_end(driver, monkeypatch):
+    monkeypatch.setattr(driver, "cfg", replace(driver.cfg, open_loop=1.0))
+    H, R, plans, acts, zs = driver.cfg.horizon, driver.encoder.repeat, [], [], []
+
+    def watch(env, frame, driver, returned):
+        if driver.t > ZOOM_STEPS and (driver.t - 1 - ZOOM_STEPS) % R == 0:
+            plans.append(driver.u.clone())
+            acts.append(driver.action)
+            zs.append(driver.z)
+        return len(plans) < 2 * H
+
+    assert drive(make_env("fast"), driver, TRACK, watch) is None
+    for first in (0, H):
+        wanted = to_action(plans[first]).numpy()
+        assert np.array_equal(acts[first : first + H], wanted)
+        assert all(zs[first + k] is zs[first] for k in range(H))  # not looked at again
+    assert not torch.equal(zs[0], zs[H]) and not torch.equal(plans[0], plans[H])
 
 
 def test_disturbances_do_what_they_say():

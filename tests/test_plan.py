@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_networks import random_nets
 
-from drive_mpc import DECAY, LEAST_STD, Plan, draw_plans, plan, propose
+from drive_mpc import DECAY, LEAST_STD, Plan, plan, propose
 from networks import OOD_THRESHOLD, POLICY_STEPS, CostModel
 from support.checkpoints import load_models
 from support.cli import Parser
@@ -239,13 +239,8 @@ def test_powerlaw_noise_has_unit_variance_and_the_slope_of_its_exponent(beta, H)
 @pytest.mark.parametrize("kind", ["ar1", "powerlaw"])
 def test_plans_are_drawn_with_the_noise_that_the_flags_ask_for(kind):
     cfg = config("mppi", noise_kind=kind, rho=0.5, beta=1.5, noise=[0.1, 0.2])
-    drawn = draw_plans(
-        4000,
-        torch.full((15, 2), 0.1),
-        torch.tensor(cfg.noise),
-        cfg,
-        torch.Generator().manual_seed(0),
-    )
+    generator = torch.Generator().manual_seed(0)
+    drawn = cfg.draw_plans(4000, torch.full((15, 2), 0.1), torch.tensor(cfg.noise), generator)
     noise = (
         ar1_noise(white(4000, 15), 0.5) if kind == "ar1" else powerlaw_noise(white(4000, 15), 1.5)
     )
@@ -381,7 +376,7 @@ def test_costs_in_bfloat16_rank_plans_alike():
     generator = torch.Generator().manual_seed(0)
     z = nets["cost"].mu[None] + 0.1 * torch.randn(1, nets["predictor"].dim, generator=generator)
     cfg = PlanConfig(max_gas=1.0)
-    u = draw_plans(256, torch.zeros(15, 2), torch.tensor(cfg.noise), cfg, generator)
+    u = cfg.draw_plans(256, torch.zeros(15, 2), torch.tensor(cfg.noise), generator)
     exact, fast = (
         RolloutCost(*of, dtype=d)(z, to_action(u)) for d in (torch.float32, torch.bfloat16)
     )
