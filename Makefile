@@ -49,8 +49,8 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) drive_mpc.py $(LAPTOP) --headless --episodes 3 --track_seed 100000 --compare random no_model expert --json "$(ROOT)/visuals/drive_mpc.json"
 
 # own drives with plans followed to their end: the predictor learns what its dreams got wrong
-OWN = --env fast --save_data --no_video --open_loop 0.06 --samples 64
-OWN_SHARES = --data data_race data_recovery data data_mpc --shares 0.25 0.35 0.15 0.25
+OWN = --env fast --save_data --no_video --open_loop 0.06 --samples 64 --iterations 4
+WITH_OWN = --data data_race paces/data_race data_recovery data data_mpc --shares 0.12 0.18 0.3 0.1 0.3
 
 pretrained: ROOT = pretrained
 pretrained: .venv/installed  ## about four hours on two cores: weights like those that come with the code
@@ -61,9 +61,9 @@ pretrained: .venv/installed  ## about four hours on two cores: weights like thos
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 2000 --autoencoder_steps 2000
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(PREDICTOR) --hidden 384 --epochs 4 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
-	$(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000000 --episodes 50
-	$(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000050 --episodes 60 --energy density --policy_share 0
-	$(PY) train_predictor.py $(LAPTOP) $(OWN_SHARES) $(PREDICTOR) --hidden 384 --epochs 7 --steps_per_epoch 3000
+	$(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000000 --episodes 110
+	$(PY) collect_race_data.py --root "$(ROOT)/paces" --pace 0.65 1 --frames 140000
+	$(PY) train_predictor.py $(LAPTOP) $(WITH_OWN) $(PREDICTOR) --hidden 384 --epochs 7 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
 	$(PY) collect_data.py $(LAPTOP) --frames 1200000 --steps 1000
 	$(PY) train_dream.py $(LAPTOP) $(SHARES) --batch_size 30 --epochs 8 --steps_per_epoch 1000
