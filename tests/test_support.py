@@ -124,16 +124,6 @@ def test_a_reader_that_goes_away_ends_a_script_quietly(collected):
     assert done.stdout.splitlines()[0] == "1"
 
 
-def test_a_training_whose_output_is_cut_off_is_saved(chain, tmp_path):
-    for name in ("data", "data_race", "data_recovery"):
-        (tmp_path / name).symlink_to(chain[0] / name)
-    args = " ".join(CHAIN["train_encoder.py"]).replace("--epochs 2", "--epochs 100")
-    done = shell(f"$PY train_encoder.py {args} --root '{tmp_path}' 2>&1 | head -c 600")
-    assert "Traceback" not in done.stdout, done.stdout
-    saved = torch.load(tmp_path / "models" / "encoder_resume.pth", weights_only=True)
-    assert 20 <= saved["step"] < 2000
-
-
 def test_closed_and_full_streams_lose_no_data(tmp_path):
     assert (
         shell(f"$PY -m tools.checkpoint '{ENCODER}' > /dev/full").returncode == 2
@@ -326,30 +316,6 @@ def test_outputs_go_into_devices_and_through_links(tmp_path):
     assert name.read_bytes() == b"x" and len(list(tmp_path.iterdir())) == 4
 
 
-def test_what_may_not_be_read_is_not_called_damaged(chain):
-    """Root may read all: then the test goes on as nobody."""
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))
-    try:
-        shutil.copytree(chain[0] / "models", folder / "models")
-        path = episode(folder / "data", "x")
-        folder.chmod(0o755)
-        os.chmod(path, 0)
-        os.chmod(folder / "models" / "encoder_mixed_ep2.pth", 0)
-        privileged = os.geteuid() == 0
-        try:
-            if privileged:
-                os.seteuid(UNPRIVILEGED)
-            with pytest.raises(PermissionError):
-                index(folder / "data")
-            with pytest.raises(PermissionError):
-                read(folder / "models" / "encoder_mixed_ep2.pth")
-        finally:
-            if privileged:
-                os.seteuid(0)
-    finally:
-        shutil.rmtree(folder)
-
-
 def test_a_users_own_npz_is_to_be_moved_away(tmp_path):
     episode(tmp_path / "data", "x")
     np.savez(tmp_path / "data" / "mine.npz", images=np.zeros((3, 4)))
@@ -386,3 +352,40 @@ def test_numbers_have_a_stated_range(kind, text, good):
 
 def test_suggested_commands_can_be_pasted():
     assert command("x.py", Path("my demo"), "--fresh") == "`python x.py --root 'my demo' --fresh`"
+
+
+# the last, because they wait for the chain
+
+
+def test_a_training_whose_output_is_cut_off_is_saved(chain, tmp_path):
+    for name in ("data", "data_race", "data_recovery"):
+        (tmp_path / name).symlink_to(chain[0] / name)
+    args = " ".join(CHAIN["train_encoder.py"]).replace("--epochs 2", "--epochs 100")
+    done = shell(f"$PY train_encoder.py {args} --root '{tmp_path}' 2>&1 | head -c 600")
+    assert "Traceback" not in done.stdout, done.stdout
+    saved = torch.load(tmp_path / "models" / "encoder_resume.pth", weights_only=True)
+    assert 20 <= saved["step"] < 2000
+
+
+def test_what_may_not_be_read_is_not_called_damaged(chain):
+    """Root may read all: then the test goes on as nobody."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        shutil.copytree(chain[0] / "models", folder / "models")
+        path = episode(folder / "data", "x")
+        folder.chmod(0o755)
+        os.chmod(path, 0)
+        os.chmod(folder / "models" / "encoder_mixed_ep2.pth", 0)
+        privileged = os.geteuid() == 0
+        try:
+            if privileged:
+                os.seteuid(UNPRIVILEGED)
+            with pytest.raises(PermissionError):
+                index(folder / "data")
+            with pytest.raises(PermissionError):
+                read(folder / "models" / "encoder_mixed_ep2.pth")
+        finally:
+            if privileged:
+                os.seteuid(0)
+    finally:
+        shutil.rmtree(folder)
