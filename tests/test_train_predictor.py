@@ -201,4 +201,6 @@ def test_a_run_starts_from_another_predictor(chain, tmp_path):
     done = train("--fresh")
     assert done.returncode == 2 and "was trained on another encoder" in done.stderr
     start.unlink()
+    done = train("--fresh")
+    assert done.returncode == 2 and f"{start}: not found" in done.stderr
     assert train("--epochs", 2).returncode == 0
