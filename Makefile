@@ -52,6 +52,7 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 OWN = --env fast --save_data --no_video --open_loop 0.06 --samples 64 --iterations 4
 WITH_OWN = --data data_race paces/data_race data_recovery data data_mpc --shares 0.12 0.18 0.3 0.1 0.3
 
+# the cost model is --fresh, because a predictor that has learned on needs another one
 pretrained: ROOT = pretrained
 pretrained: .venv/installed  ## about four hours on two cores: weights like those that come with the code
 	$(PY) collect_race_data.py $(LAPTOP) --frames 260000

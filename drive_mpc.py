@@ -74,13 +74,13 @@ def arguments():
     add("--env", choices=["official", "fast"], default="official", help="fast: to experiment")
     add("--pace", type=fraction, default=1.0, help="of the expert: 1 for the score, 0 calm")
     add("--disturb", choices=DISTURBANCES, default="none", help="what disturbs the driver's frames")
+    followed = "share of the plans that are followed to their end: what they lead to, to learn from"
+    add("--open_loop", type=fraction, help=followed)
     planning(p)
     add = p.add_argument_group("output").add_argument
     add("--json", type=output_file, help="file of the scores, written after each drive")
     saved = f"episodes of --policy go to ROOT/{SELF_DRIVEN_DIR}, of tracks from {FIRST_SEED} on"
     add("--save_data", action="store_true", help=saved)
-    followed = "share of the plans that are followed to their end: what they lead to, to learn from"
-    add("--open_loop", type=fraction, help=followed)
     add("--film", type=Number(int, 0, 1000), default=1, help="laps of --policy in the film")
     add("--headless", action="store_true", help="no window: as fast as it goes")
     add("--no_video", action="store_true", help="scores only, no window, no pictures")
