@@ -63,7 +63,7 @@ pretrained: .venv/installed  ## about four hours on two cores: weights like thos
 	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(PREDICTOR) --hidden 384 --epochs 4 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
 	$(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000000 --episodes 110
-	$(PY) collect_race_data.py --root "$(ROOT)/paces" --pace 0.65 1 --frames 140000
+	$(PY) collect_race_data.py --root "$(ROOT)/paces" --pace 0.65 1 --seed 1 --frames 140000
 	$(PY) train_predictor.py $(LAPTOP) $(WITH_OWN) $(PREDICTOR) --hidden 384 --epochs 7 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
 	$(PY) collect_data.py $(LAPTOP) --frames 1200000 --steps 1000

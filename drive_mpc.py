@@ -46,7 +46,7 @@ from support.lap_view import VIDEO_FPS, LapView
 from support.latents import encode
 from support.palette import Palette
 from support.pictures import VideoRecorder
-from support.plan_config import ITERATIONS, PlanConfig, clip_plan, planning, take_gas, to_action
+from support.plan_config import PlanConfig, clip_plan, planning, shift, take_gas, to_action
 from support.progress import progress
 from support.rollout_cost import RolloutCost
 from support.scores import COLUMNS, Report, compare, row_line, row_name, score_settings
@@ -87,6 +87,8 @@ def arguments():
     args = p.parse_args()
     if args.save_data and args.track_seed < FIRST_SEED:
         p.error(f"--save_data: tracks below {FIRST_SEED} are never learned from")
+    if args.save_data and args.disturb != "none":
+        p.error("--save_data: disturbed frames are not kept; leave out --disturb")
     return args
 
 
@@ -128,10 +130,6 @@ class Plan(NamedTuple):
         u = torch.zeros(H, 2, device=device)
         return Plan(u, u, u[None])
 
-    def shifted(self):
-        """The same a step later; the last action goes on."""
-        return Plan(*(torch.cat([u[..., 1:, :], u[..., -1:, :]], dim=-2) for u in self))
-
 
 @torch.inference_mode()
 def plan(z, rollout_cost, previous, cfg, generator=None, proposals=()):
@@ -147,10 +145,9 @@ def plan(z, rollout_cost, previous, cfg, generator=None, proposals=()):
     have momentum. Unlike in the paper, the mean is a candidate in every iteration.
     """
     icem, K = cfg.planner == "icem", min(cfg.elites, cfg.samples - 1)
-    u, mean, elites = previous.shifted()
+    u, mean, elites = map(shift, previous)
     std = torch.tensor(cfg.noise, device=z.device).expand_as(mean)
-    iterations = cfg.iterations or ITERATIONS[cfg.planner]
-    for i in range(1 if cfg.planner == "shooting" else iterations):
+    for i in range(cfg.n_iterations):
         # draw candidates: the mean, noise around it, and earlier elites
         N = min(cfg.samples, max(int(cfg.samples / DECAY**i), 2 * K)) if icem else cfg.samples
         drawn = cfg.draw_plans(N, mean, std, generator)
@@ -231,24 +228,26 @@ class Driver:
             gas = min(self.cfg.max_gas, START_GAS + GAS_RISE * self.t)  # latents mean little here
             self.action = np.array([0, gas, 0], np.float32)
         elif (self.t - ZOOM_STEPS) % self.encoder.repeat == 0:
-            self.replan()
+            planned = self.replan()
             self.action = to_action(self.u[0]).cpu().numpy()  # waits for the device
-            self.ms.append(1000 * (time.perf_counter() - start))
+            if planned:
+                self.ms.append(1000 * (time.perf_counter() - start))
         self.t += 1
         return self.action
 
     def replan(self):
-        """Encodes the present and plans from it, or goes on with an open-loop plan."""
+        """Encodes the present and plans from it -> True; False where an open-loop plan goes on."""
+        self.z, cost, share = self.encode(), self.nets["cost"], self.cfg.open_loop
+        if cost.energy(self.z) < SURE * cost.random_energy:
+            self.memory.settle()
         if self.open_loop_left:
             self.open_loop_left -= 1
-            self.planned, self.u = self.planned.shifted(), torch.cat([self.u[1:], self.u[-1:]])
-            return
-        z, cost = self.encode(), self.nets["cost"]
-        if cost.energy(z) < SURE * cost.random_energy:
-            self.memory.settle()
-        self.plan_from(z, self.memory.off_course())
-        if self.cfg.open_loop and torch.rand((), generator=self.generator) < self.cfg.open_loop:
+            self.planned, self.u = Plan(*map(shift, self.planned)), shift(self.u)
+            return False
+        self.plan_from(self.z, self.memory.off_course())
+        if share and torch.rand((), generator=self.generator, device=self.device) < share:
             self.open_loop_left = self.cfg.horizon - 1
+        return True
 
     def plan_from(self, z, turned=None):
         """Plans from the latent z (1, D), a real or a dreamt one: sets u and costs.
@@ -277,7 +276,7 @@ class NoModelDriver(Driver):
     def plan_from(self, z, turned=None):
         self.z, before = z, self.now
         self.now = float(self.nets["cost"].energy(self.z, self.cfg.energy))
-        self.u = torch.cat([self.u[1:], self.u[-1:]])
+        self.u = shift(self.u)
         if before is None or self.now > before:
             mean, std = torch.zeros_like(self.u), self.u.new_tensor(self.cfg.noise)
             self.u = self.cfg.draw_plans(1, mean, std, self.generator)[0]

@@ -8,7 +8,7 @@ rollouts. The files of `report/` describe each part. Part 6, long_dreams, whethe
 
 It reads ROOT/models, or the weights that come with the code, and the training episodes of
 ROOT/data_race, data_recovery and data, or drives some. Then it drives new episodes of the same
-three kinds on tracks 200000 to 299999, which nothing was fitted to. It prints tables: a value ±
+three kinds on tracks 200000 to 299999, which no net was trained on. It prints tables: a value ±
 half its 95 % interval, bootstrapped over tracks. It writes ROOT/visuals/report.json (all figures,
 with n and intervals), report.png, and where there is a decoder report_dreams.png, of part 6
 dream_long.png. Some --parts make report_only_<parts>.json and .png.

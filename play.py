@@ -69,18 +69,18 @@ def arguments():
     add("--dream", action="store_true", help="begin in the dream")
     refresh = "s of a dream after which it starts from the simulator again, 0: never (default: 0,"
     add("--refresh", type=weight, help=f"{refresh} or {REFRESH:g} without a dream model)")
-    add("--data", help="folder in ROOT for the episodes that are recorded")
+    add("--data", type=Path, help="folder in ROOT for the episodes that are recorded")
     add("--keys", type=Path, help="file of keys that are pressed, for --headless")
     add("--headless", action="store_true", help="no window: needs --keys, records all of it")
     planning(p)
-    p.set_defaults(policy_share=0.0)  # proposals take a sixth of a tick
+    p.set_defaults(policy_share=0.0)  # proposals take a twelfth of a tick
     args = p.parse_args()
     if args.headless != bool(args.keys):
         p.error("--headless and --keys belong together")
     if args.data and (args.track_seed or FIRST_SEED) < FIRST_SEED:
         p.error(f"--data: tracks below {FIRST_SEED} are never learned from")
-    if args.data in MADE_BY:
-        p.error(f"--data {args.data}: belongs to {MADE_BY[args.data]}; choose another name")
+    if args.data and (owner := MADE_BY.get(args.data.name)):
+        p.error(f"--data {args.data}: belongs to {owner}; choose another name")
     return args
 
 

@@ -30,7 +30,7 @@ from report.simulator import end_contacts, restore_state
 from report.statistics import bootstrap_intervals, spearman
 from support.cli import fail
 from support.latents import ridge
-from support.plan_config import to_action
+from support.plan_config import shift, to_action
 from support.progress import progress
 from support.rollout_cost import RolloutCost
 
@@ -143,7 +143,7 @@ def score_candidates(models, episode, k, seed, planner):
         last = plan(z[i : i + 1], cost, last, planner, generator.manual_seed(seed + i))[0]
     chosen = plan(now, cost, last, planner, generator.manual_seed(seed + k))[0].u
     generator.manual_seed(seed + k)
-    mean = last.shifted().mean
+    mean = shift(last.mean)
     u = planner.draw_plans(planner.samples, mean, mean.new_tensor(planner.noise), generator)
     u[0] = mean
     act = to_action(u)

@@ -36,6 +36,11 @@ class PlanConfig:
         """The PlanConfig in the flags of `planning`."""
         return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
 
+    @property
+    def n_iterations(self):
+        """Iterations of a plan; shooting has one."""
+        return 1 if self.planner == "shooting" else self.iterations or ITERATIONS[self.planner]
+
     def correlate(self, white):
         """White noise (N, H, 2) -> noise of `noise_kind`, correlated over the H steps."""
         ar1 = self.noise_kind == "ar1"
@@ -84,6 +89,11 @@ def take_gas(args, payload):
 def clip_plan(u, max_gas):
     """Clips plans u (..., 2) to -1..1, and their throttle to max_gas."""
     return u.clamp(u.new_tensor([-1.0, -1.0]), u.new_tensor([1.0, max_gas]))
+
+
+def shift(u):
+    """Plans u (..., H, 2) a step later; the last action goes on."""
+    return torch.cat([u[..., 1:, :], u[..., -1:, :]], dim=-2)
 
 
 def to_action(u):

@@ -19,6 +19,7 @@ from support.plan_config import (
     clip_plan,
     planning,
     powerlaw_noise,
+    shift,
     take_gas,
     to_action,
     to_plan,
@@ -112,7 +113,7 @@ def test_icem_keeps_elites_and_shifts_them_into_the_next_plan():
         assert of(best, 15) <= of(later, 15)
     seen.clear()
     plan(torch.zeros(1, 2), told, first, cfg, generator)
-    assert torch.equal(seen[0][0], to_action(first.shifted().mean))
+    assert torch.equal(seen[0][0], to_action(shift(first.mean)))
     assert of(to_action(first.elites[:6, 1:]), 14) <= of(seen[0], 14)  # a step later
     ends = to_action(first.elites[:6, -1:]).squeeze(1)
     assert not (seen[0][-6:, -1] == ends).all(dim=1).any()  # the last action is drawn anew

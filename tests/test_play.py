@@ -132,7 +132,7 @@ def test_what_cannot_be_played_is_one_line(tmp_path):
         ((), "--headless --keys FILE"),
         (("--headless",), "belong together"),
         (("--data", "mine", "--track_seed", "5"), "never learned from"),
-        (("--data", "data_race"), "choose another name"),
+        (("--data", "data_race/"), "choose another name"),
     ):
         done = script("play.py", *args, "--threads", "1", root=tmp_path)
         assert done.returncode == 2 and word in done.stderr, done.stderr

@@ -15,7 +15,7 @@ from car.env import make_env
 from car.telemetry import telemetry
 from drive_mpc import drive, load_driver
 from support.device import autocast, set_up
-from support.plan_config import ITERATIONS, PlanConfig
+from support.plan_config import PlanConfig
 from support.run import optimise
 from tools.bench_env import follow
 
@@ -144,7 +144,7 @@ def bench_plan(root, plans, tracks):
     for other numbers of candidate plans and iterations, with a drive on each of `tracks` tracks."""
     driver, _ = load_driver(train_encoder.arguments(["--root", str(root)]), PlanConfig())
     cfg, cores = driver.cfg, torch.get_num_threads()
-    size = f"{cfg.iterations or ITERATIONS[cfg.planner]} x {cfg.samples} candidates"
+    size = f"{cfg.n_iterations} x {cfg.samples} candidates"
     print(f"{size} of {cfg.horizon} latents, {driver.encoder.repeat} steps each; {driver.device}")
 
     # the default, by threads and load
