@@ -67,7 +67,7 @@ def read_start(args, device):
     encoder, _ = load_frozen(newest, "encoder", device, "train_encoder.py")
     if payload.get("encoder_key") != fingerprint(encoder):
         what = f"was trained on another encoder than {newest}"
-        fail(f"--start {args.start}: {what}; make the encoder it was trained on the newest in {models}")
+        fail(f"--start {args.start}: {what}; its own must be the newest in {models}")
     sizes = {name: start.args[name] for name in ("hidden", "state")}
     if sizes != {name: getattr(args, name) for name in sizes}:
         flags = " ".join(f"--{name} {size}" for name, size in sizes.items())
