@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from buffer import history_rows
 from car import FPS, MAX_STEPS, ZOOM_STEPS
 from car.env import make_env
 from car.telemetry import place_beside, telemetry_of
@@ -30,7 +29,7 @@ from support.cli import Number, Stop, command, fail, parser, run_main, track_num
 from support.device import set_up
 from support.files import writable
 from support.lap_view import VIDEO_FPS, LapView
-from support.latents import encode
+from support.latents import encode_present
 from support.pictures import VideoRecorder, ornament, pyplot, save_figure
 from support.plan_config import planning
 
@@ -140,10 +139,8 @@ class EnergyDriver:
     @torch.inference_mode()
     def encode(self, stacks):
         """Planned parts (n, planned) of n stacks of consecutive frames, the present one last."""
-        e = self.encoder
-        rows = history_rows([len(stacks[0]) - 1], e.history, e.repeat)[0]
-        obs = torch.from_numpy(np.stack([x[rows] for x in stacks])).permute(0, 1, 4, 2, 3)
-        return encode(e, obs, self.device, self.dtype)[:, : e.planned]
+        z = encode_present(self.encoder, stacks, self.device, self.dtype)
+        return z[:, : self.encoder.planned]
 
     @torch.inference_mode()
     def measure(self, latents):

@@ -6,7 +6,6 @@ Shapes: `z` (B, D) or (B, T, D), all of a latent; `act` (B, 3) or (B, T, 3).
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,13 +21,6 @@ FAR = 5.0  # what a guess differs from the linear one at most, in units of `scal
 FLOW_STEPS = 3  # of the midpoint method; six of Euler's give 0.8 of a Gaussian's deviation
 FREQUENCIES = 8  # of the flow's time
 GATES = 0.5, 0.2, 0.1  # first shares of the guesses in what is expected
-
-
-class Memory(NamedTuple):
-    """What a dream remembers from one step to the next."""
-
-    h: torch.Tensor  # (1, B, hidden) of the GRU
-    runs: list  # of each of ANCHORS: its rollout so far, as `DreamModel.go_on` makes it
 
 
 class DreamModel(nn.Module):
@@ -187,14 +179,15 @@ class DreamModel(nn.Module):
 
     @torch.no_grad()
     def step(self, z, act, memory=None, temperature=TEMPERATURE, generator=None):
-        """Samples the latent that follows z (B, D) under act (B, 3) -> (it, the next Memory).
+        """Samples the latent that follows z (B, D) under act (B, 3) -> (it, the next memory).
 
-        memory: of the step before, None at the start of a dream. temperature: how far the sample
+        memory: of the step before, None at the start of a dream; (h (1, B, hidden) of the GRU, the
+        rollout so far of each of ANCHORS, as `go_on` makes it). temperature: how far the sample
         may be from the mean; 0 is the mean, 1 as it was learned.
         """
         level = SEEN_NOISE if memory else 0.0
         base = self.expect(z, act)
-        h, runs = memory or Memory(None, [None] * len(ANCHORS))
+        h, runs = memory or (None, [None] * len(ANCHORS))
         runs = [self.go_on(run, every, z, act) for every, run in zip(ANCHORS, runs)]
         ends = [self.predictor.to_latent(state) + rest for state, rest, _ in runs]
         guesses = [guess[:, None] for guess in self.guesses(base, ends)]
@@ -211,4 +204,4 @@ class DreamModel(nn.Module):
             t, half = k / FLOW_STEPS, 0.5 / FLOW_STEPS
             x = x + 2 * half * velocity(x + half * velocity(x, t), t + half)
         y = mean + temperature * (x - mean)
-        return (base + y * self.scale).clamp(*self.bounds), Memory(h, runs)
+        return (base + y * self.scale).clamp(*self.bounds), (h, runs)

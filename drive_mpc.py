@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from buffer import history_rows, index, write_chunk
+from buffer import index, write_chunk
 from car import ZOOM_STEPS
 from car.env import observe
 from car.episode import EpisodeRecorder
@@ -43,7 +43,7 @@ from support.dreams import load_decoder
 from support.files import is_stream, lock_file, output_file, writable
 from support.heading import SURE, HeadingMemory, turn_readout
 from support.lap_view import VIDEO_FPS, LapView
-from support.latents import encode
+from support.latents import encode_present
 from support.palette import Palette
 from support.pictures import VideoRecorder
 from support.plan_config import PlanConfig, clip_plan, planning, shift, take_gas, to_action
@@ -210,10 +210,7 @@ class Driver:
     @torch.inference_mode()
     def encode(self):
         """The present latent (1, D) from the frames so far; the first stands for earlier ones."""
-        e, seen = self.encoder, list(self.frames)
-        rows = history_rows([len(seen) - 1], e.history, e.repeat)[0]
-        obs = torch.from_numpy(np.stack([seen[i] for i in rows])).permute(0, 3, 1, 2)[None]
-        return encode(e, obs, self.device, self.dtype)
+        return encode_present(self.encoder, [self.frames], self.device, self.dtype)
 
     def act(self, frame):
         """frame (64, 64, 3) uint8 -> action (3,) float32; plans every `repeat` steps."""

@@ -73,12 +73,7 @@ SIZES = {  # flag: least, most, default, help
     "--replayed_plans": (2, 10**6, 24, "plans of a state that are also rendered as driven"),
     "--supervised_steps": (0, 10**9, 600, "training steps of the rows that see labels; 0: no rows"),
     "--supervised_batch": (1, 10**6, 96, "frames in such a step"),
-    "--autoencoder_steps": (
-        0,
-        10**9,
-        300,
-        "training steps of the autoencoder of part 5; 0: no row",
-    ),
+    "--autoencoder_steps": (0, 10**9, 300, "steps of the autoencoder of part 5; 0: no row"),
     "--dreams": (2, 10**4, 8, "states of each kind from which the planner drives in dreams"),
     "--bootstrap": (2, 10**5, 200, "resamples of the tracks behind each interval"),
     "--off_road": (0, 10**6, 17, "tiles that a second off the road costs; an expert makes 17"),

@@ -46,14 +46,7 @@ class TinyEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        channels=64,
-        history=3,
-        repeat=2,
-        dim=512,
-        strides=(1, 2, 2, 2),
-        hud_pca=0,
-        scene_pca=0,
+        self, channels, history=3, repeat=2, dim=512, strides=(1, 2, 2, 2), hud_pca=0, scene_pca=0
     ):
         super().__init__()
         self.args = dict(channels=channels, history=history, repeat=repeat, dim=dim)

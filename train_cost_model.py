@@ -205,7 +205,6 @@ def main():
     cost = CostModel(predictor.dim, args.hidden, predictor.state).to(device)
     of = args, latents, sources, predictor, horizon, cost
     (train, recovery, driven), held = samplers(*of, part=0), samplers(*of, part=1)
-    windows = lambda: WindowSampler(latents, sources, 1, 512, horizon)
 
     # run, or the rest of one that was stopped
     optim = torch.optim.AdamW(cost.parameters(), args.lr, weight_decay=args.weight_decay)
@@ -220,7 +219,8 @@ def main():
         return evaluate(cost, predictor, *held, device, dtype, f"step {run.step}, held out")
 
     def write(path, auc, r2):
-        limit = gas_limit(predictor, windows(), device, dtype)
+        windows = WindowSampler(latents, sources, 1, 512, horizon)
+        limit = gas_limit(predictor, windows, device, dtype)
         run.write(path, auc=auc, **{f"r2_{k}": r for k, r in r2.items()}, max_gas=limit)
 
     if run.step >= run.steps:

@@ -28,16 +28,7 @@ from car import ZOOM_STEPS
 from networks import TinyDecoder, stack_frames
 from support import cli
 from support import reconstruction as rec
-from support.checkpoints import (
-    build,
-    epoch_of,
-    fingerprint,
-    latest,
-    load_frozen,
-    numbered,
-    read,
-    rotate,
-)
+from support.checkpoints import build, fingerprint, load_frozen, numbered, read, rotate
 from support.cli import Refusal, command, fail
 from support.device import autocast, on_device, set_up
 from support.files import back_up
@@ -123,9 +114,9 @@ def pending(models, visuals, skipped, newest):
 
 def finished(models, visuals):
     """Whether the encoder's training has ended and its last checkpoint is drawn."""
-    path = latest(models, "encoder_mixed")
+    found = numbered(models, "encoder_mixed_ep*.pth")[-1:]
     try:
-        return read(path).get("done") and is_rendered(epoch_of(path), path, models, visuals)
+        return any(read(p).get("done") and is_rendered(n, p, models, visuals) for n, p in found)
     except Refusal:
         return False
 

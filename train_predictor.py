@@ -142,7 +142,7 @@ def main():
     # data: windows of cached latents; frames of a few windows for pictures
     latents, encoder, key = load_latents(args, "predictor", sources, device, dtype, stop)
     batches = args.batch_size, args.horizon, args.shares, args.seed
-    sampler = WindowSampler(latents, sources, 0, *batches, RANK, RANKS)
+    sampler = WindowSampler(latents, sources, 0, *batches, (RANK, RANKS))
     held = WindowSampler(latents, sources, 1, 512, args.horizon, seed=args.seed)
     windows = dream_windows(sources, encoder, args.horizon)
 

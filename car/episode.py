@@ -10,7 +10,6 @@ class EpisodeRecorder:
 
     def __init__(self):
         self.frames, self.states, self.actions, self.rewards = [], [], [], []
-        self.ends = False, False  # terminated, truncated
 
     def add(self, frame, state, action=None, reward=None):
         """Adds a frame (64, 64, 3) uint8 and its telemetry (K,).

@@ -144,17 +144,7 @@ class PredictorDream:
         return self.predictor.rollout(self.z, torch.stack(self.act, dim=1))[:, -1]
 
 
-class Standing:
-    """Nothing changes."""
-
-    def __init__(self, models, z, seed=0):
-        self.z = z
-
-    def step(self, act):
-        return self.z
-
-
-DREAMS = {OWN: Dream, PREDICTOR: PredictorDream, NOTHING: Standing}
+DREAMS = {OWN: Dream, PREDICTOR: PredictorDream}
 
 
 def bounded(z):
@@ -275,7 +265,7 @@ def physics(models, reader, samples, at, cfg):
     z, act = samples.z(0, at[-1]), samples.act(at[-1])
     futures = {
         name: under_actions(models, kind, z[:, 0], act, cfg.seed) for name, kind in DREAMS.items()
-    } | {REAL: z[:, 1:]}
+    } | {NOTHING: z[:, :1].expand_as(z[:, 1:]), REAL: z[:, 1:]}
     rows = {name: [] for name in futures}
     every = lambda y, y_pred: r2(y, y_pred, np.ones(len(y), bool))
     for t in at:
@@ -313,7 +303,6 @@ def all_drives(models, starts, driver, cfg):
     dreams = {
         name: driven_dream(models, kind, starts, STEPS, driver, cfg.seed)
         for name, kind in DREAMS.items()
-        if kind is not Standing
     }
     return {REAL: real_drives(models, starts, STEPS, driver)} | dreams
 

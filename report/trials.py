@@ -64,6 +64,7 @@ BEHAVIOURS = ("lapping", *HELD, "standing on the road", "circling on the grass")
 SECONDS = 3.0  # of each behaviour on each track
 ENERGIES = "density", "classifier", "way"
 HELD_ACTIONS = 31  # steerings, and throttles, of a landscape
+SHARE = "{share:.1%} ({low:.0%} to {high:.0%})".format  # of `recovery_share`
 PARTS = ("recovery", "turned", "behaviours", "landscape")
 
 
@@ -120,12 +121,10 @@ def place_in_recovery_start(kind, env, curvature, rng):
     return place_beside(env, tile, *place), passed
 
 
-def seconds_to_recover(env, driver, frame, passed, track_seed):
-    """Seconds until the car has recovered, `passed` tiles further on; None after WITHIN."""
-    driver.reset(track_seed)
-    driver.t, held = ZOOM_STEPS, 0  # the opening second's routine is over
-    n, start = len(env.unwrapped.track), telemetry_of(env)["tile_index"]
-    for step in range(round((WITHIN + RECOVERY_HOLD) * FPS)):
+def seconds_to_recover(env, driver, frame, within=WITHIN, passed=-math.inf):
+    """Seconds until the car has recovered, `passed` tiles further on; None after `within`."""
+    held, n, start = 0, len(env.unwrapped.track), telemetry_of(env)["tile_index"]
+    for step in range(round((within + RECOVERY_HOLD) * FPS)):
         frame, _, ended, _, _ = env.unwrapped.step(driver.act(frame))
         state = telemetry_of(env)
         made = (state["tile_index"] - start + n / 2) % n - n / 2
@@ -158,16 +157,17 @@ def recovery(driver, starts, tracks, seed):
         kind, track = KINDS[i % len(KINDS)], tracks[i % len(tracks)]
         for name, d in drivers.items():
             curvature, rng = reset_past_zoom(env, track), np.random.default_rng([seed, i])
-            start = place_in_recovery_start(kind, env, curvature, rng)
-            seconds = seconds_to_recover(env, d, *start, track)
+            frame, passed = place_in_recovery_start(kind, env, curvature, rng)
+            d.reset(track)
+            d.t = ZOOM_STEPS  # the opening second's routine is over
+            seconds = seconds_to_recover(env, d, frame, passed=passed)
             for key in (kind, "all"):
                 took.setdefault(name, {}).setdefault(key, []).append(seconds)
     env.close()
 
     kinds = [kind for kind in (*KINDS, "all") if kind in took["mpc"]]
     out = {name: {kind: recovery_share(by[kind]) for kind in kinds} for name, by in took.items()}
-    text = "{share:.1%} ({low:.0%} to {high:.0%})".format
-    rows = {kind: [text(**by[kind]) for by in out.values()] for kind in kinds}
+    rows = {kind: [SHARE(**by[kind]) for by in out.values()] for kind in kinds}
     title = f"recovered within {WITHIN:.0f} s (95 % interval), {starts} starts"
     print_table(title, list(out), rows)
     return out
@@ -202,22 +202,6 @@ def turn_round(env, driver, track, rng):
     fail(f"track {track}: the car did not turn round in {TRIES} tries; choose other tracks")
 
 
-def comes_back(env, driver, frame):
-    """Whether the car recovers in the lap's direction within BACK_WITHIN."""
-    held = 0
-    for _ in range(round((BACK_WITHIN + RECOVERY_HOLD) * FPS)):
-        frame, _, ended, _, _ = env.unwrapped.step(driver.act(frame))
-        state = telemetry_of(env)
-        wheels = 4 - state["wheels_off_road"]
-        back = is_recovered(wheels, state["heading_error"], state["forward_speed"])
-        held = held + 1 if back else 0
-        if ended:
-            return False
-        if held == round(RECOVERY_HOLD * FPS):
-            return True
-    return False
-
-
 def turned(driver, turns, tracks, seed):
     """{driver: recovery_share} of cars that were turned round, printed as a table."""
     env, back, cost = make_env("fast"), {}, driver.rollout_cost
@@ -227,13 +211,12 @@ def turned(driver, turns, tracks, seed):
         for i in progress(range(turns), desc="turned", unit="start", leave=False):
             rng = np.random.default_rng([seed, i])
             frame = turn_round(env, driver, tracks[i % len(tracks)], rng)
-            back[name].append(1.0 if comes_back(env, driver, frame) else None)
+            back[name].append(seconds_to_recover(env, driver, frame, BACK_WITHIN))
     cost.turn_readout = readout
     env.close()
     out = {name: recovery_share(cars) for name, cars in back.items()}
-    text = "{share:.1%} ({low:.0%} to {high:.0%})".format
     title = f"back the right way within {BACK_WITHIN:.0f} s (95 % interval), {turns} turned cars"
-    print_table(title, ["share"], {name: [text(**share)] for name, share in out.items()})
+    print_table(title, ["share"], {name: [SHARE(**share)] for name, share in out.items()})
     return out
 
 
@@ -374,13 +357,9 @@ def landscape(driver, track, seed, path):
         # the present frame above the energies of all held actions
         top.imshow(driver.frames[-1], interpolation="nearest")
         top.set(title=name, xticks=[], yticks=[])
-        energy = (
-            driver.rollout_cost(driver.encode(), to_action(u))
-            .view(HELD_ACTIONS, HELD_ACTIONS)
-            .cpu()
-            .numpy()
-        )
-        out[name] = draw_landscape(bottom, to_action(held).double().numpy().round(6), energy)
+        costs = driver.rollout_cost(driver.encode(), to_action(u)).view(HELD_ACTIONS, -1)
+        held_act = to_action(held).double().numpy().round(6)
+        out[name] = draw_landscape(bottom, held_act, costs.cpu().numpy())
     env.close()
     axes[1, 0].legend(loc="lower left", fontsize=8)
     with ornament(path):

@@ -173,12 +173,6 @@ def latest(folder, prefix):
     return found[-1][1] if found else Path(folder) / f"{prefix}_ep1.pth"
 
 
-def epoch_of(path):
-    """N of ..._ep{N}.pth, -1 for another name."""
-    m = re.search(r"_ep([0-9]+)\.pth\Z", path.name)
-    return int(m.group(1)) if m else -1
-
-
 def rotate(folder, prefix, spared=()):
     """Deletes old `prefix_ep{N}.pth`, and what a kill left half written.
 
@@ -231,20 +225,6 @@ def pretrained_hint(models):
     return f"; --models {typed(os.path.relpath(PRETRAINED))} takes the weights that come with it"
 
 
-def need_nets(models, root):
-    """Refuses a folder without predictor or cost model, and names the commands that make them."""
-    needed = {
-        latest(models, "predictor"): "train_predictor.py",
-        models / "cost_model_final.pth": "train_cost_model.py",
-    }
-    lacking = [path for path in needed if not path.is_file()]
-    if lacking:
-        names = " and ".join(map(str, lacking))
-        how = " and ".join(command(needed[path], root) for path in lacking)
-        verb = "makes it" if len(lacking) == 1 else "make them"
-        fail(f"{names}: not found; {how} {verb}{pretrained_hint(models)}")
-
-
 def load_models(root, models, device, names=("encoder", "predictor", "cost"), optional=False):
     """({name: net}, {name: payload}, folder): frozen nets of `find_models`.
 
@@ -252,14 +232,18 @@ def load_models(root, models, device, names=("encoder", "predictor", "cost"), op
     and leaves the net out.
     """
     folder = find_models(root, models)
-    if "cost" in names and not optional:
-        need_nets(folder, root)
     sources = {
         "encoder": (latest(folder, "encoder_mixed"), "train_encoder.py"),
         "predictor": (latest(folder, "predictor"), "train_predictor.py"),
         "cost": (folder / "cost_model_final.pth", "train_cost_model.py"),
     }
     nets, payloads, hint = {}, {}, pretrained_hint(folder)
+    lacking = [sources[n] for n in names[1:] if not (optional or sources[n][0].is_file())]
+    if lacking:
+        paths = " and ".join(str(path) for path, _ in lacking)
+        how = " and ".join(command(script, root) for _, script in lacking)
+        verb = "makes it" if len(lacking) == 1 else "make them"
+        fail(f"{paths}: not found; {how} {verb}{hint}")
     say = print if optional else fail
     for name in names:
         path, script = sources[name]

@@ -200,7 +200,7 @@ def add_flags(group, *flags):
         group.add_argument(name, type=kind, default=default, help=text)
 
 
-def parser(doc, seed=True, device=True, data=False, shares=True, models=False):
+def parser(doc, device=True, data=False, shares=True, models=False):
     """A Parser with the flags that stages share; `doc` is the script's docstring."""
     p = Parser(doc)
     g = p.add_argument_group("runtime")
@@ -209,8 +209,7 @@ def parser(doc, seed=True, device=True, data=False, shares=True, models=False):
     if models:
         text = "folder of weights (default: ROOT/models, or models/pretrained if that has none)"
         g.add_argument("--models", type=Path, metavar="FOLDER", help=text)
-    if seed:
-        add_flags(g, ("--seed", seed_number, 0, "same seed: same run"))
+    add_flags(g, ("--seed", seed_number, 0, "same seed: same run"))
 
     # device and precision
     if device:

@@ -35,6 +35,16 @@ def encode(encoder, obs, device, dtype, raw=False):
     return torch.cat(out)
 
 
+def encode_present(encoder, drives, device, dtype):
+    """Latents (n, D) of the last of n drives' frames, at least one (64, 64, 3) uint8 each.
+
+    The first frame of a drive stands for earlier ones.
+    """
+    rows = history_rows([len(drives[0]) - 1], encoder.history, encoder.repeat)[0]
+    obs = np.stack([[frames[i] for i in rows] for frames in drives])
+    return encode(encoder, torch.from_numpy(obs).permute(0, 1, 4, 2, 3), device, dtype)
+
+
 def ridge(x, y, alpha=1.0):
     """A ridge regression of y on standardised x (n, D), fitted: a probe, if x are latents."""
     from sklearn.linear_model import Ridge  # 1 s, which a refusal need not take
@@ -193,22 +203,12 @@ class WindowSampler:
     """
 
     def __init__(
-        self,
-        latents,
-        sources,
-        part,
-        batch_size,
-        horizon,
-        shares=None,
-        seed=0,
-        rank=0,
-        ranks=1,
-        skip=0,
+        self, latents, sources, part, batch_size, horizon, shares=None, seed=0, of=(0, 1), skip=0
     ):
-        """sources: of `load_sources`; part: 0 to train, 1 held out; horizon: in latents; skip:
-        steps of each episode before its first window."""
+        """sources: of `load_sources`; part: 0 to train, 1 held out; horizon: in latents; of: rank
+        and number of ranks; skip: steps of each episode before its first window."""
         self.latents, self.sources, self.K, self.seed = latents, sources, horizon + 1, seed
-        self.part = slice(rank, None, ranks)
+        self.part = slice(of[0], None, of[1])
         self.starts = [latents.starts(split[part], self.K, skip) for split in sources.values()]
         for split, starts in zip(sources.values(), self.starts):
             if len(starts) == 0:

@@ -1,5 +1,6 @@
 """The README's commands run small, in its order; what they write, resume, and refuse."""
 
+import importlib
 import json
 import re
 import shutil
@@ -78,6 +79,9 @@ def test_training_leaves_checkpoints_logs_and_pictures(chain):
         picture(visuals / f"{name}.png")
     assert (visuals / "output_dream.gif").read_bytes()[:4] == b"GIF8"
     assert not [p for p in root.rglob(".*") if p.is_file()]  # no temporary file is left
+    payload = torch.load(models / "cost_model_final.pth", weights_only=True)
+    assert payload["max_gas"] == 0.5  # nets of 40 steps imagine little
+    assert "gas up to 0.5: 15 steps ahead" in said["train_cost_model.py"]
     assert "copy-last" in said["train_predictor.py"] and "AUC" in said["train_cost_model.py"]
     assert "TinyEncoder" in script("tools.checkpoint", models / "encoder_mixed_ep2.pth").stdout
 
@@ -120,25 +124,15 @@ def test_driving_writes_scores_and_films(chain, tmp_path):
     assert (root / "visuals" / "drive_mpc.gif").read_bytes()[:4] == b"GIF8"
 
 
-def test_the_expert_is_far_above_random(chain):
-    root, _ = chain
-    scores = {}
-    for policy in ("random", "expert"):
-        out = script(
-            "drive_mpc.py",
-            "--policy",
-            policy,
-            "--episodes",
-            "1",
-            "--track_seed",
-            "200001",
-            "--no_video",
-            "--env",
-            "fast",
-            root=root,
-        ).stdout
-        scores[policy] = float(out.splitlines()[-1].split()[1])  # the table's last line
-    assert scores["expert"] > 850 and scores["random"] < 100
+def test_the_expert_is_far_above_random(tmp_path):
+    flags = (
+        "--policy random --compare expert --episodes 1 --track_seed 200001 --env fast --no_video"
+    )
+    done = script("drive_mpc.py", *flags.split(), "--json", tmp_path / "s.json", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    means = {name.split()[0]: row["mean"] for name, row in rows.items()}
+    assert means["expert"] > 850 and means["random"] < 100
 
 
 def test_rows_to_compare_with_come_from_the_same_code(chain, tmp_path):
@@ -217,42 +211,6 @@ def test_resume_equals_no_interruption(chain, tmp_path):
         assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
     other = script("train_encoder.py", *CHAIN["train_encoder.py"], "--lr", "0.5", root=tmp_path)
     assert other.returncode == 2 and "--lr" in other.stderr
-
-
-def test_the_watcher_draws_what_is_good_in_order_names_the_bad_and_ends(chain, tmp_path):
-    for name in ("data", "data_race", "data_recovery"):
-        (tmp_path / name).symlink_to(chain[0] / name)
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            str(REPO / "train_decoder.py"),
-            "--steps",
-            "4",
-            "--channels",
-            "8",
-            "--batch_size",
-            "8",
-            "--root",
-            str(tmp_path),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    models = tmp_path / "models"
-    while process.poll() is None and not (models / "decoder.jsonl").exists():
-        time.sleep(0.1)  # it started before there was any checkpoint
-    (models / "encoder_mixed_ep0.pth").write_text("garbage")
-    for epoch in (1, 2):
-        whole = tmp_path / "copied"
-        shutil.copy(chain[0] / "models" / f"encoder_mixed_ep{epoch}.pth", whole)
-        whole.rename(models / f"encoder_mixed_ep{epoch}.pth")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "skipped" in out and "encoder_mixed_ep0.pth" in out
-    assert out.index("reconstruct_ep1.png") < out.index("reconstruct_ep2.png")
-    for epoch in (1, 2):
-        picture(tmp_path / "visuals" / f"reconstruct_ep{epoch}.png")
 
 
 @pytest.mark.slow
@@ -368,18 +326,9 @@ def refused(done, *words):
         assert word in said[0], said[0]
 
 
-@pytest.mark.parametrize(
-    "name,words",
-    [
-        ("train_encoder.py", ["data_race", "collect_race_data.py"]),
-        ("train_decoder.py", ["data_race", "collect_race_data.py"]),
-        ("train_predictor.py", ["data_race", "collect_race_data.py"]),
-        ("train_dream.py", ["data_race", "collect_race_data.py"]),
-        ("train_cost_model.py", ["data_race", "collect_race_data.py"]),
-    ],
-)
-def test_missing_input_names_the_command_that_makes_it(tmp_path, name, words):
-    refused(script(name, root=tmp_path), *words, f"--root {tmp_path}")
+@pytest.mark.parametrize("name", ["train_encoder.py", "train_cost_model.py"])
+def test_missing_input_names_the_command_that_makes_it(tmp_path, name):
+    refused(script(name, root=tmp_path), "data_race", "collect_race_data.py", f"--root {tmp_path}")
     refused(script(name, "--data", "rides", root=tmp_path), "rides", "data_race", "data_recovery")
 
 
@@ -411,18 +360,9 @@ def test_damaged_chunks_are_named(chain, tmp_path):
     assert paths[0].stat().st_size == 1000  # nothing was touched
 
 
-def test_foreign_checkpoints_are_refused_and_kept(chain, tmp_path):
+def test_checkpoints_of_other_nets_are_refused(chain, tmp_path):
     shutil.copytree(chain[0] / "models", tmp_path / "models")
     encoder = tmp_path / "models" / "encoder_mixed_ep2.pth"
-    payload = torch.load(encoder, weights_only=True)
-    payload["nets"]["encoder"]["args"]["channels"] = 16
-    torch.save(payload, encoder)
-    refused(script("drive_mpc.py", root=tmp_path), "encoder_mixed_ep2.pth", "channels")
-    encoder.write_text("garbage")
-    refused(script("drive_mpc.py", root=tmp_path), "encoder_mixed_ep2.pth", "damaged or foreign")
-    torch.save({"schema": 1, "f": print}, encoder)  # a pickled payload is never run
-    refused(script("drive_mpc.py", root=tmp_path), "damaged or foreign")
-    assert encoder.exists()
     shutil.copy(chain[0] / "models" / "encoder_mixed_ep1.pth", encoder)
     refused(script("drive_mpc.py", root=tmp_path), "another encoder")
     shutil.copytree(chain[0] / "models", tmp_path / "b" / "models")
@@ -450,9 +390,6 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     "command,words",
     [
         ("collect_data.py --frames 0", ["--frames", "from 1 to"]),
-        ("train_encoder.py --mirror 2", ["--mirror"]),
-        ("train_encoder.py --channels 0", ["--channels"]),
-        ("train_encoder.py --congeal -1", ["--congeal", "from 0 to", "-1"]),
         ("train_encoder.py --dim 10", ["--dim 10 --hud_pca 8 --scene_pca 2", "leaves 0 numbers"]),
         ("train_encoder.py --batch_size 2", ["--batch_size 2", "data"]),
         ("train_encoder.py --objective vicreg --batch_size 3", ["--batch_size 3", "4 or more"]),
@@ -514,10 +451,12 @@ SCRIPTS = sorted(p.name for p in REPO.glob("*.py") if p.name not in MODULES)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_gives_a_reason_for_every_flag(name):
-    done = script(name, "--help")
-    assert done.returncode == 0, done.stderr
-    options = re.split(r"\n(?=  -)", done.stdout)[1:]
+def test_help_gives_a_reason_for_every_flag(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name[:-3]).main()
+    assert ended.value.code == 0
+    options = re.split(r"\n(?=  -)", capsys.readouterr().out)[1:]
     assert len(options) > (name != "buffer.py")  # which has none but --help
     for option in options:
         head, *more = option.splitlines()

@@ -20,7 +20,7 @@ import torch
 from buffer import write_chunk
 from car.telemetry import TELEMETRY
 from networks import Predictor, TinyEncoder
-from support.checkpoints import build, epoch_of, fingerprint, read, rotate, save
+from support.checkpoints import build, fingerprint, numbered, read, rotate, save
 from support.cli import Refusal, run_main
 from tools.checkpoint import describe
 
@@ -297,7 +297,7 @@ def test_rotation_keeps_the_last_the_tens_the_young_and_the_used(tmp_path, eye):
     half = tmp_path / ".encoder_resume.pth.123.tmp"
     half.touch()
     os.utime(half, (0, 0))
-    left = lambda: {epoch_of(p) for p in tmp_path.glob("*.pth")}
+    left = lambda: {n for n, _ in numbered(tmp_path, "encoder_mixed_ep*.pth")}
     rotate(tmp_path, "encoder_mixed", spared={5})
     assert left() == {5, 7, 10, 20, 23, 24, 25}
     rotate(tmp_path, "encoder_mixed")

@@ -1,6 +1,7 @@
 """`play.py`: a script of keys drives the simulator and the dream; keys in a real window."""
 
 import json
+import re
 import shutil
 import signal
 import sys
@@ -16,6 +17,8 @@ from windows import needs_xvfb, xvfb
 import play
 from buffer import index, read_chunk
 from dream import TEMPERATURE, DreamModel
+from support.cli import Refusal
+from support.play_keys import KeyScript
 
 av = pytest.importorskip("av")
 QUICK = ["--samples", "16", "--threads", "1", "--headless"]
@@ -122,21 +125,27 @@ def test_what_was_recorded_is_film_and_episodes(played):
 )
 def test_a_bad_line_of_keys_is_named(tmp_path, line):
     (tmp_path / "keys.txt").write_text(f"0 up down\n{line}\n")
-    done = script("play.py", *QUICK, "--keys", tmp_path / "keys.txt", root=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"keys.txt, line 2: {line}" in done.stderr and "expected" in done.stderr
+    with pytest.raises(Refusal, match=f"keys.txt, line 2: {re.escape(line)}.*expected"):
+        KeyScript(tmp_path / "keys.txt")
 
 
-def test_what_cannot_be_played_is_one_line(tmp_path):
-    for args, word in (
-        ((), "--headless --keys FILE"),
-        (("--headless",), "belong together"),
-        (("--data", "mine", "--track_seed", "5"), "never learned from"),
-        (("--data", "data_race/"), "choose another name"),
-    ):
+def test_what_cannot_be_played_is_one_line(tmp_path, monkeypatch, capsys):
+    bad = tmp_path / "keys.txt"
+    bad.write_text("left down\n")
+    for args, word in (((), "--headless --keys FILE"), ((*QUICK, "--keys", bad), "line 1")):
         done = script("play.py", *args, "--threads", "1", root=tmp_path)
         assert done.returncode == 2 and word in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1
+    for args, word in (
+        ("--headless", "belong together"),
+        ("--data mine --track_seed 5", "never learned from"),
+        ("--data data_race/", "choose another name"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["play.py", *args.split()])
+        with pytest.raises(SystemExit) as ended:
+            play.arguments()
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and word in said and said.count("\n") == 1
 
 
 @needs_xvfb

@@ -1,51 +1,11 @@
 """The gas limit that the cost model stores, and the driver takes."""
 
-import json
-
 import pytest
 import torch
-from conftest import script
 
 from networks import POLICY_STEPS, CostModel, Predictor
 from support.plan_config import to_action
 from train_cost_model import expert_states, gas_limit, policy_loss
-
-
-def test_a_drive_without_the_flag_is_the_drive_with_the_stored_limit(chain, tmp_path):
-    payload = torch.load(chain[0] / "models" / "cost_model_final.pth", weights_only=True)
-    assert payload["max_gas"] == 0.5  # nets of 40 steps imagine little
-    assert "gas up to 0.5: 15 steps ahead" in chain[1]["train_cost_model.py"]
-    rows = {}
-    for flags in ((), ("--max_gas", 0.5)):
-        path = tmp_path / "s.json"
-        path.unlink(missing_ok=True)
-        done = script(
-            "drive_mpc.py",
-            "--env",
-            "fast",
-            "--episodes",
-            1,
-            "--track_seed",
-            200_000,
-            "--samples",
-            8,
-            "--horizon",
-            3,
-            "--no_video",
-            "--threads",
-            1,
-            "--json",
-            path,
-            *flags,
-            root=chain[0],
-        )
-        assert done.returncode == 0, done.stderr
-        assert ("gas up to 0.5, stored with the cost model" in done.stdout) == (not flags)
-        report = json.loads(path.read_text())
-        rows[flags] = [(e["return"], e["steps"], e["tiles"]) for e in report["episodes"]]
-        assert report["settings"]["max_gas"] == (flags[1] if flags else 0.5)
-    stored, given = rows.values()
-    assert stored == given
 
 
 @pytest.mark.parametrize("error,gas", [(0.0, 1.0), (0.1, 1.0), (0.15, 0.5), (1.0, 0.5)])

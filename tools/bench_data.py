@@ -8,14 +8,12 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from buffer import MADE_BY, Loader, index
+from buffer import DEFAULT_FOLDERS, MADE_BY, Loader, index
 from car.env import make_env
 from support import REPO
 from support.cli import fail
 from support.device import tune_malloc
 from tools.bench_env import centre_line_actions
-
-FOLDERS = "data_race", "data_recovery", "data"
 
 
 def official_rate(steps=600):
@@ -54,7 +52,7 @@ def steady_rate(chunks):
 def bench_collect(frames):
     """Prints frames per second of each collector, with 1 and 2 workers that write `frames` each."""
     print(f"{'collector':16}{'workers':>8}{'frames/s':>10}{'x official a core':>19}{'B/frame':>9}")
-    for folder in FOLDERS:
+    for folder in DEFAULT_FOLDERS:
         for workers in (1, 2):
             with tempfile.TemporaryDirectory() as root:
                 chunks = collect(root, folder, frames * workers, workers)
@@ -68,7 +66,7 @@ def bench_loader(frames):
     """Prints frames per second of mixed batches of three folders of `frames` frames each."""
     tune_malloc()  # as every stage does
     with tempfile.TemporaryDirectory() as root:
-        sources = [collect(root, folder, frames, 2) for folder in FOLDERS]
+        sources = [collect(root, folder, frames, 2) for folder in DEFAULT_FOLDERS]
         print(f"{'windows':>8}{'latents':>9}{'frames/s':>12}   episodes in a batch: least, median")
         for latents, size, batches in ((1, 256, 1500), (16, 32, 500)):
             stream = Loader(sources, size, latents).batches(labels=True)

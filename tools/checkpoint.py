@@ -12,14 +12,6 @@ from support.checkpoints import not_finite, read, write_payload
 from support.cli import Parser, fail, optional, run_main, typed
 from support.files import output_file, replace_atomically
 
-SCRIPTS = {
-    "encoder": "train_encoder.py",
-    "decoder": "train_decoder.py",
-    "cost": "train_cost_model.py",
-    "predictor": "train_predictor.py",
-    "dream": "train_dream.py",
-}  # in this order: an encoder's file and a cost model's hold a predictor too
-
 
 def describe(path):
     """Prints a checkpoint's nets with arguments and sizes, its command line, and the rest."""
@@ -31,12 +23,12 @@ def describe(path):
         print(f"{name:12} {entry['class']} {size / 1e6:.2f}M {entry['args']}")
 
     # the command, as it is typed in a shell
-    script = next((SCRIPTS[name] for name in SCRIPTS if args and name in nets), None)
-    if script:
+    if args:
+        stage = next(iter(nets)).replace("cost", "cost_model")  # of which the first net is
         arithmetic = args.pop("arithmetic", "unknown")
         given = {k: v for k, v in args.items() if v not in ("None", "False")}
         flags = [f"--{k}" + f" {typed(v)}" * (v != "True") for k, v in given.items()]
-        print(f"{'command':12} python {script} {' '.join(flags)}")
+        print(f"{'command':12} python train_{stage}.py {' '.join(flags)}")
         print(f"{'arithmetic':12} {arithmetic}")
     for key, value in payload.items():
         if key in ("optim", "scaler", "rng", "rng_cuda"):
