@@ -48,7 +48,8 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400
 	$(PY) drive_mpc.py $(LAPTOP) --headless --episodes 3 --track_seed 100000 --compare random no_model expert --json "$(ROOT)/visuals/drive_mpc.json"
 
-# own drives with plans followed to their end: the predictor learns what its dreams got wrong
+# own drives with plans followed to their end: the predictor learns what its rollouts got wrong.
+# The second round is of a better driver
 OWN = --env fast --save_data --no_video --open_loop 0.06 --samples 64 --iterations 4
 WITH_OWN = --data data_race paces/data_race data_recovery data data_mpc --shares 0.12 0.18 0.3 0.1 0.3
 
@@ -66,10 +67,13 @@ pretrained: .venv/installed  ## about four hours on two cores: weights like thos
 	$(PY) collect_race_data.py --root "$(ROOT)/paces" --pace 0.65 1 --seed 1 --frames 140000
 	$(PY) train_predictor.py $(LAPTOP) $(WITH_OWN) $(PREDICTOR) --hidden 384 --epochs 7 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
+	$(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000110 --episodes 70
+	$(PY) train_predictor.py $(LAPTOP) $(WITH_OWN) $(PREDICTOR) --hidden 384 --epochs 10 --steps_per_epoch 3000
+	$(PY) train_cost_model.py $(LAPTOP) --fresh
 	$(PY) collect_data.py $(LAPTOP) --frames 1200000 --steps 1000
 	$(PY) train_dream.py $(LAPTOP) $(SHARES) --batch_size 30 --epochs 8 --steps_per_epoch 1000
 	mkdir -p models/pretrained && rm -f models/pretrained/*.pth
-	cd "$(ROOT)/models" && cp encoder_mixed_ep8.pth decoder_ep8.pth predictor_ep7.pth cost_model_final.pth "$(CURDIR)/models/pretrained/"
+	cd "$(ROOT)/models" && cp encoder_mixed_ep8.pth decoder_ep8.pth predictor_ep10.pth cost_model_final.pth "$(CURDIR)/models/pretrained/"
 	$(PY) -m tools.checkpoint "$(ROOT)/models/dream_ep8.pth" --half models/pretrained/dream_ep8.pth
 
 test: .venv/installed  ## the tests, under ten minutes on two cores
