@@ -90,8 +90,9 @@ def main():
     latents, _, key = load_latents(args, "dream", sources, device, dtype, stop, payload)
     of = dict(shares=args.shares, seed=args.seed)
     window = dict(horizon=args.horizon, skip=ZOOM_STEPS)
-    ranks = RANK, RANKS
-    sampler = WindowSampler(latents, sources, 0, args.batch_size, **window, **of, of=ranks)
+    sampler = WindowSampler(
+        latents, sources, 0, args.batch_size, **window, **of, ranks=(RANK, RANKS)
+    )
     held = WindowSampler(latents, sources, 1, 256, **window, seed=args.seed)
 
     model = DreamModel(predictor.args, args.hidden, args.width, args.depth).to(device)

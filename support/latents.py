@@ -203,12 +203,12 @@ class WindowSampler:
     """
 
     def __init__(
-        self, latents, sources, part, batch_size, horizon, shares=None, seed=0, of=(0, 1), skip=0
+        self, latents, sources, part, batch_size, horizon, shares=None, seed=0, ranks=(0, 1), skip=0
     ):
-        """sources: of `load_sources`; part: 0 to train, 1 held out; horizon: in latents; of: rank
-        and number of ranks; skip: steps of each episode before its first window."""
+        """sources: of `load_sources`; part: 0 to train, 1 held out; horizon: in latents; ranks:
+        this one and their number; skip: steps of each episode before its first window."""
         self.latents, self.sources, self.K, self.seed = latents, sources, horizon + 1, seed
-        self.part = slice(of[0], None, of[1])
+        self.part = slice(ranks[0], None, ranks[1])
         self.starts = [latents.starts(split[part], self.K, skip) for split in sources.values()]
         for split, starts in zip(sources.values(), self.starts):
             if len(starts) == 0:
