@@ -48,27 +48,29 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) demo_energy.py $(LAPTOP) --headless --steps 400
 	$(PY) drive_mpc.py $(LAPTOP) --headless --episodes 3 --track_seed 100000 --compare random no_model expert --json "$(ROOT)/visuals/drive_mpc.json"
 
-# own drives with plans followed to their end: the predictor learns what its rollouts got wrong.
-# The second round is of a better driver
-OWN = --env fast --save_data --no_video --open_loop 0.06 --samples 64 --iterations 4
-WITH_OWN = --data data_race paces/data_race data_recovery data data_mpc --shares 0.12 0.18 0.3 0.1 0.3
+# the predictor learns from an expert of all paces, and from own drives with plans followed to their
+# end: what its rollouts got wrong. The second own drives are of a better driver, and replace the first
+DRIVEN = --data data_race paces/data_race data_recovery data
+OWN_SHARES = --shares 0.12 0.18 0.3 0.1 0.3
+OWN = --env fast --save_data --no_video --open_loop 0.06 --samples 64 --iterations 4 --episodes 120
 
 # the cost model is --fresh, because a predictor that has learned on needs another one
 pretrained: ROOT = pretrained
-pretrained: .venv/installed  ## about four hours on two cores: weights like those that come with the code
+pretrained: .venv/installed  ## four and a half hours on two cores: weights like those that come with the code
 	$(PY) collect_race_data.py $(LAPTOP) --frames 260000
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 800000
 	$(PY) collect_data.py $(LAPTOP) --frames 800000
+	$(PY) collect_race_data.py --root "$(ROOT)/paces" --pace 0.65 1 --seed 1 --frames 140000
 	$(PY) train_encoder.py $(LAPTOP) $(SHARES) $(ENCODER) --dim 512 --strides 1 2 2 2 --mirror 0.5 --congeal 25 --pred 30 --cov 2 --epochs 8 --steps_per_epoch 500
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 2000 --autoencoder_steps 2000
-	$(PY) train_predictor.py $(LAPTOP) $(SHARES) $(PREDICTOR) --hidden 384 --epochs 4 --steps_per_epoch 3000
+	$(PY) train_predictor.py $(LAPTOP) $(DRIVEN) --shares 0.17 0.26 0.43 0.14 $(PREDICTOR) --hidden 384 --epochs 4 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
-	$(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000000 --episodes 110
-	$(PY) collect_race_data.py --root "$(ROOT)/paces" --pace 0.65 1 --seed 1 --frames 140000
-	$(PY) train_predictor.py $(LAPTOP) $(WITH_OWN) $(PREDICTOR) --hidden 384 --epochs 7 --steps_per_epoch 3000
+	$(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000000
+	$(PY) train_predictor.py $(LAPTOP) $(DRIVEN) data_mpc $(OWN_SHARES) $(PREDICTOR) --hidden 384 --epochs 6 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
-	$(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000110 --episodes 70
-	$(PY) train_predictor.py $(LAPTOP) $(WITH_OWN) $(PREDICTOR) --hidden 384 --epochs 10 --steps_per_epoch 3000
+	mkdir -p "$(ROOT)/own"
+	$(PY) drive_mpc.py --root "$(ROOT)/own" --models "$(ROOT)/models" $(OWN) --track_seed 10000200
+	$(PY) train_predictor.py $(LAPTOP) $(DRIVEN) own/data_mpc $(OWN_SHARES) $(PREDICTOR) --hidden 384 --epochs 10 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
 	$(PY) collect_data.py $(LAPTOP) --frames 1200000 --steps 1000
 	$(PY) train_dream.py $(LAPTOP) $(SHARES) --batch_size 30 --epochs 8 --steps_per_epoch 1000

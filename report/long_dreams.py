@@ -27,19 +27,18 @@ import torch
 from scipy.stats import ks_2samp
 from sklearn.neighbors import NearestNeighbors
 
-from buffer import history_rows
 from car import FPS
 from car.env import make_env
 from car.episode import run_episode
 from car.telemetry import IN_VIEW, TELEMETRY, place_beside
 from collect_data import RandomDriver
 from drive_mpc import Driver, NoModelDriver
-from report.episodes import TRAINED, Samples, at_latent_rate, channels_first, choose_samples
+from report.episodes import TRAINED, Samples, at_latent_rate, choose_samples
 from report.simulator import end_contacts, restore_state
 from report.statistics import bootstrap_intervals, r2, spearman
 from support.cli import fail
 from support.dreams import draw_strips, paint
-from support.latents import ridge
+from support.latents import encode_present, ridge
 from support.pictures import ornament
 from support.plan_config import to_action
 from support.progress import progress
@@ -183,12 +182,11 @@ def real_drives(models, starts, steps, driver):
         one.reset(x.track)
         past = x.obs[np.maximum(k + models.frame_offsets(), 0)]
         frames, gone = deque(past.repeat(e.repeat, axis=0), maxlen=e.span), False
-        rows = history_rows([e.span - 1], e.history, e.repeat)[0]
         z = []
         for t in range(steps):
-            obs = channels_first(np.stack([frames[i] for i in rows])[None])
-            z.append(models.encode(e, obs))
-            action = one.action(z[-1].to(models.device)).cpu().numpy()
+            now = encode_present(e, [frames], models.device, models.dtype)
+            z.append(now.cpu())
+            action = one.action(now).cpu().numpy()
             for step in range(0 if gone else e.repeat):
                 frame, _, ended, _, info = env.step(action)
                 if t == step == 0:
