@@ -56,7 +56,7 @@ OWN = --env fast --save_data --no_video --open_loop 0.06 --samples 64 --iteratio
 
 # the cost model is --fresh, because a predictor that has learned on needs another one
 pretrained: ROOT = pretrained
-pretrained: .venv/installed  ## four and a half hours on two cores: weights like those that come with the code
+pretrained: .venv/installed  ## five hours on two cores: weights like those that come with the code, in pretrained/
 	$(PY) collect_race_data.py $(LAPTOP) --frames 260000
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 800000
 	$(PY) collect_data.py $(LAPTOP) --frames 800000
@@ -72,11 +72,8 @@ pretrained: .venv/installed  ## four and a half hours on two cores: weights like
 	$(PY) drive_mpc.py --root "$(ROOT)/own" --models "$(ROOT)/models" $(OWN) --track_seed 10000200
 	$(PY) train_predictor.py $(LAPTOP) $(DRIVEN) own/data_mpc $(OWN_SHARES) $(PREDICTOR) --hidden 384 --epochs 10 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
-	$(PY) collect_data.py $(LAPTOP) --frames 1200000 --steps 1000
-	$(PY) train_dream.py $(LAPTOP) $(SHARES) --batch_size 30 --epochs 8 --steps_per_epoch 1000
-	mkdir -p models/pretrained && rm -f models/pretrained/*.pth
-	cd "$(ROOT)/models" && cp encoder_mixed_ep8.pth decoder_ep8.pth predictor_ep10.pth cost_model_final.pth "$(CURDIR)/models/pretrained/"
-	$(PY) -m tools.checkpoint "$(ROOT)/models/dream_ep8.pth" --half models/pretrained/dream_ep8.pth
+	$(PY) collect_data.py --root "$(ROOT)/long" --seed 1 --frames 400000 --steps 1000
+	$(PY) train_dream.py $(LAPTOP) --data data_race data_recovery data long/data --shares 0.35 0.45 0.07 0.13 --batch_size 30 --epochs 8 --steps_per_epoch 1000
 
 test: .venv/installed  ## the tests, under ten minutes on two cores
 	$(PY) -m ruff format --check . && $(PY) -m ruff check .

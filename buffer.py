@@ -150,8 +150,8 @@ class Chunk:
 
 
 def episode_key(meta):
-    """What tells episodes apart, whatever their file's name: track, length and return."""
-    return meta["track_seed"], meta["frames"], meta["return_"]
+    """What tells episodes apart, whatever their file's name: track, length, return and pixels."""
+    return meta["track_seed"], meta["frames"], meta["return_"], meta["crc"]
 
 
 def chunk_files(folder):
@@ -166,8 +166,8 @@ def chunk_files(folder):
 def index(folder):
     """(chunks, damaged, duplicates) of a folder: lists of Chunk, str, str, in order of names.
 
-    A duplicate has the uid of another chunk, or its track, length and return. The file that is
-    named by its uid counts.
+    A duplicate has the uid of another chunk, or its track, length, return and pixels. The file
+    that is named by its uid counts.
     """
     found, chunks, damaged, duplicates, seen = [], [], [], [], {}
     for path in chunk_files(folder):

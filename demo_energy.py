@@ -117,10 +117,12 @@ class EnergyDriver:
             stacks = self.propose()
             self.pictures = {name: frames[-1] for name, frames in stacks.items()}
             latents = self.encode([*stacks.values()])
+            if self.z:  # an expert acts anew in each step between two latents
+                between = list(self.actions)[-self.encoder.repeat :]
+                self.z_actions.append(np.mean(between, axis=0))
             self.z.append(latents[:1])
             if len(self.z) > self.ahead:
                 self.measure(latents)
-            self.z_actions.append(action)
         self.t += 1
         self.actions.append(action)
         return action

@@ -74,7 +74,7 @@ def arguments():
     add("--env", choices=["official", "fast"], default="official", help="fast: to experiment")
     add("--pace", type=fraction, default=1.0, help="of the expert: 1 for the score, 0 calm")
     add("--disturb", choices=DISTURBANCES, default="none", help="what disturbs the driver's frames")
-    followed = "share of the plans that are followed to their end: what they lead to, to learn from"
+    followed = "share of the plans that are followed to their end, to record what they lead to"
     add("--open_loop", type=fraction, help=followed)
     planning(p)
     add = p.add_argument_group("output").add_argument
@@ -87,6 +87,8 @@ def arguments():
     args = p.parse_args()
     if args.save_data and args.track_seed < FIRST_SEED:
         p.error(f"--save_data: tracks below {FIRST_SEED} are never learned from")
+    if args.open_loop and args.policy in BASELINES:
+        p.error(f"--open_loop: {args.policy} makes no plans; leave it out")
     if args.save_data and args.disturb != "none":
         p.error("--save_data: disturbed frames are not kept; leave out --disturb")
     return args
@@ -379,17 +381,17 @@ def drive_policy(args, policy, driver, view, report):
     print(f"{view.name:>9}: {COLUMNS}")
     tracks = range(args.track_seed, args.track_seed + args.episodes)
     if again := driven.intersection(tracks):
-        print(f"{folder}: has {len(again)} of these tracks; they are not driven again")
+        print(f"{folder}: has {len(again)} of these tracks; they are not recorded again")
     for i, seed in enumerate(progress(tracks, desc=view.name, unit="track", leave=False)):
         if view.window.over:
             break
-        if seed in report.rows[view.name] or seed in driven:
+        if seed in report.rows[view.name] or seed in driven and not args.json:
             continue
         view.reset(seed, own and i < args.film)
-        recorder = EpisodeRecorder() if folder else None
+        recorder = EpisodeRecorder() if folder and seed not in driven else None
         row = drive(env, driver, seed, view, disturbance, recorder)
         if row:
-            if folder:
+            if recorder:
                 save_episode(folder, policy, args.env, row, recorder)
             tqdm.write(f"{'':10} {row_line(row)}")
             report.add(view.name, row)

@@ -88,7 +88,7 @@ def first_track(folder):
     """The track to begin with: behind those whose driving is in the folder already."""
     if not folder:
         return 100_000
-    return max([FIRST_SEED, *(c.meta["track_seed"] for c in index(folder)[0])]) + 1
+    return max([FIRST_SEED - 1, *(c.meta["track_seed"] for c in index(folder)[0])]) + 1
 
 
 # ------------------------------------------------------------------ the game
@@ -133,7 +133,7 @@ class Game:
         self.temperature, self.generator = TEMPERATURE, torch.Generator(driver.device)
         self.probes, self.probes_r2 = fit_probes(driver)
         self.rng, self.recorder, self.plan_ms = np.random.default_rng(args.seed), None, PLAN_MS[0]
-        self.autopilot = self.energies = self.paused = self.single = self.manual = False
+        self.autopilot = self.energies = self.paused = self.single = False
         self.ghost, self.dreaming = True, args.dream
         self.track = (args.track_seed or first_track(folder)) - 1
         self.reset()
@@ -146,6 +146,7 @@ class Game:
         self.driver.reset(self.track)
         self.generator.manual_seed(self.args.seed + self.track)
         self.driver.frames.append(obs)
+        self.manual = True  # until a tick has a plan
         self.total, self.ended, self.trace = 0.0, "", deque(maxlen=TRACE)
         self.pedals, self.actions = np.zeros(3), deque(maxlen=2 * self.encoder.span)
         for _ in range(ZOOM_STEPS):
@@ -315,13 +316,12 @@ def play(args, window, film):
             if window.recording:
                 film.add(canvas)
 
-            # a script replays the same way on any machine: its plans stay as large as they are
             if args.headless:
                 rows.append(row_of(game, seconds, held, pressed))
             if not game.paused:
                 ms.append(1000 * (time.perf_counter() - began))
-            if ms and not args.headless:
-                game.fit_plans(ms[-1])
+                if not args.headless:  # a script replays the same way on any machine
+                    game.fit_plans(ms[-1])
             window.show(canvas, seconds)
             tick += 1
     finally:

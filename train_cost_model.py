@@ -1,11 +1,12 @@
 """Day 3: the cost model. It learns which latents look like an expert's, without reward or labels.
 
-Reads encoder, predictor and data. Writes ROOT/models/cost_model_final.pth,
+Reads encoder, predictor and data; folders beyond the three only count for the gas limit and the
+histogram. Writes ROOT/models/cost_model_final.pth,
 models/cost_model.jsonl, visuals/cost_model_curves.png and visuals/energy_histogram.png.
 The file holds four energies. classifier: the logit of random against expert. mistake: that of
 recovery against expert, which tells mistakes early. density: half the squared Mahalanobis distance
-to expert latents, over D. value: the density and a little of the mistake's logit; out of
-distribution, what of the density is to come while an expert recovers. It drives.
+to expert latents, over D. value, which the planner uses: the density and a little of the mistake's
+logit; out of distribution, also the energy that a recovering expert still meets.
 The file also holds a policy, which imitates the expert in the predictor's states and proposes
 plans, and the most gas a plan may give: 0.5 if the predictor's held-out error is above 0.12 of
 copy-last's, else 1. Nets of little training spin the car with full gas.

@@ -223,7 +223,8 @@ def parser(doc, device=True, data=False, shares=True, models=False):
 
     # a stage that trains
     if data:
-        text = "folders in ROOT (default: data_race, data_recovery and data, those that exist)"
+        which = "those that exist" if shares else "all of which it needs"
+        text = f"folders in ROOT (default: data_race, data_recovery and data, {which})"
         g.add_argument("--data", nargs="+", type=os.path.normpath, help=text)
         text = "share of each --data folder in a batch (default: equal)"
         if shares:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +20,7 @@ from support.progress import progress
 from support.run import check_input, read_resume
 
 ENERGY_BATCH = 8192  # latents whose energies are computed together
+INDEX_EVERY = 300  # s of encoding that a crash may cost
 OURS = re.compile(r"latents_[0-9a-f]{16}-p[0-9]+-(bf16|fp16|fp32)\.(f16|json)")  # what it writes
 
 
@@ -85,10 +87,11 @@ class Latents:
             self.table = [x.to(device) for x in self.table]
 
     def _append(self, f, encoder, chunks, device, dtype, stop):
-        """Encodes the chunks that the file lacks, then promises their rows in the index."""
+        """Encodes the chunks that the file lacks, and promises their rows in the index."""
         self.end = self._known(chunks)
         missing = [c for c in chunks if c.meta["uid"] not in self.rows]
         f.truncate(self.end * self.dim * 2)  # only rows that the index does not promise
+        saved_at = time.monotonic()
         bar = progress(missing, desc="encode", unit="episode", disable=RANK > 0) if missing else ()
         for chunk, data in read_ahead(bar, "obs", "act"):
             if stop:
@@ -103,11 +106,18 @@ class Latents:
             f.write(z.half().cpu().numpy().tobytes())
             self.rows[chunk.meta["uid"]] = self.end, chunk.frames, chunk.meta["crc"]
             self.end += len(z)
+            if time.monotonic() - saved_at > INDEX_EVERY:
+                self._write_index(f)
+                saved_at = time.monotonic()
         if missing:
-            f.flush()
-            sync(f.fileno())  # before the index that promises the rows
-            index = {"dim": self.dim, "versions": versions(), "rows": self.rows}
-            replace_atomically(self.index_path, lambda f: f.write(json.dumps(index).encode()))
+            self._write_index(f)
+
+    def _write_index(self, f):
+        """Promises the rows so far, which are on the disk before the index is."""
+        f.flush()
+        sync(f.fileno())
+        index = {"dim": self.dim, "versions": versions(), "rows": self.rows}
+        replace_atomically(self.index_path, lambda f: f.write(json.dumps(index).encode()))
 
     def _known(self, chunks):
         """Fills self.rows, uid: (first row, frames, CRC), from the index -> end of all its rows.

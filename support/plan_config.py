@@ -20,7 +20,7 @@ class PlanConfig:
     energy: str = "value"
     samples: int = 256  # candidates in the first iteration
     policy_share: float = 1 / 16  # of the candidates that the cost model's policy proposes
-    policy_noise: float = 0.3  # around the policy, over `noise`
+    policy_noise: float = 0.3  # around the policy, a multiple of `noise`
     horizon: int = 15  # latents in a rollout
     iterations: int | None = None  # None: ITERATIONS of the planner
     elites: int = 32
@@ -62,10 +62,10 @@ def planning(p):
     add("--samples", type=Number(int, 2, 10**6), help="candidates; icem: fewer in each iteration")
     proposed = "share of the candidates that imitate the expert, rounded up; 0 for none"
     add("--policy_share", type=fraction, help=proposed)
-    add("--policy_noise", type=Number(float, 0, 100), help="their noise, over --noise")
+    add("--policy_noise", type=Number(float, 0, 100), help="their noise, as a multiple of --noise")
     add("--horizon", type=Number(int, 1, MAX_STEPS), help="latents in a rollout")
-    most = f"icem {ITERATIONS['icem']}, mppi {ITERATIONS['mppi']}"
-    add("--iterations", type=Number(int, 1, 1000), help=f"of a plan (default: {most})")
+    most = f"of icem (default: {ITERATIONS['icem']}) or mppi (default: {ITERATIONS['mppi']})"
+    add("--iterations", type=Number(int, 1, 1000), help=most)
     add("--elites", type=Number(int, 1, 10**6), help="best candidates, which make the next mean")
     kinds = "of the candidates over time: ar1 (see --rho) or powerlaw (see --beta)"
     add("--noise_kind", choices=["ar1", "powerlaw"], help=kinds)

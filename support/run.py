@@ -91,7 +91,7 @@ class Run:
         if not self.resumed:
             self.save()  # no checkpoint of an epoch exists without it
         self.began = self.saved_at = time.monotonic()
-        self.stop = Stop()  # until here a signal ends it at once: there is nothing to save
+        self.stop = Stop()  # in most stages a signal ends it at once until here
         words = dict(desc=self.stage.replace("_", " "), unit="step", disable=RANK > 0)
         self.bar = progress(total=self.steps, initial=self.step, **words)
 

@@ -116,8 +116,9 @@ def test_driving_writes_scores_and_films(chain, tmp_path):
     assert row["track_seed"] == 200000 and row["plan_ms_p50"] > 0
     assert report["mean"] == row["return"] and report["laps_finished"] == row["lap_finished"]
     N = row["tiles"] + row["tiles_missed"]
-    expected = 1000 * (row["tiles"]) / N - 0.1 * row["steps"]  # the score, from its own parts
-    assert row["steps"] < 1000 and not row["lap_finished"] or abs(row["return"] - expected) < 5
+    left = row["steps"] < 1000 and not row["lap_finished"]  # the field: costs 100
+    expected = 1000 * row["tiles"] / N - 0.1 * row["steps"] - 100 * left
+    assert row["return"] == pytest.approx(expected, abs=5)
     video = cv2.VideoCapture(str(root / "visuals" / "drive_mpc.mp4"))
     ok, frame = video.read()
     assert ok and frame.std() > 5 and video.get(cv2.CAP_PROP_FRAME_COUNT) >= row["steps"] // 2 - 1

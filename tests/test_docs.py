@@ -2,8 +2,13 @@
 
 import re
 import subprocess
+from contextlib import redirect_stdout, suppress
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -14,7 +19,6 @@ TODAY = [page for page in PAGES if page != LOG]  # the log keeps the words and f
 CODE = sorted(p for p in REPO.rglob("*.py") if not {".venv", "tests"} & set(p.parts))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-BUILDERS = {"Parser", "parser", "optimisation", "planning", "collector_parser"}  # they add flags
 OLD_WORDS = (
     "BendModel|gauges|Crew|understudy|Ledoit-Wolf|unlikeness|so-manieth|straightened|foretold|"
     "FORESIGHT|JUDGED|unit_act|over_ranks|set_aside|some_root|models_of|some_chunks|keep_memory|"
@@ -61,17 +65,15 @@ def source_of(name):
     return path if path.exists() or module == name or not find_spec(module) else None
 
 
+@cache
 def flags_of(path):
-    """All flags of a script: its own, and those of the modules whose flag builders it imports."""
-    text = path.read_text()
-    flags = set(re.findall(r'"(--\w+)"', text)) | {"--help"}
-    if re.search(r"\bcli\.parser\(", text):
-        flags |= flags_of(REPO / "support" / "cli.py")
-    for module, names in re.findall(r"^from (\S+) import (\([^)]*\)|.*)", text, re.M):
-        shared = REPO / (module.replace(".", "/") + ".py")
-        if BUILDERS & set(re.findall(r"\w+", names)) and shared.exists():
-            flags |= flags_of(shared)
-    return flags
+    """All flags of a script, as it says itself."""
+    module = ".".join(path.relative_to(REPO).with_suffix("").parts)
+    with patch("sys.argv", [path.name, "--help"]), redirect_stdout(StringIO()) as out:
+        with suppress(SystemExit):
+            import_module(module).main()
+    usage = out.getvalue().partition("\n\n")[0]
+    return {"--help", *re.findall(r"--\w+", usage)}
 
 
 def test_the_readme_is_short_and_begins_with_a_command():
@@ -108,7 +110,8 @@ def test_commands_name_scripts_and_flags_that_exist(page):
 
 @pytest.mark.parametrize("page", TODAY, ids=lambda page: page.name)
 def test_targets_and_flags_named_alone_exist(page):
-    every = set().union(*map(flags_of, CODE))
+    scripts = [p for p in CODE if p.read_text().endswith("run_main(main)\n")]
+    every = set().union(*map(flags_of, scripts))
     targets = re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.M)
     for snippet in snippets(page):
         if match := re.match(r"make (?:-n )?([a-z-]+)", snippet):

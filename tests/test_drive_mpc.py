@@ -145,6 +145,7 @@ def test_its_own_episodes_are_data_to_learn_from(tmp_path):
     for flags, word in (
         (("--track_seed", "200000"), "never learned from"),
         (("--track_seed", "10000019", "--disturb", "colours"), "disturbed frames are not kept"),
+        (("--track_seed", "10000019", "--policy", "random", "--open_loop", "1"), "makes no plans"),
     ):
         refused = script("drive_mpc.py", *small, "--save_data", *flags, root=tmp_path)
         assert refused.returncode == 2 and word in refused.stderr
@@ -182,3 +183,12 @@ def test_its_own_episodes_are_data_to_learn_from(tmp_path):
     assert again.returncode == 0 and "has 2 of these tracks" in again.stdout, again.stderr
     tracks = sorted(c.meta["track_seed"] for c in index(tmp_path / "data_mpc")[0])
     assert tracks == [10_000_019, 10_000_020, 10_000_021]
+
+    # a file of scores lacks none of them, and no episode is kept twice
+    more = "--json", tmp_path / "all.json", "--open_loop", "0.5"
+    third = script("drive_mpc.py", *small, *of, *more, root=tmp_path)
+    assert third.returncode == 0, third.stderr
+    report = json.loads((tmp_path / "all.json").read_text())
+    assert report["finished"] and report["settings"]["open_loop"] == 0.5
+    assert [row["track_seed"] for row in report["episodes"]] == tracks
+    assert len(index(tmp_path / "data_mpc")[0]) == 3

@@ -9,6 +9,7 @@ from conftest import FakeEncoder
 from conftest import noise_episode as episode
 from test_buffer import folders, where  # noqa: F401
 
+import support.latents
 from buffer import index, read_chunk
 from networks import VALUE_HORIZON, CostModel, Predictor, TinyEncoder, stack_frames
 from support.checkpoints import fingerprint
@@ -94,6 +95,27 @@ def test_an_index_that_cannot_be_understood_is_made_anew(tmp_path, encoder, left
         cache = cache_of(tmp_path, encoder, index(folder)[0], encoded)
         assert sum(encoded) == 71
         cache.index_path.write_text(left)
+
+
+def test_a_crash_costs_only_what_the_index_does_not_promise(tmp_path, encoder, monkeypatch):
+    monkeypatch.setattr(support.latents, "INDEX_EVERY", 0)
+    rng, folder = np.random.default_rng(3), tmp_path / "data"
+    for i in range(3):
+        episode(folder, f"e{i}", 70, rng, i)
+    chunks = index(folder)[0]
+
+    class Crashes(Counted):
+        def __call__(self, x):
+            if len(self.encoded) == 2:
+                raise OSError("no space left")
+            return super().__call__(x)
+
+    with pytest.raises(OSError):
+        Latents(tmp_path, fingerprint(encoder), Crashes(encoder, []), chunks)
+    cache = cache_of(tmp_path, encoder, chunks, encoded := [])
+    assert sum(encoded) == 2 * 71  # the first one is kept
+    fresh = cache_of(tmp_path / "else", encoder, chunks)
+    assert np.array_equal(cache.z, fresh.z)
 
 
 def test_two_that_start_at_once_encode_once(data, tmp_path, encoder):

@@ -19,6 +19,7 @@ from buffer import index, read_chunk
 from dream import TEMPERATURE, DreamModel
 from support.cli import Refusal
 from support.play_keys import KeyScript
+from support.play_view import compose
 
 av = pytest.importorskip("av")
 QUICK = ["--samples", "16", "--threads", "1", "--headless"]
@@ -47,6 +48,7 @@ def played(tmp_path_factory):
     root = tmp_path_factory.mktemp("play")
     (root / "keys.txt").write_text(KEYS)
     flags = "--keys", root / "keys.txt", "--data", "mine", "--refresh", 2
+    flags += "--track_seed", 10_000_001
     done = script("play.py", *QUICK, *flags, root=root)
     assert done.returncode == 0, done.stderr
     return root, done, json.loads((root / "visuals" / "play.json").read_text())["ticks"]
@@ -115,6 +117,7 @@ def test_what_was_recorded_is_film_and_episodes(played):
     names = [c.meta["policy"]["name"] for c in chunks]
     assert names == ["human", "autopilot-human"]
     assert play.first_track(root / "mine") == 10_000_002
+    assert play.first_track(root / "else") == 10_000_000  # held out, so two tracks are enough
     act = read_chunk(chunks[0].path, "act")["act"]
     assert np.allclose(act[::2, 0], [row["action"][0] for row in ticks[:50]], atol=1e-3)
     assert "p99" in done.stdout and "R²" in done.stdout
@@ -195,6 +198,7 @@ def test_a_stop_before_the_first_tick_is_quiet(tmp_path):
 @pytest.fixture
 def game(tmp_path, monkeypatch):
     words = ["play.py", *QUICK, "--keys", "none", "--root", str(tmp_path), "--energy", "classifier"]
+    words += ["--track_seed", "10000001"]
     monkeypatch.setattr(sys, "argv", words)
     args = play.arguments()
     monkeypatch.setattr(play, "PROBE_EPISODES", 3)
@@ -223,6 +227,28 @@ def test_an_episode_ends_with_the_field_and_before_it_is_too_long(
     game.tick(set(), [])
     assert "too short for an episode" in capsys.readouterr().out
     assert len(index(tmp_path)[0]) == len(chunks)
+
+
+def test_episodes_of_one_track_and_return_are_no_copies(game, tmp_path, monkeypatch):
+    """Driving on grass scores the same each time."""
+    monkeypatch.setattr(play, "MAX_STEPS", 150)
+    while not game.ended and len(index(tmp_path)[0]) < 4:
+        game.tick({"up", "left"}, [], recording=True)
+    chunks, _, duplicates = index(tmp_path)
+    assert len(chunks) == len(list(tmp_path.glob("*.npz"))) and not duplicates
+    assert len({(c.meta["track_seed"], c.frames, c.meta["return_"]) for c in chunks}) < len(chunks)
+
+
+def test_without_a_plan_you_drive(game):
+    """Also where a paused autopilot meets a new track."""
+    game.tick(set(), ["a"])
+    assert not game.manual
+    game.tick(set(), ["space"])
+    game.tick(set(), ["r"])
+    assert game.manual and game.autopilot
+    compose(game, play.load_driver(game.args, game.args)[1])
+    game.tick(set(), ["space"])
+    assert not game.manual
 
 
 def test_energies_are_those_of_the_density(game):

@@ -1,11 +1,11 @@
-"""The gas limit that the cost model stores, and the driver takes."""
+"""The losses of the cost model, and the gas limit that it stores."""
 
 import pytest
 import torch
 
 from networks import POLICY_STEPS, CostModel, Predictor
 from support.plan_config import to_action
-from train_cost_model import expert_states, gas_limit, policy_loss
+from train_cost_model import expert_states, gas_limit, loss_fn, policy_loss
 
 
 @pytest.mark.parametrize("error,gas", [(0.0, 1.0), (0.1, 1.0), (0.15, 0.5), (1.0, 0.5)])
@@ -43,3 +43,23 @@ def test_the_policy_learns_what_the_expert_does_in_real_and_imagined_states():
         policy_loss(cost, h, what).backward()
         optim.step()
     assert policy_loss(cost, h, what).item() < 0.3 * before
+
+
+def test_a_few_steps_put_random_driving_and_mistakes_above_the_expert():
+    """And the value head near its targets."""
+    torch.manual_seed(0)
+    cost = CostModel(6, 32, state=6)
+    expert, random, recovery = (torch.randn(200, 6) + shift for shift in (0.0, 1.5, -1.5))
+    target, h, act = torch.full((200,), 0.7), torch.randn(20, 6), torch.zeros(20, POLICY_STEPS, 3)
+    of = {"cost": cost}, expert, random, recovery, target, h, act
+    optim = torch.optim.Adam(cost.parameters(), 0.01)
+    first, _ = loss_fn(*of)
+    for _ in range(100):
+        optim.zero_grad()
+        loss, logs = loss_fn(*of)
+        loss.backward()
+        optim.step()
+    assert loss < 0.2 * first and loss.item() == pytest.approx(sum(logs.values()).item())
+    for kind, other in (("classifier", random), ("mistake", recovery)):
+        assert cost.energy(other, kind).median() > 2 > -2 > cost.energy(expert, kind).median()
+    assert cost.predicted_value(recovery).mean().item() == pytest.approx(0.7, abs=0.05)
