@@ -49,10 +49,11 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 	$(PY) drive_mpc.py $(LAPTOP) --headless --episodes 3 --track_seed 100000 --compare random no_model expert --json "$(ROOT)/visuals/drive_mpc.json"
 
 # the predictor learns from an expert of all paces, and from own drives with plans followed to their
-# end: what its rollouts got wrong. The second own drives are of a better driver, and replace the first
+# end: what its rollouts got wrong. The second own drives are of a better driver, and replace the first.
+# Two processes drive half of the tracks each
 DRIVEN = --data data_race paces/data_race data_recovery data
 OWN_SHARES = --shares 0.12 0.18 0.3 0.1 0.3
-OWN = --env fast --save_data --no_video --open_loop 0.06 --samples 64 --iterations 4 --episodes 120
+OWN = --env fast --save_data --no_video --open_loop 0.06 --samples 64 --iterations 4 --episodes 60
 
 # the cost model is --fresh, because a predictor that has learned on needs another one
 pretrained: ROOT = pretrained
@@ -65,11 +66,13 @@ pretrained: .venv/installed  ## five hours on two cores: weights like those that
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 2000 --autoencoder_steps 2000
 	$(PY) train_predictor.py $(LAPTOP) $(DRIVEN) --shares 0.17 0.26 0.43 0.14 $(PREDICTOR) --hidden 384 --epochs 4 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
-	$(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000000
+	$(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000000 & first=$$!; \
+	    $(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000060 && wait $$first
 	$(PY) train_predictor.py $(LAPTOP) $(DRIVEN) data_mpc $(OWN_SHARES) $(PREDICTOR) --hidden 384 --epochs 6 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
 	mkdir -p "$(ROOT)/own"
-	$(PY) drive_mpc.py --root "$(ROOT)/own" --models "$(ROOT)/models" $(OWN) --track_seed 10000200
+	$(PY) drive_mpc.py --root "$(ROOT)/own" --models "$(ROOT)/models" $(OWN) --track_seed 10000200 & first=$$!; \
+	    $(PY) drive_mpc.py --root "$(ROOT)/own" --models "$(ROOT)/models" $(OWN) --track_seed 10000260 && wait $$first
 	$(PY) train_predictor.py $(LAPTOP) $(DRIVEN) own/data_mpc $(OWN_SHARES) $(PREDICTOR) --hidden 384 --epochs 10 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
 	$(PY) collect_data.py --root "$(ROOT)/long" --seed 1 --frames 400000 --steps 1000
