@@ -53,11 +53,11 @@ demo: .venv/installed  ## every stage small, into demo/: from nothing to a drive
 # Two processes drive half of the tracks each
 DRIVEN = --data data_race paces/data_race data_recovery data
 OWN_SHARES = --shares 0.12 0.18 0.3 0.1 0.3
-OWN = --env fast --save_data --no_video --open_loop 0.06 --samples 64 --iterations 4 --episodes 60
+OWN = --env fast --save_data --no_video --open_loop 0.06 --samples 64 --iterations 4
 
 # the cost model is --fresh, because a predictor that has learned on needs another one
 pretrained: ROOT = pretrained
-pretrained: .venv/installed  ## five hours on two cores: weights like those that come with the code, in pretrained/
+pretrained: .venv/installed  ## four and a half hours on two cores: weights like those that come with the code, in pretrained/
 	$(PY) collect_race_data.py $(LAPTOP) --frames 260000
 	$(PY) collect_recovery_data.py $(LAPTOP) --frames 800000
 	$(PY) collect_data.py $(LAPTOP) --frames 800000
@@ -66,14 +66,14 @@ pretrained: .venv/installed  ## five hours on two cores: weights like those that
 	$(PY) train_decoder.py $(LAPTOP) --once --newest --steps 2000 --autoencoder_steps 2000
 	$(PY) train_predictor.py $(LAPTOP) $(DRIVEN) --shares 0.17 0.26 0.43 0.14 $(PREDICTOR) --hidden 384 --epochs 4 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
-	$(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000000 & first=$$!; \
-	    $(PY) drive_mpc.py $(LAPTOP) $(OWN) --track_seed 10000060 && wait $$first
+	$(PY) drive_mpc.py $(LAPTOP) $(OWN) --episodes 60 --track_seed 10000000 & first=$$!; \
+	    $(PY) drive_mpc.py $(LAPTOP) $(OWN) --episodes 60 --track_seed 10000060 && wait $$first
 	$(PY) train_predictor.py $(LAPTOP) $(DRIVEN) data_mpc $(OWN_SHARES) $(PREDICTOR) --hidden 384 --epochs 6 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
 	mkdir -p "$(ROOT)/own"
-	$(PY) drive_mpc.py --root "$(ROOT)/own" --models "$(ROOT)/models" $(OWN) --track_seed 10000200 & first=$$!; \
-	    $(PY) drive_mpc.py --root "$(ROOT)/own" --models "$(ROOT)/models" $(OWN) --track_seed 10000260 && wait $$first
-	$(PY) train_predictor.py $(LAPTOP) $(DRIVEN) own/data_mpc $(OWN_SHARES) $(PREDICTOR) --hidden 384 --epochs 10 --steps_per_epoch 3000
+	$(PY) drive_mpc.py --root "$(ROOT)/own" --models "$(ROOT)/models" $(OWN) --episodes 120 --track_seed 10000200 & first=$$!; \
+	    $(PY) drive_mpc.py --root "$(ROOT)/own" --models "$(ROOT)/models" $(OWN) --episodes 120 --track_seed 10000320 && wait $$first
+	$(PY) train_predictor.py $(LAPTOP) $(DRIVEN) own/data_mpc $(OWN_SHARES) $(PREDICTOR) --hidden 384 --epochs 12 --steps_per_epoch 3000
 	$(PY) train_cost_model.py $(LAPTOP) --fresh
 	$(PY) collect_data.py --root "$(ROOT)/long" --seed 1 --frames 400000 --steps 1000
 	$(PY) train_dream.py $(LAPTOP) --data data_race data_recovery data long/data --shares 0.35 0.45 0.07 0.13 --batch_size 30 --epochs 8 --steps_per_epoch 1000

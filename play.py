@@ -316,11 +316,12 @@ def play(args, window, film):
             if window.recording:
                 film.add(canvas)
 
+            # a script replays the same way on any machine: its plans stay as large as they are
             if args.headless:
                 rows.append(row_of(game, seconds, held, pressed))
             if not game.paused:
                 ms.append(1000 * (time.perf_counter() - began))
-                if not args.headless:  # a script replays the same way on any machine
+                if not args.headless:
                     game.fit_plans(ms[-1])
             window.show(canvas, seconds)
             tick += 1
